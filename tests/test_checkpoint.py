@@ -14,7 +14,8 @@ transformers = pytest.importorskip("transformers", reason="parity is measured ag
 
 
 def gpt2(**changes):
-    settings = {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 50, "n_positions": 20, "eos_token_id": 0, "bos_token_id": 0}
+    settings = {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 50, "n_positions": 20}
+    settings |= {"eos_token_id": 0, "bos_token_id": 0}
     return transformers.GPT2LMHeadModel(transformers.GPT2Config(**{**settings, **changes}))
 
 
@@ -163,7 +164,7 @@ SPOILED = {
     "config size is text": (lambda f: edit_config(f, n_embd="wide"), "does not describe a gpt2"),
     "unknown model type": (lambda f: edit_config(f, model_type="mamba"), "model_type 'mamba': known are gpt2, vit"),
     "unknown activation": (lambda f: edit_config(f, activation_function="relu"), "activation 'relu' is not implemented"),
-    "unsupported attention": (lambda f: edit_config(f, scale_attn_by_inverse_layer_idx=True), "scale_attn_by_inverse_layer_idx"),
+    "unsupported attention": (lambda f: edit_config(f, add_cross_attention=True), "add_cross_attention set"),
     "negative size": (lambda f: edit_config(f, n_layer=-3), "num_hidden_layers is -3"),
 }
 
