@@ -95,6 +95,7 @@ class KVCache:
         self.max_length = max_length
         self.length = 0
         self.padded = False  # a Python flag: asking the tensor at every token would stall a GPU
+        self.images = None  # what model.py's cross-attention looks at: the pictures' keys and values, made once
 
     def open(self, attention_mask: torch.Tensor | None, num_new: int) -> torch.Tensor:
         """Reserve num_new slots. attention_mask [B, num_new], 0 for padding. Returns which slots are real, bool [B, S]."""
@@ -131,6 +132,25 @@ def causal_mask(real: torch.Tensor, num_new: int) -> torch.Tensor:
     return (mask | (keys == queries))[:, None]
 
 
+def positions_and_mask(real, padded, start, T, limit, device):
+    """Where each token stands, [T] or [B, T], counting real tokens only so that padding moves nothing; and the mask."""
+    S = start + T
+    if padded:
+        positions = (real.cumsum(dim=1) - 1).clamp(min=0)
+        used = S if S <= limit else int(positions.max()) + 1  # padding takes no position; looked up only if it matters
+        positions, mask = positions[:, start:], causal_mask(real.bool(), T)
+    else:
+        positions, used = torch.arange(start, S, device=device), S
+        plain = start == 0 or T == 1
+        mask = None if plain else causal_mask(torch.ones(1, S, dtype=torch.bool, device=device), T)
+    if used > limit:
+        raise ValueError(
+            f"{used} tokens are more than the context length of {limit}: shorten the text, "
+            "or train a model with a longer context"
+        )
+    return positions, mask
+
+
 def explicit_attention(q, k, v, mask=None, dropout_p=0.0) -> tuple[torch.Tensor, torch.Tensor]:
     """softmax(QK^T / sqrt(head_dim)) V as in "Attention Is All You Need", section 3.2.1: output and weights [B, H, T, S]."""
     scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])
@@ -154,10 +174,12 @@ class MultiHeadAttention(nn.Module):
         self.qkv = nn.Linear(D, 3 * D, bias=config.qkv_bias)  # one matrix product instead of three
         self.proj = nn.Linear(D, D)
 
-    def forward(self, x, mask=None, cache=None, layer=0, trace=None):
-        """x [B, T, D] -> [B, T, D]. mask: bool [B, 1, T, S], or None for the plain causal one (T = S, or T = 1)."""
+    def forward(self, x, mask=None, cache=None, layer=0, trace=None, queries=None):
+        """x [B, T, D] -> [B, T, D]. mask: bool [B, 1, T, S], or None for the plain causal one (T = S, or T = 1).
+        queries: only the first so many tokens ask, and get an answer; without a mask that makes sense in a ViT alone."""
         B, T, D = x.shape
         q, k, v = self.qkv(x).view(B, T, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)  # [B, H, T, head_dim] each
+        q = q[:, :, :queries]
         if cache is not None:
             k, v = cache.write(layer, k, v)
 
@@ -171,7 +193,7 @@ class MultiHeadAttention(nn.Module):
                 trace[f"blocks.{layer}.attention"] = weights
         else:
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, dropout_p=dropout_p)
-        y = y.transpose(1, 2).reshape(B, T, D)
+        y = y.transpose(1, 2).reshape(B, -1, D)
         return F.dropout(self.proj(y), self.dropout, self.training)
 
 
@@ -203,21 +225,23 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.drop_path = nn.Identity()  # training a ViT skips whole branches at random here; GPT-2 does not
 
-    def forward(self, x, mask=None, cache=None, layer=0, trace=None):
-        x = x + self.drop_path(self.attn(self.norm_1(x), mask, cache, layer, trace))
+    def forward(self, x, mask=None, cache=None, layer=0, trace=None, queries=None):
+        x = x[:, :queries] + self.drop_path(self.attn(self.norm_1(x), mask, cache, layer, trace, queries))
         x = x + self.drop_path(self.mlp(self.norm_2(x)))
         if trace is not None:
             trace[f"blocks.{layer}"] = x
         return x
 
 
-def run_blocks(blocks, x, mask=None, cache=None, trace=None, grad_checkpoint=False):
-    """x [B, T, D] through all blocks. grad_checkpoint: recompute activations in the backward pass instead of keeping them."""
+def run_blocks(blocks, x, mask=None, cache=None, trace=None, grad_checkpoint=False, last_queries=None):
+    """x [B, T, D] through all blocks. grad_checkpoint: recompute activations in the backward pass instead of keeping them.
+    last_queries: how many leading tokens the caller will read; the last block works for those only."""
     for layer, block in enumerate(blocks):
+        queries = last_queries if layer == len(blocks) - 1 else None
         if grad_checkpoint and torch.is_grad_enabled() and cache is None:
-            x = checkpoint(block, x, mask, None, layer, trace, use_reentrant=False)
+            x = checkpoint(block, x, mask, None, layer, trace, queries, use_reentrant=False)
         else:
-            x = block(x, mask, cache, layer, trace)
+            x = block(x, mask, cache, layer, trace, queries)
     return x
 
 
@@ -283,7 +307,7 @@ class GPT(nn.Module):
             padded, start = cache.padded, cache.length - T
         else:
             real, padded, start = attention_mask, attention_mask is not None, 0
-        positions, mask = self._positions_and_mask(real, padded, start, T, x.device)
+        positions, mask = positions_and_mask(real, padded, start, T, self.config.context_length, x.device)
 
         x = F.dropout(x + self.position_embedding(positions), self.config.dropout, self.training)
         if trace is not None:
@@ -296,24 +320,6 @@ class GPT(nn.Module):
             kept = targets[:, -logits_to_keep:].flatten()
             out["loss"] = F.cross_entropy(out["logits"].flatten(0, 1).float(), kept, ignore_index=-100)
         return out
-
-    def _positions_and_mask(self, real, padded, start, T, device):
-        """Where each token stands, [T] or [B, T], counting real tokens only so that padding moves nothing; and the mask."""
-        S, limit = start + T, self.config.context_length
-        if padded:
-            positions = (real.cumsum(dim=1) - 1).clamp(min=0)
-            used = S if S <= limit else int(positions.max()) + 1  # padding takes no position; looked up only if it matters
-            positions, mask = positions[:, start:], causal_mask(real.bool(), T)
-        else:
-            positions, used = torch.arange(start, S, device=device), S
-            plain = start == 0 or T == 1
-            mask = None if plain else causal_mask(torch.ones(1, S, dtype=torch.bool, device=device), T)
-        if used > limit:
-            raise ValueError(
-                f"{used} tokens are more than the context length of {limit}: shorten the text, "
-                "or train a model with a longer context"
-            )
-        return positions, mask
 
     def new_cache(self, batch_size: int, max_length: int) -> KVCache:
         config, weight = self.config, self.token_embedding.weight

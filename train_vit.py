@@ -55,7 +55,7 @@ def parse_args(argv=None):
     add("--heads", type=positive_int, dest="num_attention_heads", help="in place of --size's")
     add("--dropout", type=float, default=0.0)
     add("--drop-path", type=float, default=0.1, help="chance to skip a branch of the last block")
-    add("--pooling", choices=["cls", "mean"], default="cls", help="what the classifier reads")
+    add("--pooling", choices=["cls", "mean"], default="mean", help="what the classifier reads")
     add("--split-seed", type=int, default=0, help="another test part, where the data come without one")
     add("--augment", choices=list(AUGMENTATIONS), help="default: made for the data set")
     args = parser.parse_args(argv)

@@ -200,7 +200,10 @@ class ViTModel(nn.Module):
         x = self.embeddings(pixel_values, interpolate_pos_encoding)
         if trace is not None:
             trace["embeddings"] = x
-        x = self.norm(run_blocks(self.blocks, x, trace=trace, grad_checkpoint=self.grad_checkpoint))
+        # Where only CLS will be read, the last block need not work for the patches: 1/12 less work for 12 blocks.
+        cls_only = self.config.pooling == "cls" and not output_hidden_states and trace is None
+        options = {"trace": trace, "grad_checkpoint": self.grad_checkpoint, "last_queries": 1 if cls_only else None}
+        x = self.norm(run_blocks(self.blocks, x, **options))
         if trace is not None:
             trace["norm"] = x
         if output_hidden_states:

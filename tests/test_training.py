@@ -20,7 +20,7 @@ from training import EMA, Metrics, cosine_schedule, find_device, parameter_group
 from vit_scratch import ViTConfig, ViTModel
 
 ROOT = Path(__file__).resolve().parents[1]
-TINY = "--hidden-size 32 --layers 2 --heads 2 --batch-size 32 --epochs 1 --eval-every 1000".split()  # 44 steps
+TINY = "--hidden-size 32 --layers 2 --heads 2 --pooling cls --batch-size 32 --epochs 1 --eval-every 1000".split()  # 44 steps
 
 
 def train(*flags) -> str:

@@ -1,0 +1,356 @@
+"""Image data sets for classification: digits (come with the code), MNIST, Fashion-MNIST, CIFAR-10, folders of pictures.
+
+    train, test = load_images("digits")
+    train, test = load_images("cifar10")                                    # downloaded once (170 MB), or data=DIR
+    train, test = load_images("folder", data="photos.tar.gz", image_size=64)
+    batches = Batches(len(train), batch_size=64, seed=0)
+    images = train.images[next(batches)]                                    # uint8 [B, C, H, W], for augment.py
+
+Pictures stay uint8 until the batch. A folder's pictures are decoded once and then memory-mapped from the cache folder
+(~/.cache/vlm-scratch, or VLM_CACHE), so they need not fit in memory. Under torchrun let rank 0 load first.
+Axes: N pictures, C channels, H and W the picture's sides.
+"""
+
+import gzip
+import hashlib
+import http.client
+import math
+import os
+import urllib.error
+import urllib.request
+import zlib
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from image_folder import DAMAGED, cache_folder, height_width, load_folder, one_line, open_source, stratified_split
+
+
+@dataclass(frozen=True)
+class DatasetInfo:
+    classes: tuple[str, ...] | None  # None: whatever the folder holds
+    size: int | None  # side in pixels
+    channels: int
+    flip: bool  # whether a mirrored picture is still one of its class
+    base_url: str = ""
+    files: dict[str, str] = field(default_factory=dict)  # name -> checksum
+
+
+_TEN_DIGITS = tuple("0123456789")
+_IDX_NAMES = [f"{part}-{kind}-ubyte.gz" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
+# SHA-256 as recorded in tensorflow/datasets (url_checksums/) for the very same URLs.
+DATASETS = {
+    "digits": DatasetInfo(_TEN_DIGITS, 8, 1, flip=False),
+    "mnist": DatasetInfo(
+        _TEN_DIGITS, 28, 1, flip=False,
+        base_url="https://storage.googleapis.com/cvdf-datasets/mnist/",
+        files=dict(zip(_IDX_NAMES, (
+            "440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609",
+            "3552534a0a558bbed6aed32b30c495cca23d567ec52cac8be1a0730e8010255c",
+            "8d422c7b0a1c1c79245a5bcf07fe86e33eeafee792b84584aec276f5a2dbc4e6",
+            "f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6",
+        ), strict=True)),
+    ),
+    "fashion-mnist": DatasetInfo(
+        ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot"),
+        28, 1, flip=True,
+        base_url="http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
+        files=dict(zip(_IDX_NAMES, (
+            "3aede38d61863908ad78613f6a32ed271626dd12800ba2636569512369268a84",
+            "a04f17134ac03560a47e3764e11b92fc97de4d1bfaf8ba1a3aa29af54cc90845",
+            "346e55b948d973a97e58d2351dde16a484bd415d4595297633bb08f03db6a073",
+            "67da17c76eaffca5446c3361aaab5c3cd6d1c2608764d35dfb1850b086bf8dd5",
+        ), strict=True)),
+    ),
+    "cifar10": DatasetInfo(
+        ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"), 32, 3, flip=True,
+        base_url="https://www.cs.toronto.edu/~kriz/",
+        files={"cifar-10-binary.tar.gz": "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"},
+    ),
+    "folder": DatasetInfo(None, None, 3, flip=True),
+}  # fmt: skip
+
+
+@dataclass
+class ImageDataset:
+    images: torch.Tensor  # uint8 [N, C, H, W]; read-only where it is memory-mapped (a folder's pictures)
+    labels: torch.Tensor  # int64 [N]
+    classes: list[str]
+    name: str
+    skipped: list[tuple[str, str]] = field(
+        default_factory=list
+    )  # (file, reason); a folder's list lies on its train part
+    notes: list[str] = field(default_factory=list)  # other things worth saying about the folder
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def mean_std(self, limit: int = 8192) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Mean and standard deviation of each channel, on the 0..1 scale, of at most `limit` evenly spread pictures."""
+        chosen = torch.linspace(0, len(self) - 1, min(limit, len(self))).long()
+        counts = torch.zeros(self.images.shape[1], 256, dtype=torch.float64)
+        for rows in chosen.split(256):
+            for channel, values in enumerate(self.images[rows].transpose(0, 1)):
+                counts[channel] += torch.bincount(values.flatten(), minlength=256).cpu()
+        share, values = counts / counts.sum(1, keepdim=True), torch.arange(256) / 255
+        mean = (share * values).sum(1)
+        std = (share * (values - mean[:, None]) ** 2).sum(1).sqrt().clamp_min(1 / 255)  # a constant channel has none
+        return tuple(mean.tolist()), tuple(std.tolist())
+
+    def describe_skipped(self, first: int = 10) -> str:
+        """Lines to print: what a folder gave, and the first few unused files with the reason; "" if none."""
+        lines = list(self.notes)
+        if self.skipped:
+            lines.append(f"skipped {len(self.skipped)} file{'s' if len(self.skipped) > 1 else ''}:")
+            lines += [f"  {path}: {reason}" for path, reason in self.skipped[:first]]
+            if len(self.skipped) > first:
+                lines.append(f"  ... and {len(self.skipped) - first} more")
+        return "\n".join(lines)
+
+
+class Batches:
+    """Endless stream of index batches (int64 [batch_size]) over n samples, shuffled anew each epoch.
+
+    batch_size is per rank: the ranks share one shuffled order and take turns in it, so that each sample is seen once an
+    epoch by one of them. drop_last leaves out the end of the order, where it fills no batch on every rank. The order
+    depends on seed and epoch alone; after load_state_dict the stream goes on with the very batches that were to follow.
+    Raises ValueError where batches would be empty.
+    """
+
+    def __init__(self, n: int, batch_size: int, seed: int, drop_last: bool = True, rank: int = 0, world_size: int = 1):
+        self.n, self.seed, self.rank, self.world_size = n, seed, rank, world_size
+        if batch_size < 1 or not 0 <= rank < world_size:
+            raise ValueError(f"batch_size {batch_size}, rank {rank} of {world_size}: sizes start at 1, ranks at 0")
+        self.step = batch_size * world_size  # samples of all ranks together
+        self.end = n - n % self.step if drop_last else n
+        if self.end == 0:
+            raise ValueError(f"{n} samples do not fill a batch of {batch_size} on {world_size} ranks: make it smaller")
+        if 0 < self.end % self.step < world_size:
+            raise ValueError(f"the last batch of {n} samples leaves some of {world_size} ranks none: use drop_last")
+        self.epoch, self.position, self._order = 0, 0, None
+
+    def __len__(self) -> int:
+        """Batches an epoch."""
+        return -(-self.end // self.step)
+
+    def __iter__(self) -> "Batches":
+        return self
+
+    def __next__(self) -> torch.Tensor:
+        if self._order is None:
+            # Seeds an epoch apart must not repeat another run's epochs: 0 + epoch 1 is not 1 + epoch 0.
+            digest = hashlib.sha256(f"{self.seed}/{self.epoch}".encode()).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest[:6], "big"))
+            self._order = torch.randperm(self.n, generator=generator)
+        batch = self._order[self.position : min(self.position + self.step, self.end)][self.rank :: self.world_size]
+        self.position += self.step
+        if self.position >= self.end:
+            self.epoch, self.position, self._order = self.epoch + 1, 0, None
+        return batch
+
+    @property
+    def fraction(self) -> float:
+        """Epochs done so far."""
+        return self.epoch + self.position / self.end
+
+    def state_dict(self) -> dict[str, int]:
+        return {name: getattr(self, name) for name in ("n", "seed", "step", "epoch", "position")}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Raises ValueError if the state is that of other data, another seed or batch size (of all ranks together)."""
+        names = {"n": "number of samples", "seed": "seed", "step": "batch size over all ranks"}
+        for key, words in names.items():
+            if state[key] != getattr(self, key):
+                raise ValueError(
+                    f"cannot resume: the saved run has {words} {state[key]}, this one {getattr(self, key)}"
+                )
+        self.epoch, self.position, self._order = state["epoch"], state["position"], None
+
+
+# ---- files: download, the idx and CIFAR-10 formats ----
+
+
+def download(url: str, path: str | Path, checksum: str, progress: bool = True) -> Path:
+    """Fetches url to path, unless path is there. checksum: SHA-256 (64 hex digits) or MD5 (32).
+
+    What arrived stays in `path`.part, from where a later call goes on; path itself appears only when whole and checked.
+    Raises ConnectionError when it cannot be fetched, ValueError when the checksum is wrong (the part is then deleted).
+    """
+    path = Path(path)
+    if path.exists():
+        return path
+    part = path.with_name(path.name + ".part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _fetch(url, part, progress)
+    except (OSError, http.client.HTTPException) as error:
+        raise ConnectionError(
+            f"cannot download {url} ({one_line(error)}): run again to go on, "
+            "or get the file otherwise and name its folder with --data"
+        ) from None
+    digest = hashlib.new({64: "sha256", 32: "md5"}[len(checksum)])
+    with open(part, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    found = digest.hexdigest()
+    if found != checksum.lower():
+        part.unlink()
+        raise ValueError(
+            f"{url} has checksum {found}, expected {checksum}: deleted; run again, or use --data with a good copy"
+        )
+    os.replace(part, path)
+    return path
+
+
+def _fetch(url: str, part: Path, progress: bool) -> None:
+    """Appends what is missing of url to `part`, or starts over if the server does not resume."""
+    have = part.stat().st_size if part.exists() else 0
+    headers = {"User-Agent": "vlm-scratch"} | ({"Range": f"bytes={have}-"} if have else {})
+    try:
+        response = urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=30)
+    except urllib.error.HTTPError as error:
+        if error.code == 416 and have:  # nothing is left to send: the checksum tells whether the part is whole
+            return
+        raise
+    with response:
+        if response.status != 206 or not (response.headers["Content-Range"] or "").startswith(f"bytes {have}-"):
+            have = 0
+        length = response.headers["Content-Length"]
+        total = have + int(length) if length else None
+        with (
+            open(part, "ab" if have else "wb") as file,
+            tqdm(total=total, initial=have, unit="B", unit_scale=True, desc=part.stem, disable=not progress) as bar,
+        ):
+            while block := response.read(1 << 18):
+                file.write(block)
+                bar.update(len(block))
+    if total is not None and part.stat().st_size < total:
+        raise ConnectionError(f"the connection closed after {part.stat().st_size:,} of {total:,} bytes")
+
+
+def _require(name: str, file: str, data: Path | None, progress: bool) -> Path:
+    """Where `file` of data set `name` is: below --data (packed or not, also one or two folders down), or downloaded."""
+    info = DATASETS[name]
+    if data is None:
+        return download(info.base_url + file, cache_folder() / name / file, info.files[file], progress)
+    plain = file.removesuffix(".gz")
+    wanted = (file, plain, plain.replace("-idx", ".idx"))
+    patterns = [depth + spelling for depth in ("", "*/", "*/*/") for spelling in wanted]
+    found = [path for pattern in patterns for path in sorted(data.glob(pattern))]
+    if not found:
+        raise FileNotFoundError(f"--data {data} holds no {file} (nor {plain}): name the folder with {name}'s files")
+    return found[0]
+
+
+def _read_idx(path: Path, ndim: int) -> torch.Tensor:
+    """The idx format of MNIST: two zero bytes, type 8 (uint8), the rank, big-endian sizes, then the values."""
+    try:
+        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise ValueError(f"{path} is damaged ({error}): get it again") from None
+    head = 4 + 4 * ndim
+    if raw[:4] != bytes([0, 0, 8, ndim]) or len(raw) < head:
+        raise ValueError(f"{path} is no idx file of rank {ndim}: it starts with {raw[:4].hex()}")
+    shape = np.frombuffer(raw, dtype=">u4", count=ndim, offset=4).tolist()
+    values = np.frombuffer(raw, dtype=np.uint8, offset=head)
+    if len(values) != math.prod(shape):
+        raise ValueError(f"{path} holds {len(values):,} values, its header says {shape}: get it again")
+    return torch.from_numpy(values.reshape(shape).copy())
+
+
+def _load_idx(name: str, data: Path | None, progress: bool) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    tensors = [_read_idx(_require(name, file, data, progress), 3 if "images" in file else 1) for file in _IDX_NAMES]
+    pairs = [(tensors[0][:, None], tensors[1]), (tensors[2][:, None], tensors[3])]
+    for images, labels in pairs:
+        if len(images) != len(labels) or (labels > 9).any() or not len(labels):
+            raise ValueError(
+                f"{data or name}: {len(images)} pictures, {len(labels)} labels, or labels above 9: get it again"
+            )
+    return pairs
+
+
+def _load_cifar10(data: Path | None, progress: bool) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """CIFAR-10's binary version, from its archive or the unpacked folder: records of label + 3x32x32 pixels."""
+    names = [f"data_batch_{i}.bin" for i in range(1, 6)] + ["test_batch.bin"]
+    folders = [f for f in (data, data / "cifar-10-batches-bin") if (f / names[0]).exists()] if data else []
+    if folders:
+        source = folders[0]
+        blobs = {name: (source / name).read_bytes() for name in names if (source / name).exists()}
+    else:
+        source = data if data and data.is_file() else _require("cifar10", "cifar-10-binary.tar.gz", data, progress)
+        try:
+            with open_source(source) as (entries, read):
+                blobs = {Path(entry).name: read(entry) for entry in entries if Path(entry).name in names}
+        except DAMAGED as error:
+            raise ValueError(f"{source} is damaged ({one_line(error)}): get it again") from None
+    records = []
+    for name in names:
+        raw = np.frombuffer(blobs.get(name, b""), dtype=np.uint8)
+        if len(raw) == 0 or len(raw) % 3073 or raw[::3073].max() > 9:
+            hint = "expected CIFAR-10's binary version; a folder of pictures is --dataset folder"
+            raise ValueError(f"{source} has no usable {name} ({len(raw):,} bytes): {hint}")
+        records.append(raw.reshape(-1, 3073))
+    parts = [torch.from_numpy(np.concatenate(part)) for part in (records[:5], records[5:])]
+    return [(part[:, 1:].reshape(-1, 3, 32, 32).contiguous(), part[:, 0]) for part in parts]
+
+
+def _load_digits(split_seed: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    with np.load(Path(__file__).parent / "assets" / "digits.npz") as file:
+        images, labels = file["images"], file["labels"]
+    pixels = torch.from_numpy((images * (255 / 16) + 0.5).astype(np.uint8))[:, None]
+    parts = stratified_split(labels, 360, split_seed)
+    return [(pixels[part], torch.from_numpy(labels[part])) for part in parts]
+
+
+# ---- all of them ----
+
+
+def _resize(images: torch.Tensor, size: tuple[int, int] | None) -> torch.Tensor:
+    if size is None or tuple(images.shape[2:]) == size:
+        return images
+    parts = [F.interpolate(part.float(), size, mode="bilinear", antialias=True) for part in images.split(1024)]
+    return torch.cat([part.round().clamp(0, 255).to(torch.uint8) for part in parts])
+
+
+def load_images(
+    name: str,
+    data: str | Path | None = None,
+    image_size: int | tuple[int, int] | None = None,
+    split_seed: int = 0,
+    progress: bool = True,
+    workers: int | None = None,
+) -> tuple[ImageDataset, ImageDataset]:
+    """(train, test) of one of DATASETS.
+
+    data: the folder with the files of mnist, fashion-mnist or cifar10 (or its archive), which are otherwise downloaded;
+    the folder or archive of pictures for "folder". image_size: side, or (height, width), in pixels; None keeps pictures
+    as they are (a folder: see load_folder). split_seed chooses the test part where the data have none (digits, folder).
+    Raises ValueError or an OSError with one line saying what is wrong.
+    """
+    if name not in DATASETS:
+        raise ValueError(f"data set {name!r} is unknown: choose from {', '.join(DATASETS)}")
+    data = Path(data).expanduser() if data else None
+    if name == "folder":
+        if data is None:
+            raise ValueError("the data set 'folder' needs --data: a folder of class folders, or an archive of one")
+        found = load_folder(data, image_size, split_seed, progress, workers)
+        train = ImageDataset(*found.train, found.classes, data.name, found.skipped, found.notes)
+        return train, ImageDataset(*found.test, found.classes, data.name)
+    if data is not None:
+        if name == "digits":
+            raise ValueError(f"digits come with the code and take no --data (given: {data})")
+        if not data.exists():
+            raise FileNotFoundError(f"--data {data} does not exist")
+    if name == "digits":
+        parts = _load_digits(split_seed)
+    else:
+        parts = _load_cifar10(data, progress) if name == "cifar10" else _load_idx(name, data, progress)
+    classes = list(DATASETS[name].classes)
+    resized = [_resize(images, height_width(image_size)) for images, _ in parts]
+    return tuple(
+        ImageDataset(images, labels.long(), classes, name) for images, (_, labels) in zip(resized, parts, strict=True)
+    )
