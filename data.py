@@ -81,17 +81,17 @@ class ImageDataset:
     labels: torch.Tensor  # int64 [N]
     classes: list[str]
     name: str
-    skipped: list[tuple[str, str]] = field(
-        default_factory=list
-    )  # (file, reason); a folder's list lies on its train part
-    notes: list[str] = field(default_factory=list)  # other things worth saying about the folder
+    # Of a folder, on its train part: (file, reason) of those not used, and what else is worth saying.
+    skipped: list[tuple[str, str]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def mean_std(self, limit: int = 8192) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Mean and standard deviation of each channel, on the 0..1 scale, of at most `limit` evenly spread pictures."""
-        chosen = torch.linspace(0, len(self) - 1, min(limit, len(self))).long()
+        count = min(limit, len(self))
+        chosen = torch.arange(count) * len(self) // count
         counts = torch.zeros(self.images.shape[1], 256, dtype=torch.float64)
         for rows in chosen.split(256):
             for channel, values in enumerate(self.images[rows].transpose(0, 1)):

@@ -249,6 +249,19 @@ def kernel_shares_heads(q, k, v, mask, dropout_p, causal) -> bool:
     return torch.backends.cuda.can_use_flash_attention(params)
 
 
+def side_by_side(x: torch.Tensor, *layers: nn.Module) -> Sequence[torch.Tensor]:
+    """[layer(x) for layer in layers]: linear layers that read the same input. Where arrange_for_decoding has laid their
+    weights side by side, one matrix product does for all."""
+    first = layers[0]
+    if torch.is_grad_enabled() or not all(type(layer) is nn.Linear and layer.bias is None for layer in layers):
+        return [layer(x) for layer in layers]
+    sizes, weights = [layer.out_features for layer in layers], [layer.weight for layer in layers]
+    places = [w.data_ptr() - weights[0].data_ptr() for w in weights]
+    if weights[0].stride() != (1, sum(sizes)) or places != [sum(sizes[:i]) * weights[0].element_size() for i in range(len(sizes))]:
+        return [layer(x) for layer in layers]
+    return F.linear(x, weights[0].as_strided((sum(sizes), first.in_features), (1, sum(sizes)))).split(sizes, dim=-1)
+
+
 class GroupQueryAttention(nn.Module):
     """Attention whose query heads share keys and values in groups (Ainslie et al. 2023): a smaller cache, little loss."""
 
@@ -262,14 +275,14 @@ class GroupQueryAttention(nn.Module):
         self.v_proj = nn.Linear(D, config.n_kv_groups * self.head_dim, bias=bias)
         self.o_proj = nn.Linear(config.n_heads * self.head_dim, D, bias=bias)
 
-    def heads(self, proj: nn.Module, x: torch.Tensor) -> torch.Tensor:
-        """proj(x), x [B, T, D] -> [B, heads, T, head_dim]."""
-        return proj(x).view(*x.shape[:2], -1, self.head_dim).transpose(1, 2)
+    def heads(self, x: torch.Tensor) -> torch.Tensor:
+        """[B, T, heads * head_dim] -> [B, heads, T, head_dim]."""
+        return x.view(x.shape[0], x.shape[1], -1, self.head_dim).transpose(1, 2)
 
     def forward(self, x, rope, mask=None, cache=None, layer=0, trace=None):
         """x [B, T, D] -> [B, T, D]. mask: bool [B, 1, T, S], or None for the plain causal one (T = S, or T = 1)."""
-        q, k, v = rotate(self.heads(self.q_proj, x), *rope), self.heads(self.k_proj, x), self.heads(self.v_proj, x)
-        k = rotate(k, *rope)
+        q, k, v = (self.heads(y) for y in side_by_side(x, self.q_proj, self.k_proj, self.v_proj))
+        q, k = rotate(q, *rope), rotate(k, *rope)
         if cache is not None:
             k, v = cache.write(layer, k, v)
         return self.attend(q, k, v, mask, mask is None and x.shape[1] > 1, trace, f"layers.{layer}.attention")
@@ -307,8 +320,8 @@ class FeedForward(nn.Module):
         self.dropout = config.dropout
 
     def forward(self, x):
-        x = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-        return F.dropout(x, self.dropout, self.training)
+        gate, up = side_by_side(x, self.gate_proj, self.up_proj)
+        return F.dropout(self.down_proj(F.silu(gate) * up), self.dropout, self.training)
 
 
 class TransformerBlock(nn.Module):
@@ -339,13 +352,13 @@ class GatedCrossAttention(nn.Module):
     def keys_and_values(self, features):
         """Image features [B, S, D] -> k and v [B, KV heads, S, head_dim]; they have no positions, so they stay as they are."""
         attn = self.cross_attn
-        return attn.heads(attn.k_proj, features), attn.heads(attn.v_proj, features)
+        return attn.heads(attn.k_proj(features)), attn.heads(attn.v_proj(features))
 
     def forward(self, x, k, v, visible, layer=0, trace=None):
         """x [B, T, D]; visible: bool [B, T, S], which image features each token sees. One that sees none stays as it is."""
         sees = visible.any(dim=-1, keepdim=True)
         mask = (visible | ~sees)[:, None]  # a softmax over nothing is NaN
-        q = self.cross_attn.heads(self.cross_attn.q_proj, self.input_layernorm(x))
+        q = self.cross_attn.heads(self.cross_attn.q_proj(self.input_layernorm(x)))
         y = self.cross_attn.attend(q, k, v, mask, False, trace, f"cross_layers.{layer}.attention")
         x = x + self.attn_gate.tanh() * y * sees
         x = x + self.mlp_gate.tanh() * self.mlp(self.post_attention_layernorm(x)) * sees
@@ -567,16 +580,7 @@ class Llama3ForCausalLM(nn.Module):
             config.n_layers, batch_size, config.n_kv_groups, max_length, config.head_dim, weight.dtype, weight.device
         )
 
-    @torch.no_grad()
-    def arrange_for_decoding(self) -> "Llama3ForCausalLM":
-        """Store matrices with more rows than columns (head, gate, up) column by column: the same weights and shapes, but a
-        CPU then reads them up to twice as fast for one token at a time. Undone by anything that copies weights."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear) and module.out_features > module.in_features:
-                module.weight.data = module.weight.data.t().contiguous().t()
-        return self
-
-    @torch.no_grad()
+    @torch.inference_mode()
     def stream(self, input_ids, max_new_tokens: int, attention_mask=None, prefill=None, **sampling) -> Iterator[list[int | None]]:
         """Yield the next token of every prompt as soon as it is there; None for a row that has stopped. See `gpt.decode`.
         prefill: what reads the prompt, if not this model itself."""
@@ -597,6 +601,27 @@ class Llama3ForCausalLM(nn.Module):
         """Continue every prompt (a list of id lists of any lengths, or a tensor [B, T], with attention_mask [B, T] where it
         holds padding): the new ids, row by row. sampling: temperature, top_k, ..., stop_tokens; see `gpt.decode`."""
         return collect(self.stream(input_ids, max_new_tokens, attention_mask, **sampling), len(input_ids))
+
+
+@torch.no_grad()
+def arrange_for_decoding(module: nn.Module) -> nn.Module:
+    """Lay out the weights as a CPU reads them fastest for one token at a time: q, k and v side by side, gate and up side by
+    side, head column by column. Same values, shapes and names; undone by anything that copies the weights."""
+
+    def lay_out(*layers):
+        if all(type(layer) is nn.Linear and layer.bias is None for layer in layers):
+            block = torch.cat([layer.weight.t() for layer in layers], dim=1)  # [in, all out]
+            for layer, part in zip(layers, block.split([layer.out_features for layer in layers], dim=1), strict=True):
+                layer.weight.data = part.t()
+
+    for part in module.modules():
+        if isinstance(part, GroupQueryAttention):
+            lay_out(part.q_proj, part.k_proj, part.v_proj)
+        elif isinstance(part, FeedForward):
+            lay_out(part.gate_proj, part.up_proj)
+        elif isinstance(part, Llama3ForCausalLM):
+            lay_out(part.lm_head)
+    return module
 
 
 # ---- LoRA: learn a small correction to a frozen matrix -------------------------------------------------------------------

@@ -410,7 +410,7 @@ class BPETokenizer:
 
     def __init__(self, spec: dict, config: dict | None = None, source="tokenizer.json"):
         self._vocab, merges = _read_model(spec, source)
-        self._spec, self._added, config = spec, {}, config or {}
+        self._spec, self._added, self._finders, config = spec, {}, {}, config or {}
         self._token_of = {i: token for token, i in self._vocab.items()}
         slow = [entry | {"id": int(i)} for i, entry in config.get("added_tokens_decoder", {}).items()]
         for entry in [*spec.get("added_tokens", ()), *slow]:
@@ -493,7 +493,7 @@ class BPETokenizer:
         """Learn a vocabulary of special tokens (ids from 0), the 256 bytes and merges, in this order.
 
         corpus: a text, a path (os.PathLike) of a UTF-8 file, or an iterable of both. pattern: a name in PRE_TOKENIZERS
-        or a regex. The first special token that is known to end a turn or a text becomes eos_token and pad_token.
+        or a regex. eos_token and pad_token become the special token known to end a turn, or else a text.
         Raises ValueError if vocab_size does not hold bytes and special tokens, or is more than the corpus can give.
         """
         special = list(dict.fromkeys(special_tokens))
@@ -508,7 +508,7 @@ class BPETokenizer:
             words.update(cutter._pieces(text))
         spelled = Counter({"".join(map(CHAR_OF.__getitem__, piece)): n for piece, n in words.items()})
         merges = [list(pair) for pair in _learn_merges(spelled, names, vocab_size)]
-        ends = [token for token in special if token in ("<|im_end|>", "<|eot_id|>", "<|endoftext|>")]
+        ends = [end for end in ("<|im_end|>", "<|eot_id|>", "<|endoftext|>", "<|end_of_text|>") if end in special]
         spec = _make_spec({name: i for i, name in enumerate(names)}, merges, pattern, added)
         return cls(spec, {"eos_token": ends[0], "pad_token": ends[0]} if ends else {}, "train")
 

@@ -71,7 +71,11 @@ def parse_args(argv=None):
 
 
 def load_data(args, run: Run) -> tuple[ImageDataset, ImageDataset]:
+    if not run.is_main:
+        run.barrier()  # rank 0 downloads and decodes first; the others then find it done
     train, test = load_images(args.dataset, args.data, args.image_size, args.split_seed, run.is_main, args.workers)
+    if run.is_main:
+        run.barrier()
     if words := train.describe_skipped():
         run.print(words)
     if train.images.nbytes + test.images.nbytes < 2**30:  # then a GPU can hold them, and no batch need be copied to it
