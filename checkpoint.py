@@ -1,27 +1,38 @@
 """Weights in and out: published checkpoints become our modules, what we train becomes a folder that others open.
 
-    model = from_pretrained("runs/vit")           # a run folder, a Hugging Face folder, or a hub name
-    save_pretrained(model, "my-vit")              # config.json + model.safetensors, which transformers opens
+    model = from_pretrained("runs/vlm")             # a run folder, a Hugging Face folder, a .gguf file, or a hub name
+    save_pretrained(model, "my-vlm")                # config.json + model.safetensors, which transformers opens
+    save_lora(model, "my-lora"), load_lora(model, "my-lora")      # adapters as PEFT keeps them
+    python checkpoint.py show SOURCE                # its tensors as a tree, parameters by part
+    python checkpoint.py convert SOURCE FOLDER --dtype fp16
 
-Loading is a name map plus set algebra: each of our parameters says which published tensors it is made of (the maps stand
-at the end of this file), every shape is checked, and a tensor that is missing, left over or misshapen is an error that
+Loading is a name map plus set algebra: each of our parameters says which published tensors it is made of (the maps are
+in layouts.py), every shape is checked, and a tensor that is missing, left over or misshapen is an error that
 names it. Nothing is skipped and nothing is unpickled: weights are safetensors. `save_state` and `load_state` keep what a
 run needs to go on exactly where it stopped.
+
+Models that no published layout can hold are saved in our own: model_type ends in "_scratch", config.json holds our settings,
+the tensors have our names, and transformers refuses it instead of misreading it.
 """
 
+import argparse
+import itertools
 import json
+import math
 import os
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+import re
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn as nn
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from gpt import GPT, GPTConfig
-from vit_scratch import ViTConfig, ViTModel
+from layouts import LAYOUTS, TOKEN_IDS, Layout, Name, renamed
+from model import Linear_LORA, convert_linears_to_lora
 
 # ---- files -----------------------------------------------------------------------------------------------------------
 
@@ -53,18 +64,22 @@ def read_json(path: Path | str) -> dict:
     return value
 
 
-def read_safetensors(folder: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a folder: model.safetensors, or the shards that model.safetensors.index.json lists."""
+def safetensors_files(folder: Path) -> list[Path]:
+    """model.safetensors, or the shards that model.safetensors.index.json lists."""
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.exists():
-        files = [single]
-    elif index.exists():
-        names = sorted(set(read_json(index).get("weight_map", {}).values()))
-        if not names or any(Path(name).name != name for name in names):
-            raise ValueError(f"{index} lists no usable shards: it may be damaged, get it again")
-        files = [folder / name for name in names]
-    else:
+        return [single]
+    if not index.exists():
         raise FileNotFoundError(f"{folder} has no model.safetensors: is it a checkpoint folder with safetensors weights?")
+    names = sorted(set(read_json(index).get("weight_map", {}).values()))
+    if not names or any(Path(name).name != name for name in names):
+        raise ValueError(f"{index} lists no usable shards: it may be damaged, get it again")
+    if missing := [name for name in names if not (folder / name).exists()]:
+        raise FileNotFoundError(f"{folder} lacks {shorten(missing)}, which its index lists: get it again")
+    return [folder / name for name in names]
+
+
+def read_safetensors(files: Iterable[Path]) -> dict[str, torch.Tensor]:
     tensors: dict[str, torch.Tensor] = {}
     for file in files:
         try:
@@ -74,13 +89,40 @@ def read_safetensors(folder: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def find_folder(source: str | Path) -> Path:
-    """A folder on this disk, or a hub name, fetched with huggingface_hub when that is installed."""
-    folder = Path(source)
-    if folder.is_dir():
-        return folder
-    if folder.exists():
-        raise ValueError(f"{source} is a file: give the folder that holds config.json and model.safetensors")
+def write_safetensors(folder: Path, tensors: dict[str, torch.Tensor], max_shard_bytes: float) -> None:
+    """model.safetensors or, above max_shard_bytes, shards and their index. An old index goes first and a new one comes last:
+    whatever kills the process, nobody reads the shards of two models as one."""
+    shards, size = [{}], 0
+    for name, tensor in tensors.items():
+        if shards[-1] and size + tensor.nbytes > max_shard_bytes:
+            shards, size = [*shards, {}], 0
+        shards[-1][name] = tensor
+        size += tensor.nbytes
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    files = [folder / f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
+    files = files if len(shards) > 1 else [single]
+    if len(shards) > 1:
+        index.unlink(missing_ok=True)
+    for file, shard in zip(files, shards, strict=True):
+        write_atomic(file, lambda tmp, shard=shard: save_file(shard, tmp, metadata={"format": "pt"}))
+    if len(shards) > 1:
+        where = {name: file.name for file, shard in zip(files, shards, strict=True) for name in shard}
+        write_json(index, {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())}, "weight_map": where})
+    else:
+        index.unlink(missing_ok=True)
+    for old in {single, *folder.glob("model-?????-of-?????.safetensors")} - set(files):
+        old.unlink(missing_ok=True)
+
+
+def find_source(source: str | Path) -> Path:
+    """A folder or .gguf file on this disk, or a hub name, fetched with huggingface_hub when that is installed."""
+    path = Path(source)
+    if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
+        return path
+    if path.exists():
+        raise ValueError(f"{source} is a file: give the folder that holds config.json and model.safetensors, or a .gguf file")
+    if path.suffix == ".gguf":
+        raise FileNotFoundError(f"there is no file {source}")
     if str(source).count("/") > 1 or str(source).startswith((".", "~", "/")):
         raise FileNotFoundError(f"there is no folder {source}")
     try:
@@ -96,58 +138,120 @@ def find_folder(source: str | Path) -> Path:
         raise FileNotFoundError(f"there is no folder {source}, and the hub did not give it ({reason})") from None
 
 
+def open_source(path: Path) -> tuple[dict, Callable[[torch.dtype | None], dict[str, torch.Tensor]]]:
+    """config.json, or what it would say for a .gguf file, and a function that reads the tensors."""
+    if path.suffix == ".gguf":
+        from gguf_file import GGUFFile
+
+        file = GGUFFile(path)
+        return file.config(), file.tensors
+    if not (path / "config.json").exists():
+        raise FileNotFoundError(f"{path} has no config.json: is it a checkpoint folder?")
+    return read_json(path / "config.json"), lambda dtype: read_safetensors(safetensors_files(path))
+
+
 # ---- load and save ---------------------------------------------------------------------------------------------------
 
 
-def from_pretrained(source: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> nn.Module:
+def from_pretrained(
+    source: str | Path, dtype: torch.dtype | None = torch.float32, device: str | torch.device = "cpu"
+) -> nn.Module:
     """A checkpoint as one of our modules, in eval mode, with its `.config`.
 
-    source: a run folder, a folder with config.json and safetensors, or a hub name. config.json's model_type decides which
-    module it is. Raises ValueError or FileNotFoundError, in one line, for anything that does not fit.
+    source: a run folder, a folder with config.json and safetensors, a LLaMA's .gguf file, or a hub name. config.json's
+    model_type decides which module it is. dtype None: as stored (quantised .gguf tensors: fp32). Raises ValueError or
+    FileNotFoundError, in one line, for anything that does not fit.
     """
-    folder = find_folder(source)
-    if not (folder / "config.json").exists():
-        raise FileNotFoundError(f"{folder} has no config.json: is it a checkpoint folder?")
-    published = read_json(folder / "config.json")
-    layout = LAYOUTS.get(published.get("model_type"))
+    path = find_source(source)
+    return build(path, *open_source(path), dtype).to(device).eval()
+
+
+def build(path: Path, published: dict, read_tensors: Callable, dtype: torch.dtype | None) -> nn.Module:
+    kind = published.get("model_type")
+    layout = LAYOUTS.get(kind) if isinstance(kind, str) else None
+    where = path if path.suffix == ".gguf" else path / "config.json"
     if layout is None:
-        raise ValueError(
-            f"{folder}/config.json has model_type {published.get('model_type')!r}: known are {', '.join(LAYOUTS)}"
-        )
+        raise ValueError(f"{where} has model_type {kind!r}: known are {', '.join(LAYOUTS)}")
+    if quantised := published.get("quantization_config"):
+        raise ValueError(f"{where}: the weights are quantised ({shorten([str(quantised)])}): get them in full precision")
     try:
         config = layout.read_config(published)
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{folder}/config.json does not describe a {published['model_type']}: {error}") from None
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"{where} does not describe a {kind}: {error}") from None
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
     with torch.device("meta"):
         model = layout.model(config)
-    load_tensors(model, layout.clean(read_safetensors(folder)), layout.names(config), str(folder), dtype)
-    return model.to(device).eval()
+    load_tensors(model, layout.clean(read_tensors(dtype)), layout.names(model), str(path), dtype)
+    return model
 
 
-def save_pretrained(model: nn.Module, folder: str | Path, **extra_config) -> None:
-    """Write config.json and model.safetensors in the published layout, each atomically. extra_config goes into config.json."""
-    layout = next((layout for layout in LAYOUTS.values() if layout.can_save(model)), None)
-    if layout is None:
-        raise ValueError(f"{type(model).__name__} has no published layout to be saved in")
+def save_pretrained(
+    model: nn.Module,
+    folder: str | Path,
+    layout: str | None = None,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: float = 5e9,
+    **extra_config,
+) -> str:
+    """Write config.json and the weights, each file atomically; the model_type written is returned.
+
+    layout: None for a published one where the model fits one and our own elsewhere; "published", or a model_type, to be told
+    (ValueError) why it does not fit. dtype: None keeps the model's. LoRA layers are written merged; the model stays as it
+    is. extra_config goes into config.json, token ids (bos_token_id, ...) to where transformers looks for them.
+    """
+    kind, chosen = choose_layout(model, layout)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = published_tensors(model, layout.names(model.config))
-    write_atomic(folder / "model.safetensors", lambda tmp: save_file(tensors, tmp, metadata={"format": "pt"}))
-    write_json(folder / "config.json", {**layout.write_config(model.config), **extra_config})
+    with torch.device("meta"):
+        names = chosen.names(chosen.model(model.config))
+    tensors = published_tensors(plain_state(model), names, dtype)
+    stored = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
+    config = {"model_type": kind, **chosen.write_config(model.config), "dtype": stored}
+    text = config.get("text_config", config) if is_published(kind) else config
+    text.update({key: extra_config.pop(key) for key in TOKEN_IDS if key in extra_config})
+    write_safetensors(folder, tensors, max_shard_bytes)
+    write_json(folder / "config.json", {**config, **extra_config})
+    return kind
 
 
-@dataclass(frozen=True)
-class Name:
-    """Where one of our parameters comes from. Several published names: their tensors, stacked along the first axis."""
-
-    ours: str
-    theirs: tuple[str, ...]
-    transpose: bool = False  # GPT-2's files keep linear layers as [in, out]
+def is_published(kind: str) -> bool:
+    return not kind.endswith("_scratch")
 
 
-def load_tensors(model, tensors, names: Iterable[Name], source: str, dtype: torch.dtype) -> None:
+def choose_layout(model: nn.Module, wanted: str | None) -> tuple[str, Layout]:
+    """The first layout that fits, of those for this kind of model and of the wanted sort. See save_pretrained."""
+    kinds = [kind for kind, layout in LAYOUTS.items() if isinstance(model, layout.model)]
+    if not kinds:
+        raise ValueError(f"{type(model).__name__} has no layout to be saved in")
+    if wanted == "published":
+        kinds = [kind for kind in kinds if is_published(kind)]
+    elif wanted is not None:
+        if wanted not in kinds:
+            raise ValueError(f"{type(model).__name__} is never a {wanted!r}: choose published, {', '.join(kinds)}")
+        kinds = [wanted]
+    reasons: dict[str, list[str]] = {}
+    for kind in kinds:
+        reason = LAYOUTS[kind].misfit(model.config)
+        if not reason:
+            return kind, LAYOUTS[kind]
+        reasons.setdefault(reason, []).append(kind)
+    why = "; ".join(f"{' and '.join(which)}: {reason}" for reason, which in reasons.items())
+    raise ValueError(f"this {type(model).__name__} does not fit the published layout ({why})")
+
+
+def load_tensors(
+    model, tensors: dict[str, torch.Tensor], names: Iterable[Name], source: str, dtype: torch.dtype | None
+) -> None:
     """Fill every parameter of a model made on the meta device, or raise ValueError listing what does not fit."""
-    names = list(names)
+    names, tensors = list(names), dict(tensors)
+    for name in names:
+        again, once = tensors.pop(name.repeat, None), tensors.get(name.theirs[0])
+        if again is not None and once is not None and (again.shape != once.shape or bool((again != once).any())):
+            raise ValueError(
+                f"{source}: {name.repeat} differs from {name.theirs[0]}, though config.json says that they are tied: "
+                "set tie_word_embeddings to false there"
+            )
     wanted = {theirs for name in names for theirs in name.theirs}
     missing, left_over = sorted(wanted - tensors.keys()), sorted(tensors.keys() - wanted)
     if missing or left_over:
@@ -163,7 +267,9 @@ def load_tensors(model, tensors, names: Iterable[Name], source: str, dtype: torc
             found = " + ".join(str(list(tensors[theirs].shape)) for theirs in name.theirs)
             raise ValueError(f"{source}: {', '.join(name.theirs)} is {found}, which does not make {name.ours} {list(shape)}")
         tensor = torch.cat(parts) if len(parts) > 1 else parts[0]
-        state[name.ours] = tensor.to(dtype).contiguous()
+        if not tensor.is_floating_point():
+            raise ValueError(f"{source}: {', '.join(name.theirs)} is {tensor.dtype}, which is no weight: is it quantised?")
+        state[name.ours] = tensor.to(dtype or tensor.dtype).contiguous()
     model.load_state_dict(state, assign=True)
     if hasattr(model, "tie_weights"):
         model.tie_weights()
@@ -171,17 +277,152 @@ def load_tensors(model, tensors, names: Iterable[Name], source: str, dtype: torc
         parameter.requires_grad_(True)
 
 
-def published_tensors(model: nn.Module, names: Iterable[Name]) -> dict[str, torch.Tensor]:
+def plain_state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The state of the model without LoRA that computes the same."""
+    state = model.state_dict()
+    for prefix, layer in lora_layers(model).items():
+        if not getattr(getattr(layer.base, "weight", None), "dtype", torch.int8).is_floating_point:
+            raise ValueError(f"{prefix} is a {type(layer.base).__name__}, too coarse to merge LoRA into: use save_lora")
+        bias = state.get(f"{prefix}.base.bias")
+        state = {name: tensor for name, tensor in state.items() if not name.startswith(f"{prefix}.")}
+        state |= {f"{prefix}.weight": layer.weight} | ({} if bias is None else {f"{prefix}.bias": bias})
+    return state
+
+
+def published_tensors(
+    state: dict[str, torch.Tensor], names: Iterable[Name], dtype: torch.dtype | None = None
+) -> dict[str, torch.Tensor]:
     """Our parameters under their published names: load_tensors backwards."""
-    state, tensors = model.state_dict(), {}
+    tensors = {}
     for name in names:
-        for theirs, part in zip(name.theirs, state[name.ours].detach().cpu().chunk(len(name.theirs)), strict=True):
-            tensors[theirs] = (part.T if name.transpose else part).contiguous().clone()
+        if name.ours not in state:
+            raise ValueError(f"the model has no plain {name.ours} to save: are its weights quantised or its layers replaced?")
+        if name.repeat is None:
+            whole = state[name.ours].detach().cpu()
+            for theirs, part in zip(name.theirs, whole.chunk(len(name.theirs)), strict=True):
+                tensors[theirs] = (part.T if name.transpose else part).to(dtype or part.dtype, copy=True).contiguous()
     return tensors
 
 
 def shorten(names: list[str], most: int = 6) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+# ---- LoRA adapters, in PEFT's layout -----------------------------------------------------------------------------------
+
+# What else PEFT can put into an adapter, which Linear_LORA does not compute.
+NOT_LORA = ("use_dora", "use_qalora", "use_bdlora", "lora_bias", "alora_invocation_tokens", "modules_to_save")
+NOT_LORA += ("trainable_token_indices", "target_parameters", "layer_replication")
+
+
+def lora_layers(model: nn.Module) -> dict[str, Linear_LORA]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, Linear_LORA)}
+
+
+def adapter_layout(model: nn.Module) -> tuple[str, Layout]:
+    kind, layout = choose_layout(model, None)
+    if layout.modules is None:
+        raise ValueError(f"LoRA adapters of a {type(model).__name__} have no layout: only those of LLaMA and VLMs do")
+    return kind, layout
+
+
+def save_lora(model: nn.Module, folder: str | Path, base: str | None = None) -> None:
+    """Write the LoRA layers alone: adapter_model.safetensors, then adapter_config.json, which PeftModel.from_pretrained opens
+    on the published model. base: where that is (a folder or hub name), for those who open the adapter without naming it.
+    Raises ValueError for a model without LoRA layers."""
+    kind, layout = adapter_layout(model)
+    layers = {renamed(name, layout.modules): layer for name, layer in lora_layers(model).items()}
+    if not layers:
+        raise ValueError("the model has no LoRA layers to save: convert_linears_to_lora makes them")
+    tensors, ranks, alphas = {}, {}, {}
+    for path, layer in layers.items():
+        for letter, tensor in (("A", layer.lora_a), ("B", layer.lora_b)):
+            tensors[f"base_model.model.{path}.lora_{letter}.weight"] = tensor.detach().cpu().contiguous()
+        ranks[path], alphas[path] = len(layer.lora_a), layer.scaling * len(layer.lora_a)
+    rank, alpha = next(iter(ranks.values())), next(iter(alphas.values()))
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM" if kind == "llama" else None,
+        "base_model_name_or_path": None if base is None else str(base),
+        "r": rank,
+        "lora_alpha": alpha,
+        "lora_dropout": next(iter(layers.values())).dropout,
+        "rank_pattern": {path: r for path, r in ranks.items() if r != rank},
+        "alpha_pattern": {path: a for path, a in alphas.items() if a != alpha},
+        "target_modules": list(layers),
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+    }
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomic(folder / "adapter_model.safetensors", lambda tmp: save_file(tensors, tmp, metadata={"format": "pt"}))
+    write_json(folder / "adapter_config.json", config)
+
+
+def load_lora(model: nn.Module, folder: str | Path) -> list[str]:
+    """Wrap the layers that an adapter of save_lora or PEFT names in Linear_LORA, in place, and fill them; their names are
+    returned. Raises ValueError for an adapter that is no plain LoRA, does not fit the model, or is one too many."""
+    folder = Path(folder)
+    config = read_adapter_config(folder)
+    if lora_layers(model):
+        raise ValueError("the model has LoRA layers already: merge_lora them, or load the adapter into a fresh model")
+    _, layout = adapter_layout(model)
+    pairs = read_adapter(model, layout, folder / "adapter_model.safetensors")
+    alike: dict[tuple, list[str]] = {}
+    for name, (a, b) in pairs.items():
+        layer = model.get_submodule(name)
+        expected = (getattr(layer, "out_features", None), len(a), len(a), getattr(layer, "in_features", None))
+        if (*b.shape, *a.shape) != expected:
+            raise ValueError(f"{folder}: {name} has LoRA matrices {list(b.shape)} x {list(a.shape)}, made for another layer")
+        path = renamed(name, layout.modules)
+        special = (value for key, value in config["alpha_pattern"].items() if re.match(rf"(.*\.)?({key})$", path))
+        alpha = next(special, config["lora_alpha"]) * (len(a) ** 0.5 if config.get("use_rslora") else 1)
+        alike.setdefault((len(a), alpha), []).append(name)
+    for (rank, alpha), names in alike.items():
+        convert_linears_to_lora(model, rank, alpha, config["lora_dropout"], "|".join(map(re.escape, names)))
+    for name, (a, b) in pairs.items():
+        layer = model.get_submodule(name)
+        with torch.no_grad():
+            layer.lora_a.copy_(a)
+            layer.lora_b.copy_(b)
+    return list(pairs)
+
+
+def read_adapter_config(folder: Path) -> dict:
+    """adapter_config.json, checked to be that of plain LoRA."""
+    if not (folder / "adapter_config.json").exists():
+        raise FileNotFoundError(f"{folder} has no adapter_config.json: is it a LoRA adapter?")
+    config = {"lora_alpha": 8, "lora_dropout": 0.0, "alpha_pattern": {}, **read_json(folder / "adapter_config.json")}
+    if config.get("peft_type") != "LORA":
+        raise ValueError(f"{folder} is an adapter of type {config.get('peft_type')!r}: only LORA is implemented")
+    extra = [key for key in NOT_LORA if config.get(key)] + (["bias"] if config.get("bias", "none") != "none" else [])
+    if extra:
+        raise ValueError(f"{folder} is LoRA with {', '.join(extra)}, which Linear_LORA does not compute")
+    return config
+
+
+def read_adapter(model: nn.Module, layout: Layout, file: Path) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """{name of our layer: (A, B)}, whichever spelling the file has."""
+    if not file.exists():
+        raise FileNotFoundError(f"there is no {file}: save the adapter as safetensors")
+    with torch.device("meta"):
+        ours = {name.theirs[0]: name.ours for name in layout.names(layout.model(model.config)) if name.repeat is None}
+    found: dict[str, dict[str, torch.Tensor]] = {}
+    strange = []
+    for key, tensor in read_safetensors([file]).items():
+        match = re.fullmatch(r"base_model\.model\.(.+)\.lora_([AB])\.weight", key)
+        spelled = layout.clean({f"{match[1]}.weight": tensor}) if match else {}
+        name = ours.get(next(iter(spelled), None))
+        if name is None:
+            strange.append(key)
+        else:
+            found.setdefault(name.removesuffix(".weight"), {})[match[2]] = tensor
+    halves = [name for name, pair in found.items() if len(pair) < 2]
+    if strange or halves:
+        wrong = {"no LoRA of a layer of the model": sorted(strange), "only one of two matrices": halves}
+        raise ValueError(f"{file}: " + "; ".join(f"{what}: {shorten(which)}" for what, which in wrong.items() if which))
+    return {name: (pair["A"], pair["B"]) for name, pair in found.items()}
 
 
 # ---- the state of a run ----------------------------------------------------------------------------------------------
@@ -202,180 +443,110 @@ def load_state(run: str | Path) -> dict:
         raise ValueError(f"{path} is damaged ({str(error).splitlines()[0]}): start again without --resume") from None
 
 
-# ---- the published layouts: config.json and name maps ------------------------------------------------------------------
+# ---- command line ----------------------------------------------------------------------------------------------------
+
+# What stands beside the weights and goes along when a folder is converted.
+COMPANIONS = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
+    *("vocab.json", "merges.txt", "encoder.json", "vocab.bpe"),
+    *("preprocessor_config.json", "processor_config.json", "generation_config.json"),
+)
+KEPT = (*TOKEN_IDS, "id2label", "label2id")  # entries of config.json that our configs do not hold
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-@dataclass(frozen=True)
-class Layout:
-    model: type[nn.Module]
-    read_config: Callable[[dict], object]
-    write_config: Callable[[object], dict]
-    names: Callable[[object], list[Name]]
-    clean: Callable[[dict], dict] = lambda tensors: tensors  # drops what is no parameter, undoes spellings
-    can_save: Callable[[nn.Module], bool] = lambda model: False
+def convert(source: str, folder: str | Path, dtype: torch.dtype | None = None) -> str:
+    """Read a checkpoint and write it as a folder, with its tokenizer; the model_type written is returned."""
+    path, folder = find_source(source), Path(folder)
+    published, read_tensors = open_source(path)
+    model = build(path, published, read_tensors, dtype)
+    if path.suffix == ".gguf":
+        from tokenizer import BPETokenizer
+
+        BPETokenizer.from_pretrained(path).save_pretrained(folder)
+    known = {**(published.get("text_config") or {}), **published}
+    kind = save_pretrained(model, folder, **{key: known[key] for key in KEPT if key in known})
+    for name in COMPANIONS:
+        if (path / name).is_file() and not (folder / name).exists():
+            write_atomic(folder / name, partial(shutil.copyfile, path / name))
+    return kind
 
 
-ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
+def list_tensors(path: Path) -> list[tuple[str, tuple[int, ...], str]]:
+    """(name, shape, type) of every tensor, from the headers of the files: no weights are read."""
+    if path.suffix == ".gguf":
+        from gguf_file import GGUFFile
+
+        return GGUFFile(path).list_tensors()
+    found = []
+    for file in safetensors_files(path):
+        try:
+            with safe_open(file, framework="pt") as opened:
+                parts = {name: opened.get_slice(name) for name in opened.keys()}
+                found += [(name, tuple(part.get_shape()), part.get_dtype()) for name, part in parts.items()]
+        except SafetensorError as error:
+            raise ValueError(f"{file} is not a valid safetensors file ({error}): it may be damaged, get it again") from None
+    return found
 
 
-def activation(published: str) -> str:
-    if published not in ACTIVATIONS:
-        raise ValueError(f"the activation {published!r} is not implemented: known are {', '.join(ACTIVATIONS)}")
-    return ACTIVATIONS[published]
+def show(source: str) -> Iterator[str]:
+    """The lines of a checkpoint's tree: parts with their parameters, tensors with shape and type, layers that are alike in
+    one."""
+    path = find_source(source)
+    tensors = list_tensors(path)
+    tree: dict = {}
+    for name, shape, kind in tensors:
+        *parents, leaf = name.split(".")
+        node = tree
+        for part in parents:
+            node = node.setdefault(f"{part}.", {})
+        node[leaf] = (shape, kind)
+    yield f"{source}: {count_parameters(tree):,} parameters in {len(tensors)} tensors"
+    yield from tree_lines(tree, "  ")
 
 
-def block_names(ours: str, theirs: str, parts: dict[str, str | tuple[str, ...]], transpose: bool = False) -> list[Name]:
-    """Weight and bias of the parts of one block: {our part: their part, or the parts it is stacked from}."""
-    names = []
-    for our_part, their_parts in parts.items():
-        their_parts = (their_parts,) if isinstance(their_parts, str) else their_parts
-        for kind in ("weight", "bias"):
-            flip = transpose and kind == "weight" and "norm" not in our_part
-            names.append(Name(f"{ours}.{our_part}.{kind}", tuple(f"{theirs}.{p}.{kind}" for p in their_parts), flip))
-    return names
+def count_parameters(node) -> int:
+    return sum(map(count_parameters, node.values())) if isinstance(node, dict) else math.prod(node[0])
 
 
-def read_gpt2_config(published: dict) -> GPTConfig:
-    for key in ("scale_attn_by_inverse_layer_idx", "add_cross_attention"):
-        if published.get(key):
-            raise ValueError(f"this GPT-2 has {key} set, which gpt.py does not implement")
-    if published.get("tie_word_embeddings") is False:
-        raise ValueError("this GPT-2 has an untied head, which gpt.py does not implement")
-    return GPTConfig(
-        vocab_size=published["vocab_size"],
-        context_length=published["n_positions"],
-        hidden_size=published["n_embd"],
-        num_hidden_layers=published["n_layer"],
-        num_attention_heads=published["n_head"],
-        intermediate_size=published.get("n_inner"),
-        hidden_act=activation(published.get("activation_function", "gelu_new")),
-        layer_norm_eps=published.get("layer_norm_epsilon", 1e-5),
-    )
+def tree_lines(tree: dict, indent: str) -> Iterator[str]:
+    """One line per part and per tensor. Parts called 0, 1, 2, ... that hold the same share a line, "0-29"; a part with a
+    single thing in it shares that one's."""
+    children = sorted(tree.items(), key=lambda child: int(child[0][:-1]) if child[0][:-1].isdigit() else -1)
+    for _, group in itertools.groupby(children, lambda child: (child[0][:-1].isdigit() and repr(child[1])) or child[0]):
+        (label, node), *others = group
+        each, times = count_parameters(node), 1 + len(others)
+        label = label.removesuffix(".") + (f"-{others[-1][0][:-1]}" if others else "")
+        while isinstance(node, dict) and len(node) == 1:
+            ((below, node),) = node.items()
+            label += f".{below.removesuffix('.')}"
+        label += f" ({times} x {each:,})" if others else ""
+        if not isinstance(node, dict):
+            label += f"  {list(node[0])} {node[1]}"
+        yield f"{indent + label:<80}{times * each:>16,}"
+        if isinstance(node, dict):
+            yield from tree_lines(node, indent + "  ")
 
 
-def write_gpt2_config(config: GPTConfig) -> dict:
-    return {
-        "model_type": "gpt2",
-        "architectures": ["GPT2LMHeadModel"],
-        "vocab_size": config.vocab_size,
-        "n_positions": config.context_length,
-        "n_embd": config.hidden_size,
-        "n_layer": config.num_hidden_layers,
-        "n_head": config.num_attention_heads,
-        "n_inner": config.intermediate_size,
-        "activation_function": {"gelu_tanh": "gelu_new", "gelu": "gelu"}[config.hidden_act],
-        "layer_norm_epsilon": config.layer_norm_eps,
-        **{key: config.dropout for key in ("embd_pdrop", "attn_pdrop", "resid_pdrop")},
-    }
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    source = {"metavar": "SOURCE", "help": "a run folder, a Hugging Face folder, a .gguf file, or a hub name"}
+    commands.add_parser("show", help="print the tree of tensors").add_argument("source", **source)
+    to = commands.add_parser("convert", help="write it as a folder that transformers opens, tokenizer included")
+    to.add_argument("source", **source)
+    to.add_argument("folder", metavar="FOLDER", help="where to write config.json and the weights")
+    to.add_argument("--dtype", choices=DTYPES, help="precision to write; default: as stored (quantised .gguf: fp32)")
+    args = parser.parse_args()
+    if args.command == "show":
+        for line in show(args.source):
+            print(line)
+    else:
+        kind = convert(args.source, args.folder, DTYPES.get(args.dtype))
+        print(f"{args.folder} holds a {kind} now" + ("" if is_published(kind) else ", which only this project opens"))
 
 
-GPT2_BLOCK = {
-    "norm_1": "ln_1",
-    "attn.qkv": "attn.c_attn",
-    "attn.proj": "attn.c_proj",
-    "norm_2": "ln_2",
-    "mlp.fc": "mlp.c_fc",
-    "mlp.proj": "mlp.c_proj",
-}
+if __name__ == "__main__":
+    from training import run_cli  # stands below this file, and is needed by this one line alone
 
-
-def gpt2_names(config: GPTConfig) -> list[Name]:
-    names = [
-        Name("token_embedding.weight", ("transformer.wte.weight",)),
-        Name("lm_head.weight", ("transformer.wte.weight",)),
-        Name("position_embedding.weight", ("transformer.wpe.weight",)),
-    ]
-    for i in range(config.num_hidden_layers):
-        names += block_names(f"blocks.{i}", f"transformer.h.{i}", GPT2_BLOCK, transpose=True)
-    return names + [Name(f"norm.{kind}", (f"transformer.ln_f.{kind}",)) for kind in ("weight", "bias")]
-
-
-def clean_gpt2(tensors: dict) -> dict:
-    """OpenAI's own upload has no "transformer." before its names and carries its causal masks as tensors; a tied head is
-    the token embedding once more."""
-    no_parameters = (".attn.bias", ".attn.masked_bias", "lm_head.weight")
-    return {
-        name if name.startswith("transformer.") else f"transformer.{name}": tensor
-        for name, tensor in tensors.items()
-        if not name.endswith(no_parameters)
-    }
-
-
-def read_vit_config(published: dict) -> ViTConfig:
-    labels = published.get("id2label")
-    return ViTConfig(
-        image_size=size_from_json(published.get("image_size", 224)),
-        patch_size=size_from_json(published.get("patch_size", 16)),
-        num_channels=published.get("num_channels", 3),
-        num_labels=len(labels) if labels else published.get("num_labels", 2),
-        hidden_size=published["hidden_size"],
-        num_hidden_layers=published["num_hidden_layers"],
-        num_attention_heads=published["num_attention_heads"],
-        intermediate_size=published.get("intermediate_size"),
-        hidden_act=activation(published.get("hidden_act", "gelu")),
-        layer_norm_eps=published.get("layer_norm_eps", 1e-12),
-        qkv_bias=published.get("qkv_bias", True),
-        pooling=published.get("pooling", "cls"),
-    )
-
-
-def size_from_json(size):
-    return tuple(size) if isinstance(size, list) else size
-
-
-def write_vit_config(config: ViTConfig) -> dict:
-    """Google's layout reads the CLS token. A mean-pooled model is our own kind: transformers would open it and be wrong."""
-    return {
-        "model_type": "vit" if config.pooling == "cls" else "vit_scratch",
-        "architectures": ["ViTForImageClassification"],
-        **{
-            key: getattr(config, key)
-            for key in (
-                *("image_size", "patch_size", "num_channels", "hidden_size", "num_hidden_layers", "num_attention_heads"),
-                *("intermediate_size", "layer_norm_eps", "qkv_bias", "pooling"),
-            )
-        },
-        "hidden_act": {"gelu_tanh": "gelu_pytorch_tanh", "gelu": "gelu"}[config.hidden_act],
-        "hidden_dropout_prob": config.dropout,
-        "attention_probs_dropout_prob": config.dropout,
-        "id2label": {str(i): f"LABEL_{i}" for i in range(config.num_labels)},
-        "label2id": {f"LABEL_{i}": i for i in range(config.num_labels)},
-    }
-
-
-VIT_BLOCK = {
-    "norm_1": "layernorm_before",
-    "attn.qkv": tuple(f"attention.attention.{part}" for part in ("query", "key", "value")),
-    "attn.proj": "attention.output.dense",
-    "norm_2": "layernorm_after",
-    "mlp.fc": "intermediate.dense",
-    "mlp.proj": "output.dense",
-}
-
-
-def vit_names(config: ViTConfig) -> list[Name]:
-    theirs = "vit.embeddings."
-    names = [
-        Name("embeddings.cls_token", (f"{theirs}cls_token",)),
-        Name("embeddings.position_embedding", (f"{theirs}position_embeddings",)),
-        Name("embeddings.projection.weight", (f"{theirs}patch_embeddings.projection.weight",)),
-        Name("embeddings.projection.bias", (f"{theirs}patch_embeddings.projection.bias",)),
-    ]
-    for i in range(config.num_hidden_layers):
-        names += block_names(f"blocks.{i}", f"vit.encoder.layer.{i}", VIT_BLOCK)
-    if not config.qkv_bias:
-        names = [name for name in names if not name.ours.endswith("attn.qkv.bias")]
-    for ours, theirs in (("norm", "vit.layernorm"), ("classifier", "classifier")):
-        names += [Name(f"{ours}.{kind}", (f"{theirs}.{kind}",)) for kind in ("weight", "bias")]
-    return names
-
-
-def is_vit(pooling: str) -> Callable[[nn.Module], bool]:
-    return lambda model: isinstance(model, ViTModel) and model.config.pooling == pooling
-
-
-LAYOUTS = {
-    "gpt2": Layout(GPT, read_gpt2_config, write_gpt2_config, gpt2_names, clean_gpt2, lambda model: isinstance(model, GPT)),
-    "vit": Layout(ViTModel, read_vit_config, write_vit_config, vit_names, can_save=is_vit("cls")),
-    "vit_scratch": Layout(ViTModel, read_vit_config, write_vit_config, vit_names, can_save=is_vit("mean")),
-}
+    run_cli(main)

@@ -180,8 +180,13 @@ def from_settings(cls, settings: dict):
 # ---- the decoder -----------------------------------------------------------------------------------------------------
 
 
-class LLAMARMSNorm(nn.Module):
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """Divide by the root of the mean square (Zhang and Sennrich 2019). In fp32: the squares of fp16 numbers overflow."""
+    y = x.float()
+    return (y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
+
+
+class LLAMARMSNorm(nn.Module):
 
     def __init__(self, width: int, eps: float = 1e-5):
         super().__init__()
@@ -189,8 +194,7 @@ class LLAMARMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
-        y = x.float()
-        return (y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype) * self.weight
+        return rms_norm(x, self.weight, self.eps)
 
 
 def rotary_frequencies(config: LLAMA32Config) -> torch.Tensor:
@@ -249,19 +253,6 @@ def kernel_shares_heads(q, k, v, mask, dropout_p, causal) -> bool:
     return torch.backends.cuda.can_use_flash_attention(params)
 
 
-def side_by_side(x: torch.Tensor, *layers: nn.Module) -> Sequence[torch.Tensor]:
-    """[layer(x) for layer in layers]: linear layers that read the same input. Where arrange_for_decoding has laid their
-    weights side by side, one matrix product does for all."""
-    first = layers[0]
-    if torch.is_grad_enabled() or not all(type(layer) is nn.Linear and layer.bias is None for layer in layers):
-        return [layer(x) for layer in layers]
-    sizes, weights = [layer.out_features for layer in layers], [layer.weight for layer in layers]
-    places = [w.data_ptr() - weights[0].data_ptr() for w in weights]
-    if weights[0].stride() != (1, sum(sizes)) or places != [sum(sizes[:i]) * weights[0].element_size() for i in range(len(sizes))]:
-        return [layer(x) for layer in layers]
-    return F.linear(x, weights[0].as_strided((sum(sizes), first.in_features), (1, sum(sizes)))).split(sizes, dim=-1)
-
-
 class GroupQueryAttention(nn.Module):
     """Attention whose query heads share keys and values in groups (Ainslie et al. 2023): a smaller cache, little loss."""
 
@@ -281,7 +272,7 @@ class GroupQueryAttention(nn.Module):
 
     def forward(self, x, rope, mask=None, cache=None, layer=0, trace=None):
         """x [B, T, D] -> [B, T, D]. mask: bool [B, 1, T, S], or None for the plain causal one (T = S, or T = 1)."""
-        q, k, v = (self.heads(y) for y in side_by_side(x, self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (self.heads(proj(x)) for proj in (self.q_proj, self.k_proj, self.v_proj))
         q, k = rotate(q, *rope), rotate(k, *rope)
         if cache is not None:
             k, v = cache.write(layer, k, v)
@@ -320,8 +311,8 @@ class FeedForward(nn.Module):
         self.dropout = config.dropout
 
     def forward(self, x):
-        gate, up = side_by_side(x, self.gate_proj, self.up_proj)
-        return F.dropout(self.down_proj(F.silu(gate) * up), self.dropout, self.training)
+        x = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return F.dropout(x, self.dropout, self.training)
 
 
 class TransformerBlock(nn.Module):
@@ -595,7 +586,7 @@ class Llama3ForCausalLM(nn.Module):
             )
         cache = self.new_cache(len(input_ids), longest)
         out = (prefill or self)(input_ids, attention_mask=attention_mask, cache=cache, logits_to_keep=1)
-        yield from decode(self, out["logits"][:, -1], cache, max_new_tokens, **sampling)
+        yield from decode(OneToken.for_model(self), out["logits"][:, -1], cache, max_new_tokens, **sampling)
 
     def generate(self, input_ids, max_new_tokens: int, attention_mask=None, **sampling) -> list[list[int]]:
         """Continue every prompt (a list of id lists of any lengths, or a tensor [B, T], with attention_mask [B, T] where it
@@ -603,13 +594,17 @@ class Llama3ForCausalLM(nn.Module):
         return collect(self.stream(input_ids, max_new_tokens, attention_mask, **sampling), len(input_ids))
 
 
+# ---- decoding on a CPU: the same weights, laid out and walked through for one token at a time -------------------------------
+
+
 @torch.no_grad()
 def arrange_for_decoding(module: nn.Module) -> nn.Module:
-    """Lay out the weights as a CPU reads them fastest for one token at a time: q, k and v side by side, gate and up side by
-    side, head column by column. Same values, shapes and names; undone by anything that copies the weights."""
+    """Lay out a decoder's weights as a CPU reads them fastest for one new token: q, k and v side by side, gate and up side by
+    side, the head column by column. Values, shapes and names stay; anything that copies the weights undoes it. After
+    training: the optimisers' and FSDP's tools want contiguous weights."""
 
     def lay_out(*layers):
-        if all(type(layer) is nn.Linear and layer.bias is None for layer in layers):
+        if all(type(layer) is nn.Linear for layer in layers):
             block = torch.cat([layer.weight.t() for layer in layers], dim=1)  # [in, all out]
             for layer, part in zip(layers, block.split([layer.out_features for layer in layers], dim=1), strict=True):
                 layer.weight.data = part.t()
@@ -622,6 +617,59 @@ def arrange_for_decoding(module: nn.Module) -> nn.Module:
         elif isinstance(part, Llama3ForCausalLM):
             lay_out(part.lm_head)
     return module
+
+
+def side_by_side(*layers: nn.Module) -> torch.Tensor | None:
+    """The weights of layers that read the same input as one matrix [all out, in], where they lie in memory as
+    arrange_for_decoding leaves them; None where they do not (any more)."""
+    if not all(type(layer) is nn.Linear and layer.bias is None for layer in layers):
+        return None
+    first, rows = layers[0].weight, sum(layer.out_features for layer in layers)
+    place = first.data_ptr()
+    for layer in layers:
+        if layer.weight.data_ptr() != place or layer.weight.stride() != (1, rows):
+            return None
+        place += layer.out_features * first.element_size()
+    return first.as_strided((rows, layers[0].in_features), (1, rows))
+
+
+class OneToken:
+    """Llama3ForCausalLM.forward for T = 1 with a cache, as one loop over plain tensors: a small model on a CPU otherwise
+    spends a third of its time between the matrix products. tests/test_model.py holds it to the same logits."""
+
+    def __init__(self, model: "Llama3ForCausalLM"):
+        self.model, self.layers = model.model, []
+        self.head = side_by_side(model.lm_head)
+        for block in model.model.layers:
+            attn, mlp = block.self_attn, block.mlp
+            joined = side_by_side(attn.q_proj, attn.k_proj, attn.v_proj), side_by_side(mlp.gate_proj, mlp.up_proj)
+            norms = block.input_layernorm.weight, block.post_attention_layernorm.weight
+            plain = all(type(layer) is nn.Linear and layer.bias is None for layer in (attn.o_proj, mlp.down_proj))
+            self.layers.append((*norms, *joined, attn.o_proj.weight, mlp.down_proj.weight) if plain else (None,))
+
+    @classmethod
+    def for_model(cls, model: "Llama3ForCausalLM") -> Callable:
+        """This faster step where the model is arranged for it, else the model itself."""
+        config, step = model.config, cls(model)
+        arranged = step.head is not None and all(weight is not None for layer in step.layers for weight in layer)
+        usual = config.attention == "sdpa" and not config.cross_every and not (config.dropout and model.training)
+        return step if arranged and usual else model
+
+    def __call__(self, input_ids: torch.Tensor, cache: KVCache) -> dict[str, torch.Tensor]:
+        config, B = self.model.config, len(input_ids)
+        H, KV, eps = config.n_heads, config.n_kv_groups, config.rms_norm_eps
+        x = self.model.embed(input_ids)
+        rope, mask = self.model._rope_and_mask(x, None, None, cache)
+        for i, (norm_1, norm_2, qkv, gate_up, o, down) in enumerate(self.layers):
+            heads = F.linear(rms_norm(x, norm_1, eps), qkv).view(B, H + 2 * KV, 1, -1)
+            turned = rotate(heads[:, : H + KV], *rope)
+            k, v = cache.write(i, turned[:, H:], heads[:, H + KV :])
+            q = turned[:, :H].reshape(B, KV, H // KV, -1)  # the queries of a group in the place of T
+            y = F.scaled_dot_product_attention(q, k, v, mask)
+            x = x + F.linear(y.reshape(B, 1, -1), o)
+            gate, up = F.linear(rms_norm(x, norm_2, eps), gate_up).chunk(2, dim=-1)
+            x = x + F.linear(F.silu(gate) * up, down)
+        return {"logits": F.linear(rms_norm(x, self.model.norm.weight, eps), self.head)}
 
 
 # ---- LoRA: learn a small correction to a frozen matrix -------------------------------------------------------------------

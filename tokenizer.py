@@ -70,7 +70,7 @@ GGUF_PRE = {"gpt-2": "gpt2", "smollm": "smollm2", "starcoder": "smollm2", "refac
             "llama3": "llama3", "llama-v3": "llama3", "qwen2": "qwen2", "deepseek-r1-qwen": "qwen2"}
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
 MORE_TOKENS = ("additional_special_tokens", "extra_special_tokens")  # transformers' word for it up to 4, and from 5
-LONG_RUN = 50_000  # characters; above some 300,000 blanks in a row the regex engine inside tiktoken panics
+LONG_RUN = 50_000  # characters; on a million blanks in a row the regex engine inside tiktoken panics, its stack full
 
 
 class ChatFormat(NamedTuple):

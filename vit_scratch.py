@@ -19,7 +19,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from gpt import Block, MultiHeadAttention, check_block_config, init_weights, preset_settings, run_blocks
+from gpt import Block, MultiHeadAttention, check_block_config, preset_settings, run_blocks
 
 
 @dataclass
@@ -175,15 +175,26 @@ class ViTModel(nn.Module):
         self.blocks = nn.ModuleList(ViTBlock(config, config.drop_path * i / max(1, depth - 1)) for i in range(depth))
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
-        init_weights(self, self.blocks)
-        self._init_positions()
+        self._init_weights()
 
-    def _init_positions(self):
+    @torch.no_grad()
+    def _init_weights(self):
+        """As the paper's own code: matrices by fan-in and fan-out (Xavier), so that a narrow model starts as lively as a wide
+        one, where GPT-2's fixed 0.02 would leave patches almost silent beside their positions."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                parts = 3 if module.weight.shape[0] == 3 * module.weight.shape[1] else 1  # q, k, v are three matrices
+                for weight in module.weight.chunk(parts):
+                    nn.init.xavier_uniform_(weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        projection = self.embeddings.projection
+        nn.init.normal_(projection.weight, std=projection.weight[0].numel() ** -0.5)
+        nn.init.zeros_(projection.bias)
         nn.init.normal_(self.embeddings.cls_token, std=0.02)
         nn.init.normal_(self.embeddings.position_embedding, std=0.02)
         if self.config.position_init == "sincos":
-            with torch.no_grad():
-                self.embeddings.position_embedding[0, 1:] = sincos_positions(self.config.grid, self.config.hidden_size)
+            self.embeddings.position_embedding[0, 1:] = sincos_positions(self.config.grid, self.config.hidden_size)
 
     def forward(
         self,

@@ -238,11 +238,11 @@ def test_bytes_without_a_token_vanish_or_become_unk():
     assert BPETokenizer(spec).encode("a\x04b") == [64, 257, 65]
 
 
-@pytest.mark.parametrize("kind, char", [("smollm2", " "), ("llama3", "\n"), ("gpt2", "a"), ("own", "1")])
+@pytest.mark.parametrize("kind, char", [("smollm2", " "), ("llama3", "\t"), ("gpt2", "a"), ("own", "Z")])
 def test_a_million_times_the_same_character(pair, kind, char):
-    """The regex engine inside tiktoken panics on long runs of blanks; the ids must still be right, and soon there."""
+    """The regex engine inside tiktoken panics on a million blanks; the ids must still be right, and soon there."""
     ours, theirs, _ = pair(kind)
-    text = "x " + char * 1_000_000 + "Z"
+    text = "x " + char * 1_000_100 + "Z"
     start = time.perf_counter()
     ids = ours.encode(text, add_special_tokens=False)
     assert time.perf_counter() - start < 20
@@ -281,6 +281,9 @@ def test_tokens_added_later_come_after_the_vocabulary(chatml, tmp_path, form):
     assert ours.add_special_tokens(given) == 1026 and ours.add_special_tokens(given) == 0
     assert len(ours) == ours.vocab_size == before + 1026
     assert sorted(ours.convert_tokens_to_ids(names)) == list(range(before, before + 1026))
+    ours.add_special_tokens(["<loc", "<loc0001><loc0010>!"])  # the longest of those that begin at one place counts
+    both = ours.encode("<loc0001><loc0010>!<loc", parse_special=True)
+    assert both == ours.convert_tokens_to_ids(["<loc0001><loc0010>!", "<loc"])
     one, two = ours.convert_tokens_to_ids(["<loc0001>", "<loc0010>"])
     plain = ours.encode("ab<loc0001><loc0010>c")
     assert max(plain) < before and ours.encode("ab<loc0001><loc0010>c", parse_special=True).count(one) == 1
@@ -697,6 +700,20 @@ def test_the_published_chat_template_of_smollm2(pair):
     assert "helpful AI assistant named SmolLM" in ours.decode(ours.encode_chat(CHATS[0]))
 
 
+@pytest.mark.parametrize("newline", ["\n", r"\n"], ids=["newline", "escape"])  # templates hold either
+def test_the_default_system_prompt_of_a_template(chatml, tmp_path, newline):
+    theirs = pytest.importorskip("transformers", reason="transformers is the reference").AutoTokenizer
+    chatml.save_pretrained(tmp_path)
+    first = "{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nYou are kind.<|im_end|>\n' }}{% endif %}"
+    jinja = first.replace("\n", newline) + module.CHAT_FORMATS["chatml"].jinja
+    (tmp_path / "chat_template.jinja").write_text(jinja)
+    ours, theirs = BPETokenizer.from_pretrained(tmp_path), theirs.from_pretrained(tmp_path)
+    for chat in CHATS:
+        ids = theirs.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+        assert ours.encode_chat(chat, True) == ids
+    assert "You are kind." in ours.decode(ours.encode_chat(CHATS[0])) not in ours.decode(ours.encode_chat(CHATS[2]))
+
+
 @pytest.fixture(scope="module", params=["chatml", "llama3"])
 def chatty(request):
     specials = CHATML if request.param == "chatml" else LLAMA3
@@ -721,9 +738,8 @@ def test_the_assistant_mask_covers_the_answers_and_their_ends(chatty):
             current = []
     assert not current and len(groups) == len(answers)
     for group, answer in zip(groups, shown, strict=True):
-        text = chatty.decode(group)
-        # blanks at an answer's beginning may share a token with the newline of the header before it
-        assert text.endswith(answer) and not text[:len(text) - len(answer)].strip()
+        text = chatty.decode(group)  # only blanks that begin an answer may share a token with the header's newline
+        assert text == answer if answer == answer.lstrip() else text.strip() == answer.strip()
     assert sum(chatty.encode_chat(chat_of("only a question"), True, True)[1]) == 0
 
 
