@@ -52,6 +52,7 @@ _PHOTOS = AugmentConfig(
 )  # fmt: skip
 PRESETS = {
     "none": AugmentConfig(),
+    "light": AugmentConfig(crop=0.125, flip=True, padding="reflection", label_smoothing=0.1),  # for few epochs
     "digits": AugmentConfig(rotate=12, shift=0.06, scale=0.12, shear=0.1, label_smoothing=0.1),
     "mnist": AugmentConfig(rotate=12, shift=0.1, scale=0.12, shear=0.1, label_smoothing=0.1),
     "fashion-mnist": AugmentConfig(crop=0.07, flip=True, cutout=0.5, cutout_size=0.4, label_smoothing=0.1),

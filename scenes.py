@@ -31,7 +31,6 @@ import random
 import re
 import tempfile
 import textwrap
-from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -40,6 +39,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 from PIL import Image
 
 import figures
@@ -213,10 +213,12 @@ def _plan(split: str, seed: int, block: int, config: SceneConfig, glyphs: _Glyph
     corner = np.stack([cells % layouts[:, None], cells // layouts[:, None]], axis=2) * cell
     centre = corner + room * unit / 2 + draw.random_sample((*shape, 2)) * (cell - room * unit)
     half = (high - low) * unit / 2
+    boxes = np.concatenate([centre - half, centre + half], axis=2) * filled[..., None]
+    digits, colours, cells = (np.where(filled, values, -1) for values in (digits, colours, cells))
     return {
-        "boxes": np.concatenate([centre - half, centre + half], axis=2), "digits": digits, "colours": colours,
-        "cells": cells, "layouts": layouts, "counts": counts, "filled": filled, "glyphs": chosen, "unit": unit[..., 0],
-        "origin": centre - (low + high) / 2 * unit, "inks": inks.clip(0, 255), "paper": grey + draw.randint(-6, 7, (N, 3)),
+        "boxes": boxes.astype(np.float32), "digits": digits, "colours": colours, "cells": cells, "layouts": layouts,
+        "counts": counts, "glyphs": chosen, "unit": unit[..., 0], "origin": centre - (low + high) / 2 * unit,
+        "inks": inks.clip(0, 255), "paper": grey + draw.randint(-6, 7, (N, 3)),
         "noise": draw.randint(256, size=(N, 3, S, S), dtype=np.uint8),
     }  # fmt: skip
 
@@ -224,7 +226,7 @@ def _plan(split: str, seed: int, block: int, config: SceneConfig, glyphs: _Glyph
 def _paint(plan: dict[str, np.ndarray], glyphs: _Glyphs, config: SceneConfig) -> torch.Tensor:
     """uint8 [N, 3, S, S]. Whole numbers below 2^24 throughout, which float32 adds and multiplies exactly."""
     N, S = len(plan["counts"]), config.size
-    filled = plan["filled"]
+    filled = plan["digits"] >= 0
     step = torch.from_numpy(_POINTS * 64 / plan["unit"][filled]).float()[:, None, None]  # 64ths of a point per pixel
     pixel = torch.arange(S)[:, None] + 0.5
     point = 64 * (torch.arange(_FRAME * _POINTS) + 0.5)
@@ -242,32 +244,23 @@ def _paint(plan: dict[str, np.ndarray], glyphs: _Glyphs, config: SceneConfig) ->
     return image.div_(255).round_().view(N, 3, S, S).add_(noise).clamp_(0, 255).to(torch.uint8)
 
 
-def make_scenes(
-    split: str, count: int, seed: int = 0, config: SceneConfig | None = None, start: int = 0
-) -> Scenes:
+def make_scenes(split: str, count: int, seed: int = 0, config: SceneConfig | None = None, start: int = 0) -> Scenes:
     """Scenes number start .. start + count - 1 of one of SPLITS. Raises ValueError for another split or no scene."""
     if split not in SPLITS:
         raise ValueError(f"split {split!r} is unknown: choose from {', '.join(SPLITS)}")
     if count < 1 or start < 0:
         raise ValueError(f"count {count}, start {start}: ask for at least one scene, from 0 on")
     config = config or SceneConfig()
-    glyphs = _glyphs(split, config)
+    glyphs, end, plans = _glyphs(split, config), start + count, []
     images = torch.empty(count, 3, config.size, config.size, dtype=torch.uint8)
-    parts = defaultdict(list)
-    for block in range(start // _BLOCK, -(-(start + count) // _BLOCK)):
-        first = block * _BLOCK
-        rows = slice(max(start - first, 0), min(start + count - first, _BLOCK))
-        plan = {name: values[rows] for name, values in _plan(split, seed, block, config, glyphs).items()}
-        images[first + rows.start - start : first + rows.stop - start] = _paint(plan, glyphs, config)
-        for name in ("boxes", "digits", "colours", "cells"):
-            empty = 0 if name == "boxes" else -1
-            mask = plan["filled"][..., None] if name == "boxes" else plan["filled"]
-            parts[name].append(np.where(mask, plan[name], empty))
-        for name in ("layouts", "counts"):
-            parts[name].append(plan[name])
-    found = {name: torch.from_numpy(np.concatenate(values)) for name, values in parts.items()}
-    found["boxes"] = found["boxes"].float()
-    return Scenes(images=images, **found, numbers=torch.arange(start, start + count))
+    for first in range(start - start % _BLOCK, end, _BLOCK):
+        plan = _plan(split, seed, first // _BLOCK, config, glyphs)
+        plan = {name: values[max(start - first, 0) : end - first] for name, values in plan.items()}
+        at = max(first - start, 0)
+        images[at : at + len(plan["counts"])] = _paint(plan, glyphs, config)
+        plans.append({name: plan[name] for name in ("boxes", "digits", "colours", "cells", "layouts", "counts")})
+    found = {name: torch.from_numpy(np.concatenate([plan[name] for plan in plans])) for name in plans[0]}
+    return Scenes(images, **found, numbers=torch.arange(start, end))
 
 
 class SceneStream:
@@ -421,15 +414,6 @@ def final_number(answer: str) -> int | None:
     return int(numbers[-1]) if numbers else None
 
 
-def best_constants(turns: Iterable[Question]) -> dict[str, tuple[str, float]]:
-    """By kind, the commonest answer and its share: what a model scores that knows neither picture nor wording."""
-    answers = defaultdict(Counter)
-    for turn in turns:
-        answers[turn.kind][normalise(turn.answer)] += 1
-    best = {kind: found.most_common(1)[0] for kind, found in answers.items()}
-    return {kind: (answer, count / answers[kind].total()) for kind, (answer, count) in best.items()}
-
-
 def corpus() -> list[str]:
     """Lines that hold every question and, in parts, every answer that can come up: to train a tokenizer on."""
     digits, places = range(10), sorted({place for names in PLACES.values() for place in names})
@@ -480,13 +464,21 @@ def export(folder: str | Path, split: str, count: int, seed: int = 0, per_scene:
 
 
 def show(path: str | Path, split: str, seed: int = 0, count: int = 12, per_scene: int = 3) -> None:
-    """A sheet of scenes, under each some questions with their answers."""
-    scenes = make_scenes(split, count, seed)
-    captions = []
-    for turns in questions(scenes, seed, per_scene, dict.fromkeys(KINDS, 1)):
-        texts = [f"{turn.question} {turn.answer}" for turn in turns]
-        captions.append("\n".join(line for text in texts for line in textwrap.wrap(text, 25, subsequent_indent="   ")))
-    figures.sheet(scenes.images, captions, path, f"{split} scenes, seed {seed}", columns=6)
+    """A sheet of scenes, with some questions and their answers beside each."""
+    scenes, columns = make_scenes(split, count, seed), 4
+    figure = Figure(figsize=(4.2 * columns, 1.75 * -(-count // columns) + 0.4), layout="constrained")
+    figure.suptitle(f"{split} scenes, seed {seed}")
+    for i, turns in enumerate(questions(scenes, seed, per_scene, dict.fromkeys(KINDS, 1))):
+        axes = figure.add_subplot(-(-count // columns), columns, i + 1, anchor="W")
+        axes.imshow(scenes.images[i].permute(1, 2, 0).numpy(), interpolation="nearest")
+        axes.set_axis_off()
+        row = 0.0
+        for turn in turns:
+            for text, colour in ((turn.question, "black"), (textwrap.fill(turn.answer, 38), figures.BLUE)):
+                axes.text(1.05, 1 - row / 11, text, transform=axes.transAxes, va="top", fontsize=8, color=colour)
+                row += 1 + text.count("\n")
+            row += 0.5
+    figures.finish(figure, path)
 
 
 def main(argv=None) -> None:
