@@ -236,7 +236,7 @@ def choose_layout(model: nn.Module, wanted: str | None) -> tuple[str, Layout]:
         if not reason:
             return kind, LAYOUTS[kind]
         reasons.setdefault(reason, []).append(kind)
-    why = "; ".join(f"{' and '.join(which)}: {reason}" for reason, which in reasons.items())
+    why = "; ".join(f"{', '.join(which)}: {reason}" for reason, which in reasons.items())
     raise ValueError(f"this {type(model).__name__} does not fit the published layout ({why})")
 
 
@@ -308,7 +308,7 @@ def shorten(names: list[str], most: int = 6) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-# ---- LoRA adapters, in PEFT's layout -----------------------------------------------------------------------------------
+# ---- LoRA adapters, in PEFT's layout ---------------------------------------------------------------------------------
 
 # What else PEFT can put into an adapter, which Linear_LORA does not compute.
 NOT_LORA = ("use_dora", "use_qalora", "use_bdlora", "lora_bias", "alora_invocation_tokens", "modules_to_save")
@@ -495,7 +495,7 @@ def show(source: str) -> Iterator[str]:
     path = find_source(source)
     tensors = list_tensors(path)
     tree: dict = {}
-    for name, shape, kind in tensors:
+    for name, shape, kind in sorted(tensors):
         *parents, leaf = name.split(".")
         node = tree
         for part in parents:

@@ -71,13 +71,14 @@ class GGUFFile:
         """What a Hugging Face folder of this model would have as config.json."""
         self._need("token_embd.weight" in self.stored, "it has no token_embd.weight: it may be damaged, get it again")
         heads, kv_heads, head_dim = self._heads()
-        ids = {"bos": "bos", "eos": "eos", "pad": "padding"}
+        layers, ids = self._number("block_count"), {"bos": "bos", "eos": "eos", "pad": "padding"}
+        self._need(layers <= len(self.stored), f"it has {layers} layers, but only {len(self.stored)} tensors: is it damaged?")
         return {
             "model_type": "llama",
             "vocab_size": int(self.stored["token_embd.weight"].shape[-1]),
             "hidden_size": self._number("embedding_length"),
             "intermediate_size": self._number("feed_forward_length"),
-            "num_hidden_layers": self._number("block_count"),
+            "num_hidden_layers": layers,
             "num_attention_heads": heads,
             "num_key_value_heads": kv_heads,
             "head_dim": head_dim,

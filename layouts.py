@@ -19,7 +19,7 @@ from model import Llama3ForCausalLM, LLAMA32Config, MLLAMAConfig, MllamaForCondi
 from siglip import SiglipConfig, SiglipModel, SiglipTextConfig, SiglipTextTransformer, SiglipTwoTower, SiglipVisionConfig
 from vit_scratch import ViTConfig, ViTModel, pair
 
-# ---- what a layout is -------------------------------------------------------------------------------------------------
+# ---- what a layout is ------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def prefix_layout(model, read_config, write_config, prefixes=None, spellings=Non
     return Layout(model, read_config, write_config, names, clean, **more)
 
 
-# ---- GPT-2 ------------------------------------------------------------------------------------------------------------
+# ---- GPT-2 -----------------------------------------------------------------------------------------------------------
 
 
 def block_names(ours: str, theirs: str, parts: dict[str, str | tuple[str, ...]], transpose: bool = False) -> list[Name]:
@@ -182,7 +182,7 @@ def clean_gpt2(tensors: dict) -> dict:
     }
 
 
-# ---- ViT --------------------------------------------------------------------------------------------------------------
+# ---- ViT -------------------------------------------------------------------------------------------------------------
 
 
 def read_vit_config(published: dict) -> ViTConfig:
@@ -365,7 +365,7 @@ def llama_misfit(config: LLAMA32Config) -> str:
     return ""
 
 
-# ---- LLaMA with SigLIP's eyes: LLaVA, Idefics3 and SmolVLM --------------------------------------------------------------
+# ---- LLaMA with SigLIP's eyes: LLaVA, Idefics3 and SmolVLM -----------------------------------------------------------
 
 # LLaVA's files have our names. This undoes the other spellings of 4.x and of the modules in transformers.
 LLAVA_SPELLINGS = {
@@ -436,10 +436,11 @@ def write_llava(config: MLLAMAConfig) -> dict:
     }
 
 
+NOT_CROSS = "it knows pictures as tokens among the words only, not fusion cross"
+
+
 def vlm_misfit(config: MLLAMAConfig) -> str:
     token, V = config.image_token_id, config.text_config.vocab_size
-    if config.fusion != "early":
-        return f"fusion is {config.fusion!r}, and it knows pictures as tokens (early) only"
     if token is None:
         return "image_token_id is not set: give the model's config the id of the tokenizer's <image>"
     if token >= V:
@@ -449,6 +450,8 @@ def vlm_misfit(config: MLLAMAConfig) -> str:
 
 def llava_misfit(config: MLLAMAConfig) -> str:
     width = config.text_config.hidden_size
+    if config.fusion != "early":
+        return NOT_CROSS
     if config.projector_type != "mlp" or config.pixel_shuffle != 1 or config.projection_dim not in (None, width):
         return f"its projector is an mlp, {width} wide inside like the text model, without pixel shuffle"
     if config.vision_feature_layer is None:
@@ -487,6 +490,8 @@ def write_idefics3(config: MLLAMAConfig, kind: str, name: str) -> dict:
 
 
 def idefics3_misfit(config: MLLAMAConfig) -> str:
+    if config.fusion != "early":
+        return NOT_CROSS
     if config.projector_type != "linear" or config.projector_bias:
         return "its projector is one linear layer without bias"
     if config.vision_feature_layer is not None:
@@ -522,7 +527,7 @@ def own_layout(model: type[nn.Module], config_class: type) -> Layout:
     return prefix_layout(model, read, asdict, modules={})
 
 
-# ---- all of them; of several that fit a model, the first is the one to save it in -------------------------------------------
+# ---- all of them; of several that fit a model, the first is the one to save it in ------------------------------------
 
 LAYOUTS = {
     "gpt2": Layout(GPT, read_gpt2_config, write_gpt2_config, gpt2_names, clean_gpt2),

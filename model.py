@@ -83,8 +83,10 @@ class LLAMA32Config:
     }
 
     def __post_init__(self):
-        self.n_kv_groups = self.n_kv_groups or self.n_heads
-        for name in ("vocab_size", "hidden_size", "n_heads", "n_layers", "hidden_dim", "n_kv_groups", "max_position_embeddings"):
+        self.n_kv_groups = self.n_heads if self.n_kv_groups is None else self.n_kv_groups
+        self.context_length = self.max_position_embeddings if self.context_length is None else self.context_length
+        sizes = ("vocab_size", "hidden_size", "n_heads", "n_layers", "hidden_dim", "n_kv_groups")
+        for name in (*sizes, "max_position_embeddings", "context_length"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1")
         if self.n_heads % self.n_kv_groups:
@@ -96,7 +98,6 @@ class LLAMA32Config:
         self.head_dim = self.head_dim or self.hidden_size // self.n_heads
         if self.head_dim % 2:
             raise ValueError(f"head_dim is {self.head_dim}: rotary positions turn pairs of numbers, so it must be even")
-        self.context_length = self.context_length or self.max_position_embeddings
         if self.attention not in ("sdpa", "explicit"):
             raise ValueError(f"attention is {self.attention!r}: it must be sdpa or explicit")
         self.rope_scaling = self._checked_rope_scaling()
@@ -143,8 +144,8 @@ class MLLAMAConfig:
         for name, known in (("projector_type", ("mlp", "linear")), ("fusion", ("early", "cross"))):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} is {getattr(self, name)!r}: it must be {' or '.join(known)}")
-        for name in ("pixel_shuffle", "cross_every"):
-            if getattr(self, name) < 1:
+        for name in ("pixel_shuffle", "cross_every", "projection_dim"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1")
         if self.projector_bias is None:
             self.projector_bias = self.projector_type == "mlp"
@@ -162,11 +163,10 @@ class MLLAMAConfig:
         square = self.vision_config.grid[0] == self.vision_config.grid[1]
         if self.fusion == "cross" or not square:
             return None
-        projector = (self.projector_type, self.projector_bias, self.vision_feature_layer is None)
-        if projector == ("linear", False, True):
-            return "idefics3"
+        if self.projector_type == "linear":
+            return None if self.projector_bias or self.vision_feature_layer is not None else "idefics3"
         plain = self.pixel_shuffle == 1 and self.projection_dim in (None, self.text_config.hidden_size)
-        return "llava" if projector == ("mlp", True, False) and plain else None
+        return "llava" if plain and self.vision_feature_layer is not None else None
 
 
 def from_settings(cls, settings: dict):
@@ -180,13 +180,8 @@ def from_settings(cls, settings: dict):
 # ---- the decoder -----------------------------------------------------------------------------------------------------
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """Divide by the root of the mean square (Zhang and Sennrich 2019). In fp32: the squares of fp16 numbers overflow."""
-    y = x.float()
-    return (y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
-
-
 class LLAMARMSNorm(nn.Module):
+    """Divide by the root of the mean square (Zhang and Sennrich 2019). In fp32: the squares of fp16 numbers overflow."""
 
     def __init__(self, width: int, eps: float = 1e-5):
         super().__init__()
@@ -194,7 +189,8 @@ class LLAMARMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
-        return rms_norm(x, self.weight, self.eps)
+        y = x.float()
+        return (y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype) * self.weight
 
 
 def rotary_frequencies(config: LLAMA32Config) -> torch.Tensor:
@@ -406,20 +402,19 @@ class Llama3Model(nn.Module):
             raise ValueError(f"position_ids is {list(position_ids.shape)}, the input is [{B}, {T}]: they must agree")
         past = 0 if cache is None else cache.length
         pattern, real = checked_masks(attention_mask, B, T, past + T)
-        if cache is None and real is not None and is_right_padded(real):
-            real = None  # the causal mask hides what comes later anyway, and it is the one that fast kernels know
-        padded = real is not None
         if cache is not None:
             real = cache.open(real, T)
-            padded = cache.padded and pattern is None
-        limit = self.config.context_length
-        counted = past + T
-        positions, mask = positions_and_mask(real, padded, past, T, limit if position_ids is None else counted, x.device)
+            padded = cache.padded
+        else:  # padding on the right is hidden by the causal mask already, the one that fast kernels know
+            padded = real is not None and not is_right_padded(real)
+        count, limit = past + T, self.config.context_length
+        allowed = limit if position_ids is None else count
+        positions, mask = positions_and_mask(real, padded and pattern is None, past, T, allowed, x.device)
         if position_ids is not None:
-            positions, counted = position_ids, int(position_ids.max()) + 1
-            if counted > limit:
-                raise ValueError(f"position {counted - 1} is past the context length of {limit}: shorten the text")
-        return self.rotary_emb(positions, counted, x.dtype), mask if pattern is None else pattern
+            positions, count = position_ids, int(position_ids.max()) + 1
+            if count > limit:
+                raise ValueError(f"position {count - 1} is past the context length of {limit}: shorten the text")
+        return self.rotary_emb(positions, count, x.dtype), mask if pattern is None else pattern
 
     def _keys_and_values(self, images, cache, T):
         """What each cross-attention layer looks at, {layer: (k, v)}, and which of it each token sees: made from `images`
@@ -536,16 +531,24 @@ class Llama3ForCausalLM(nn.Module):
         Raises ValueError for positions past the context length and for sizes that do not fit.
         """
         hidden = self.model(input_ids, inputs_embeds, attention_mask, position_ids, cache, trace=trace)
-        loss = None if labels is None else self.loss(hidden, labels)
+        loss = None if labels is None else self.loss(hidden, labels, attention_mask)
         return self.read_out(hidden[:, -logits_to_keep:], loss)
 
-    def loss(self, hidden: torch.Tensor, labels: torch.Tensor, ignored: torch.Tensor | None = None) -> torch.Tensor:
-        """hidden [B, T, D] at each position against the label [B, T] of the next one, where that is neither -100 nor ignored."""
-        if labels.shape != hidden.shape[:2]:
-            raise ValueError(f"labels is {list(labels.shape)}, the input is {list(hidden.shape[:2])}: they must agree")
-        targets = labels[:, 1:]
-        counts = targets != -100 if ignored is None else (targets != -100) & ~ignored[:, 1:]
-        return chunked_cross_entropy(hidden[:, :-1][counts], self.lm_head.weight, targets[counts])
+    def loss(self, hidden, labels, attention_mask=None, ignored=None) -> torch.Tensor:
+        """hidden [B, T, D] at each position against the label [B, T] of the next one: the mean over all that count. Those do
+        not that are -100 or `ignored` (bool [B, T]), are padding, or may not look at the token before them, since that is
+        padding or of another sample (attention_mask as in forward)."""
+        B, T = hidden.shape[:2]
+        if tuple(labels.shape) != (B, T):
+            raise ValueError(f"labels is {list(labels.shape)}, the input is [{B}, {T}]: they must agree")
+        counts = labels[:, 1:] != -100
+        if ignored is not None:
+            counts = counts & ~ignored[:, 1:]
+        if attention_mask is not None and attention_mask.ndim == 2:
+            counts = counts & attention_mask[:, 1:].bool() & attention_mask[:, :-1].bool()
+        elif attention_mask is not None:
+            counts = counts & attention_mask[:, 0, :, -T:].diagonal(-1, dim1=1, dim2=2)  # may t + 1 look at t?
+        return chunked_cross_entropy(hidden[:, :-1][counts], self.lm_head.weight, labels[:, 1:][counts])
 
     def read_out(self, hidden: torch.Tensor, loss: torch.Tensor | None) -> dict[str, torch.Tensor]:
         return {"logits": self.lm_head(hidden)} if loss is None else LazyLogits(self.lm_head, hidden, loss=loss)
@@ -572,9 +575,11 @@ class Llama3ForCausalLM(nn.Module):
         )
 
     @torch.inference_mode()
-    def stream(self, input_ids, max_new_tokens: int, attention_mask=None, prefill=None, **sampling) -> Iterator[list[int | None]]:
-        """Yield the next token of every prompt as soon as it is there; None for a row that has stopped. See `gpt.decode`.
-        prefill: what reads the prompt, if not this model itself."""
+    def stream(
+        self, input_ids, max_new_tokens: int, attention_mask=None, prefill: Callable | None = None, **sampling
+    ) -> Iterator[list[int | None]]:
+        """Yield the next token of every prompt as soon as it is there; None for a row that has stopped. See `generate`.
+        prefill: what reads the prompts, if not this model itself."""
         if attention_mask is not None:  # a padded batch: back to rows of real tokens
             input_ids = [row[real].tolist() for row, real in zip(input_ids, attention_mask.bool(), strict=True)]
         input_ids, attention_mask = left_pad(input_ids, self.model.embed_tokens.weight.device)
@@ -600,11 +605,11 @@ class Llama3ForCausalLM(nn.Module):
 @torch.no_grad()
 def arrange_for_decoding(module: nn.Module) -> nn.Module:
     """Lay out a decoder's weights as a CPU reads them fastest for one new token: q, k and v side by side, gate and up side by
-    side, the head column by column. Values, shapes and names stay; anything that copies the weights undoes it. After
-    training: the optimisers' and FSDP's tools want contiguous weights."""
+    side, the head column by column. Values, shapes and names stay; anything that copies the weights undoes it. Only such
+    a decoder without biases gains from it, and FSDP refuses weights that are laid out like this."""
 
     def lay_out(*layers):
-        if all(type(layer) is nn.Linear for layer in layers):
+        if all(type(layer) is nn.Linear and layer.bias is None for layer in layers):
             block = torch.cat([layer.weight.t() for layer in layers], dim=1)  # [in, all out]
             for layer, part in zip(layers, block.split([layer.out_features for layer in layers], dim=1), strict=True):
                 layer.weight.data = part.t()
@@ -634,42 +639,37 @@ def side_by_side(*layers: nn.Module) -> torch.Tensor | None:
 
 
 class OneToken:
-    """Llama3ForCausalLM.forward for T = 1 with a cache, as one loop over plain tensors: a small model on a CPU otherwise
-    spends a third of its time between the matrix products. tests/test_model.py holds it to the same logits."""
+    """Llama3ForCausalLM.forward for T = 1 with a cache and nothing else, in one loop: in a small model on a CPU, what happens
+    between the matrix products takes a third of the time. tests/test_model.py holds it to the same logits."""
 
     def __init__(self, model: "Llama3ForCausalLM"):
-        self.model, self.layers = model.model, []
-        self.head = side_by_side(model.lm_head)
-        for block in model.model.layers:
-            attn, mlp = block.self_attn, block.mlp
-            joined = side_by_side(attn.q_proj, attn.k_proj, attn.v_proj), side_by_side(mlp.gate_proj, mlp.up_proj)
-            norms = block.input_layernorm.weight, block.post_attention_layernorm.weight
-            plain = all(type(layer) is nn.Linear and layer.bias is None for layer in (attn.o_proj, mlp.down_proj))
-            self.layers.append((*norms, *joined, attn.o_proj.weight, mlp.down_proj.weight) if plain else (None,))
+        self.model, self.joined = model, []
+        for attn, mlp in ((block.self_attn, block.mlp) for block in model.model.layers):
+            weights = side_by_side(attn.q_proj, attn.k_proj, attn.v_proj), side_by_side(mlp.gate_proj, mlp.up_proj)
+            self.joined.append(weights)
 
     @classmethod
     def for_model(cls, model: "Llama3ForCausalLM") -> Callable:
         """This faster step where the model is arranged for it, else the model itself."""
         config, step = model.config, cls(model)
-        arranged = step.head is not None and all(weight is not None for layer in step.layers for weight in layer)
         usual = config.attention == "sdpa" and not config.cross_every and not (config.dropout and model.training)
-        return step if arranged and usual else model
+        return step if usual and all(weight is not None for pair in step.joined for weight in pair) else model
 
     def __call__(self, input_ids: torch.Tensor, cache: KVCache) -> dict[str, torch.Tensor]:
-        config, B = self.model.config, len(input_ids)
-        H, KV, eps = config.n_heads, config.n_kv_groups, config.rms_norm_eps
-        x = self.model.embed(input_ids)
-        rope, mask = self.model._rope_and_mask(x, None, None, cache)
-        for i, (norm_1, norm_2, qkv, gate_up, o, down) in enumerate(self.layers):
-            heads = F.linear(rms_norm(x, norm_1, eps), qkv).view(B, H + 2 * KV, 1, -1)
+        model, config, B = self.model.model, self.model.config, len(input_ids)
+        H, KV = config.n_heads, config.n_kv_groups
+        x = model.embed(input_ids)
+        rope, mask = model._rope_and_mask(x, None, None, cache)
+        for i, (block, (qkv, gate_up)) in enumerate(zip(model.layers, self.joined, strict=True)):
+            heads = F.linear(block.input_layernorm(x), qkv).view(B, H + 2 * KV, 1, -1)
             turned = rotate(heads[:, : H + KV], *rope)
             k, v = cache.write(i, turned[:, H:], heads[:, H + KV :])
             q = turned[:, :H].reshape(B, KV, H // KV, -1)  # the queries of a group in the place of T
             y = F.scaled_dot_product_attention(q, k, v, mask)
-            x = x + F.linear(y.reshape(B, 1, -1), o)
-            gate, up = F.linear(rms_norm(x, norm_2, eps), gate_up).chunk(2, dim=-1)
-            x = x + F.linear(F.silu(gate) * up, down)
-        return {"logits": F.linear(rms_norm(x, self.model.norm.weight, eps), self.head)}
+            x = x + block.self_attn.o_proj(y.reshape(B, 1, -1))
+            gate, up = F.linear(block.post_attention_layernorm(x), gate_up).chunk(2, dim=-1)
+            x = x + block.mlp.down_proj(F.silu(gate) * up)
+        return {"logits": self.model.lm_head(model.norm(x))}
 
 
 # ---- LoRA: learn a small correction to a frozen matrix -------------------------------------------------------------------
@@ -751,13 +751,11 @@ def convert_linears_to_lora(
             return re.fullmatch(targets, name) is not None
         return any(f".{name}".endswith(f".{ending}") for ending in targets)
 
-    inside = {name for name, m in module.named_modules() if isinstance(m, Linear_LORA)}
-    linears = {
-        name: m
-        for name, m in module.named_modules()
-        if hasattr(m, "in_features") and hasattr(m, "out_features") and name not in inside
-        and name.rpartition(".")[0] not in inside and wanted(name)
-    }
+    linears = {}
+    for name, layer in module.named_modules():
+        wrapped = isinstance(layer, Linear_LORA) or f".{name}".endswith(".base")
+        if hasattr(layer, "in_features") and hasattr(layer, "out_features") and not wrapped and wanted(name):
+            linears[name] = layer
     if not linears:
         raise ValueError(f"LoRA targets {targets!r} name no linear layer of this {type(module).__name__}")
     embeddings = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
@@ -797,7 +795,7 @@ def pixel_shuffle(x: torch.Tensor, grid: tuple[int, int], r: int) -> torch.Tenso
     """[I, N, D] on a grid -> [I, N / r^2, r^2 D]: each r x r square of patches becomes one token, its patches one after the
     other row by row (the order of transformers' Idefics3Connector)."""
     (I, _, D), (h, w) = x.shape, shuffled_grid(grid, r)
-    return x.view(I, h, r, w, r, D).transpose(2, 3).reshape(I, h * w, r * r * D)
+    return x.reshape(I, h, r, w, r, D).transpose(2, 3).reshape(I, h * w, r * r * D)
 
 
 class MultiModalProjector(nn.Module):
@@ -936,7 +934,8 @@ class MllamaForConditionalGeneration(nn.Module):
         """Token embeddings with image features in the place of the placeholders: image_features [I, N', D] (or None), images
         in the order of their placeholders, row by row; input_ids [B, T] -> [B, T, D]. Gradients reach both.
         Raises ValueError, naming both numbers, where placeholders and features do not match."""
-        return self._merge(image_features, input_ids, self._find_placeholders(image_features, input_ids, attention_mask))
+        places = self._find_placeholders(image_features, input_ids, attention_mask)
+        return self._merge(image_features, input_ids, places)
 
     def _merge(self, image_features, input_ids, places):
         without_row = places & (input_ids >= self.config.text_config.vocab_size)
@@ -973,18 +972,15 @@ class MllamaForConditionalGeneration(nn.Module):
         embeds, images = self._merge(image_features, input_ids, places), None
         if self.config.fusion == "cross" and image_features is not None:
             pattern = attention_mask if attention_mask is not None and attention_mask.ndim == 4 else None
-            images = images_by_row(image_features, places, pattern)
+            images = images_by_row(image_features.to(embeds.dtype), places, pattern)
         hidden = self.language_model.model(None, embeds, attention_mask, position_ids, cache, images, trace)
-        loss = None
-        if labels is not None:
-            padding = attention_mask == 0 if attention_mask is not None and attention_mask.ndim == 2 else False
-            loss = self._compute_loss_with_masking(hidden, labels, places | padding)
+        loss = None if labels is None else self._compute_loss_with_masking(hidden, labels, places, attention_mask)
         return self.language_model.read_out(hidden[:, -logits_to_keep:], loss)
 
-    def _compute_loss_with_masking(self, hidden, labels, ignored) -> torch.Tensor:
-        """Mean cross-entropy of hidden [B, T, D] against the labels [B, T] of the next positions, leaving out -100 and what
-        is `ignored`, bool [B, T]."""
-        return self.language_model.loss(hidden, labels, ignored)
+    def _compute_loss_with_masking(self, hidden, labels, places, attention_mask=None) -> torch.Tensor:
+        """Mean cross-entropy of hidden [B, T, D] against the labels [B, T] of the next positions, leaving out -100, padding and
+        the places of images, bool [B, T]."""
+        return self.language_model.loss(hidden, labels, attention_mask, places)
 
     @staticmethod
     def _create_conversation_mask(input_ids, assistant_start: Sequence[int], end_of_turn: int) -> torch.Tensor:
@@ -1010,7 +1006,6 @@ class MllamaForConditionalGeneration(nn.Module):
         prefill = partial(self, pixel_values=pixel_values, image_features=image_features)
         yield from self.language_model.stream(input_ids, max_new_tokens, attention_mask, prefill, **sampling)
 
-    def generate(self, input_ids, pixel_values=None, attention_mask=None, *, max_new_tokens: int, **sampling) -> list[list[int]]:
+    def generate(self, input_ids, pixel_values=None, attention_mask=None, **sampling) -> list[list[int]]:
         """generate(**batch, max_new_tokens=20) continues every prompt of the processor's batch: the new ids, row by row."""
-        steps = self.stream(input_ids, pixel_values, attention_mask, max_new_tokens=max_new_tokens, **sampling)
-        return collect(steps, len(input_ids))
+        return collect(self.stream(input_ids, pixel_values, attention_mask, **sampling), len(input_ids))

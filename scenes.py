@@ -58,6 +58,7 @@ PLACES = {  # by layout, in reading order
     2: ("top left", "top right", "bottom left", "bottom right"),
     3: ("top left", "top", "top right", "left", "centre", "right", "bottom left", "bottom", "bottom right"),
 }
+PAPERS = {"dark": (15, 55), "light": (200, 240)}  # least and most grey
 SPLITS = ("train", "test", "compositional")
 SLOTS = 4
 IGNORE = -100  # torch's label for "not counted"
@@ -70,6 +71,7 @@ class SceneConfig:
     layouts: tuple[int, ...] = (2, 3)  # cells a side
     digits: tuple[int, int] = (1, 4)  # fewest and most
     side: tuple[float, float] = (0.25, 0.375)  # of a digit, fraction of the picture's; a cell may allow less than the most
+    papers: tuple[str, ...] = ("dark",)  # plain grounds, of PAPERS
     noise: int = 10  # of each pixel, either way, in steps of 255
     ink_noise: int = 16  # of each digit's colour
     rotate: float = 10.0  # degrees either way; this and the next two for training samples only
@@ -80,6 +82,8 @@ class SceneConfig:
         low, high = self.side
         if not self.layouts or set(self.layouts) - set(PLACES):
             raise ValueError(f"layouts are {self.layouts}: choose from {tuple(PLACES)} cells a side")
+        if not self.papers or set(self.papers) - set(PAPERS):
+            raise ValueError(f"papers are {self.papers}: choose from {', '.join(PAPERS)}")
         if not 1 <= self.digits[0] <= self.digits[1] <= SLOTS:
             raise ValueError(f"digits are {self.digits}: (fewest, most) must lie in 1..{SLOTS}")
         if not (1 / 6 < low <= high and low * _FRAME / 8 <= 1 / max(self.layouts)):
@@ -157,7 +161,7 @@ def _glyphs(split: str, config: SceneConfig) -> _Glyphs:
 
 @functools.lru_cache(maxsize=4)
 def _cut_glyphs(part: int, variants: int, rotate: float, shear: float) -> _Glyphs:
-    """In float64: rounded to 255 steps, nothing remains of what the last bits of a sine are on one machine or another."""
+    """In float64 and rounded to 255 steps, so that the last bits, which differ between machines, decide nothing."""
     samples = load_images("digits")[part]
     order = samples.labels.argsort(stable=True)
     ink = F.pad(samples.images[order].double() / 255, (1, 1, 1, 1))
@@ -166,7 +170,7 @@ def _cut_glyphs(part: int, variants: int, rotate: float, shear: float) -> _Glyph
     draw = np.random.RandomState(0)
     turns = [draw.uniform(-1, 1, (len(ink), len(GEOMETRY))) * limits for _ in range(variants - 1)]
     ink = torch.cat([ink, *(warp(ink, torch.from_numpy(turn), "zeros") for turn in turns)])
-    ink = (ink[:, 0] * 255).round().to(torch.uint8)
+    ink = (ink[:, 0] * 255 + 1e-7).round().to(torch.uint8)  # many values lie half-way: a little more, and all are rounded up
     visible, edges = (ink >= 64).numpy(), []
     for axis in (1, 2):  # any() over the rows leaves x
         line = visible.any(axis)
@@ -199,7 +203,8 @@ def _plan(split: str, seed: int, block: int, config: SceneConfig, glyphs: _Glyph
         chosen = np.arange(SLOTS) == (draw.random_sample(N) * counts).astype(int)[:, None]
         colours = np.where(chosen, _HELD[digits], draw.randint(len(COLOURS), size=shape))
     inks = np.array(list(INKS.values()))[colours] + draw.randint(-config.ink_noise, config.ink_noise + 1, (*shape, 3))
-    grey = np.where(draw.randint(2, size=(N, 1)), draw.randint(15, 56, (N, 1)), draw.randint(200, 241, (N, 1)))
+    least, most = np.array([PAPERS[name] for name in config.papers])[draw.randint(len(config.papers), size=N)].T
+    grey = (least + draw.random_sample(N) * (most - least)).astype(int)[:, None]
 
     samples = glyphs.starts[:-1][digits] + (draw.random_sample(shape) * np.diff(glyphs.starts)[digits]).astype(int)
     variants = draw.randint(len(glyphs.ink) // glyphs.starts[-1], size=shape)
@@ -284,13 +289,13 @@ class SceneStream:
         return make_scenes(self.split, self.batch_size, self.seed, self.config, start)
 
     def state_dict(self) -> dict:
-        return {"split": self.split, "seed": self.seed, "position": self.position}
+        return {"split": self.split, "seed": self.seed, "config": repr(self.config), "position": self.position}
 
     def load_state_dict(self, state: dict) -> None:
-        """Raises ValueError if the state is that of another split or seed."""
-        for key in ("split", "seed"):
-            if state[key] != getattr(self, key):
-                raise ValueError(f"cannot resume: the saved run has {key} {state[key]}, this one {getattr(self, key)}")
+        """Raises ValueError if the state is that of other scenes."""
+        for key, value in self.state_dict().items():
+            if key != "position" and state[key] != value:
+                raise ValueError(f"cannot resume: the saved run's scenes have {key} {state[key]}, these {value}")
         self.position = state["position"]
 
 
@@ -415,7 +420,7 @@ def final_number(answer: str) -> int | None:
 
 
 def corpus() -> list[str]:
-    """Lines that hold every question and, in parts, every answer that can come up: to train a tokenizer on."""
+    """Lines that hold every question and, in parts, every answer: to train a tokenizer on (450 tokens: most are words)."""
     digits, places = range(10), sorted({place for names in PLACES.values() for place in names})
     things = [f"{colour} {digit}" for colour in COLOURS for digit in digits]
     words = {"digit": digits, "colour": COLOURS, "place": places, "thing": things, "a_digit": [a(d) for d in digits]}
