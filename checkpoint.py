@@ -6,13 +6,11 @@
     python checkpoint.py show SOURCE                # its tensors as a tree, parameters by part
     python checkpoint.py convert SOURCE FOLDER --dtype fp16
 
-Loading is a name map plus set algebra: each of our parameters says which published tensors it is made of (the maps are
-in layouts.py), every shape is checked, and a tensor that is missing, left over or misshapen is an error that
-names it. Nothing is skipped and nothing is unpickled: weights are safetensors. `save_state` and `load_state` keep what a
-run needs to go on exactly where it stopped.
-
-Models that no published layout can hold are saved in our own: model_type ends in "_scratch", config.json holds our settings,
-the tensors have our names, and transformers refuses it instead of misreading it.
+Loading is a name map plus set algebra: each of our parameters says which published tensors it is made of (the maps are in
+layouts.py), every shape is checked, and a tensor that is missing, left over or misshapen is an error that names it. Nothing
+is skipped and nothing is unpickled: weights are safetensors. A model that no published layout can hold is saved in our own,
+whose model_type ends in "_scratch": transformers refuses it instead of misreading it. `save_state` and `load_state` keep
+what a run needs to go on exactly where it stopped.
 """
 
 import argparse
@@ -23,6 +21,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -31,7 +30,7 @@ import torch.nn as nn
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from layouts import LAYOUTS, TOKEN_IDS, Layout, Name, renamed
+from layouts import LAYOUTS, TOKEN_IDS, Layout, Name, renamed, with_defaults
 from model import Linear_LORA, convert_linears_to_lora
 
 # ---- files -----------------------------------------------------------------------------------------------------------
@@ -71,7 +70,8 @@ def safetensors_files(folder: Path) -> list[Path]:
         return [single]
     if not index.exists():
         raise FileNotFoundError(f"{folder} has no model.safetensors: is it a checkpoint folder with safetensors weights?")
-    names = sorted(set(read_json(index).get("weight_map", {}).values()))
+    where = read_json(index).get("weight_map")
+    names = sorted(set(map(str, where.values()))) if isinstance(where, dict) else []
     if not names or any(Path(name).name != name for name in names):
         raise ValueError(f"{index} lists no usable shards: it may be damaged, get it again")
     if missing := [name for name in names if not (folder / name).exists()]:
@@ -79,19 +79,27 @@ def safetensors_files(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
-def read_safetensors(files: Iterable[Path]) -> dict[str, torch.Tensor]:
+@contextmanager
+def naming(file: Path):
+    """What the safetensors library says, in a line that names the file."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise ValueError(f"{file} is not a valid safetensors file ({error}): it may be damaged, get it again") from None
+
+
+def read_safetensors(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a folder."""
     tensors: dict[str, torch.Tensor] = {}
-    for file in files:
-        try:
+    for file in safetensors_files(folder):
+        with naming(file):
             tensors |= load_file(file)
-        except SafetensorError as error:
-            raise ValueError(f"{file} is not a valid safetensors file ({error}): it may be damaged, get it again") from None
     return tensors
 
 
 def write_safetensors(folder: Path, tensors: dict[str, torch.Tensor], max_shard_bytes: float) -> None:
-    """model.safetensors or, above max_shard_bytes, shards and their index. An old index goes first and a new one comes last:
-    whatever kills the process, nobody reads the shards of two models as one."""
+    """model.safetensors or, above max_shard_bytes, shards and their index. The old index goes before the first new shard, the
+    new one comes after the last: whatever kills the process in between, nobody reads shards of two models as one."""
     shards, size = [{}], 0
     for name, tensor in tensors.items():
         if shards[-1] and size + tensor.nbytes > max_shard_bytes:
@@ -99,13 +107,13 @@ def write_safetensors(folder: Path, tensors: dict[str, torch.Tensor], max_shard_
         shards[-1][name] = tensor
         size += tensor.nbytes
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    files = [folder / f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
-    files = files if len(shards) > 1 else [single]
-    if len(shards) > 1:
+    sharded, files = len(shards) > 1, [single]
+    if sharded:
+        files = [folder / f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
         index.unlink(missing_ok=True)
     for file, shard in zip(files, shards, strict=True):
         write_atomic(file, lambda tmp, shard=shard: save_file(shard, tmp, metadata={"format": "pt"}))
-    if len(shards) > 1:
+    if sharded:
         where = {name: file.name for file, shard in zip(files, shards, strict=True) for name in shard}
         write_json(index, {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())}, "weight_map": where})
     else:
@@ -147,7 +155,7 @@ def open_source(path: Path) -> tuple[dict, Callable[[torch.dtype | None], dict[s
         return file.config(), file.tensors
     if not (path / "config.json").exists():
         raise FileNotFoundError(f"{path} has no config.json: is it a checkpoint folder?")
-    return read_json(path / "config.json"), lambda dtype: read_safetensors(safetensors_files(path))
+    return read_json(path / "config.json"), lambda dtype: read_safetensors(path)
 
 
 # ---- load and save ---------------------------------------------------------------------------------------------------
@@ -172,8 +180,8 @@ def build(path: Path, published: dict, read_tensors: Callable, dtype: torch.dtyp
     where = path if path.suffix == ".gguf" else path / "config.json"
     if layout is None:
         raise ValueError(f"{where} has model_type {kind!r}: known are {', '.join(LAYOUTS)}")
-    if quantised := published.get("quantization_config"):
-        raise ValueError(f"{where}: the weights are quantised ({shorten([str(quantised)])}): get them in full precision")
+    if published.get("quantization_config"):
+        raise ValueError(f"{where} has a quantization_config: get the weights in full precision, or as .gguf")
     try:
         config = layout.read_config(published)
     except (AttributeError, KeyError, TypeError) as error:
@@ -281,7 +289,8 @@ def plain_state(model: nn.Module) -> dict[str, torch.Tensor]:
     """The state of the model without LoRA that computes the same."""
     state = model.state_dict()
     for prefix, layer in lora_layers(model).items():
-        if not getattr(getattr(layer.base, "weight", None), "dtype", torch.int8).is_floating_point:
+        weight = getattr(layer.base, "weight", None)
+        if weight is None or not weight.is_floating_point():
             raise ValueError(f"{prefix} is a {type(layer.base).__name__}, too coarse to merge LoRA into: use save_lora")
         bias = state.get(f"{prefix}.base.bias")
         state = {name: tensor for name, tensor in state.items() if not name.startswith(f"{prefix}.")}
@@ -371,14 +380,14 @@ def load_lora(model: nn.Module, folder: str | Path) -> list[str]:
     pairs = read_adapter(model, layout, folder / "adapter_model.safetensors")
     alike: dict[tuple, list[str]] = {}
     for name, (a, b) in pairs.items():
-        layer = model.get_submodule(name)
-        expected = (getattr(layer, "out_features", None), len(a), len(a), getattr(layer, "in_features", None))
+        layer, rank = model.get_submodule(name), a.shape[0] if a.ndim else 0
+        expected = (getattr(layer, "out_features", None), rank, rank, getattr(layer, "in_features", None))
         if (*b.shape, *a.shape) != expected:
             raise ValueError(f"{folder}: {name} has LoRA matrices {list(b.shape)} x {list(a.shape)}, made for another layer")
         path = renamed(name, layout.modules)
         special = (value for key, value in config["alpha_pattern"].items() if re.match(rf"(.*\.)?({key})$", path))
-        alpha = next(special, config["lora_alpha"]) * (len(a) ** 0.5 if config.get("use_rslora") else 1)
-        alike.setdefault((len(a), alpha), []).append(name)
+        alpha = next(special, config["lora_alpha"]) * (rank**0.5 if config.get("use_rslora") else 1)
+        alike.setdefault((rank, alpha), []).append(name)
     for (rank, alpha), names in alike.items():
         convert_linears_to_lora(model, rank, alpha, config["lora_dropout"], "|".join(map(re.escape, names)))
     for name, (a, b) in pairs.items():
@@ -393,7 +402,8 @@ def read_adapter_config(folder: Path) -> dict:
     """adapter_config.json, checked to be that of plain LoRA."""
     if not (folder / "adapter_config.json").exists():
         raise FileNotFoundError(f"{folder} has no adapter_config.json: is it a LoRA adapter?")
-    config = {"lora_alpha": 8, "lora_dropout": 0.0, "alpha_pattern": {}, **read_json(folder / "adapter_config.json")}
+    defaults = {"lora_alpha": 8, "lora_dropout": 0.0, "alpha_pattern": {}}
+    config = with_defaults(read_json(folder / "adapter_config.json"), defaults)
     if config.get("peft_type") != "LORA":
         raise ValueError(f"{folder} is an adapter of type {config.get('peft_type')!r}: only LORA is implemented")
     extra = [key for key in NOT_LORA if config.get(key)] + (["bias"] if config.get("bias", "none") != "none" else [])
@@ -408,9 +418,11 @@ def read_adapter(model: nn.Module, layout: Layout, file: Path) -> dict[str, tupl
         raise FileNotFoundError(f"there is no {file}: save the adapter as safetensors")
     with torch.device("meta"):
         ours = {name.theirs[0]: name.ours for name in layout.names(layout.model(model.config)) if name.repeat is None}
+    with naming(file):
+        tensors = load_file(file)
     found: dict[str, dict[str, torch.Tensor]] = {}
     strange = []
-    for key, tensor in read_safetensors([file]).items():
+    for key, tensor in tensors.items():
         match = re.fullmatch(r"base_model\.model\.(.+)\.lora_([AB])\.weight", key)
         spelled = layout.clean({f"{match[1]}.weight": tensor}) if match else {}
         name = ours.get(next(iter(spelled), None))
@@ -467,7 +479,7 @@ def convert(source: str, folder: str | Path, dtype: torch.dtype | None = None) -
     known = {**(published.get("text_config") or {}), **published}
     kind = save_pretrained(model, folder, **{key: known[key] for key in KEPT if key in known})
     for name in COMPANIONS:
-        if (path / name).is_file() and not (folder / name).exists():
+        if (path / name).is_file() and path.resolve() != folder.resolve():
             write_atomic(folder / name, partial(shutil.copyfile, path / name))
     return kind
 
@@ -480,12 +492,9 @@ def list_tensors(path: Path) -> list[tuple[str, tuple[int, ...], str]]:
         return GGUFFile(path).list_tensors()
     found = []
     for file in safetensors_files(path):
-        try:
-            with safe_open(file, framework="pt") as opened:
-                parts = {name: opened.get_slice(name) for name in opened.keys()}
-                found += [(name, tuple(part.get_shape()), part.get_dtype()) for name, part in parts.items()]
-        except SafetensorError as error:
-            raise ValueError(f"{file} is not a valid safetensors file ({error}): it may be damaged, get it again") from None
+        with naming(file), safe_open(file, framework="pt") as opened:
+            parts = {name: opened.get_slice(name) for name in opened.keys()}
+            found += [(name, tuple(part.get_shape()), part.get_dtype()) for name, part in parts.items()]
     return found
 
 

@@ -39,7 +39,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--seed", type=int, default=0)
     add("--device", help="cpu, cuda, mps; default: the best there is")
     add("--dtype", choices=["fp32", "fp16", "bf16"], default="fp32")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)  # so that PROMPT may stand after the flags
     if args.prompt is None and (args.top or args.chat):
         parser.error("--top and --chat need a PROMPT")
     return args

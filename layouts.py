@@ -503,9 +503,8 @@ def idefics3_position_misfit(config: SiglipVisionConfig) -> str:
     """transformers computes the position of each patch of Idefics3 as a fraction of the picture's side, and rounding sends
     some patches of some grids (19, 25, 29, 31, 38, ... a side) to a neighbour's position. This repeats that computation."""
     side = config.grid[0]
-    starts = torch.arange(1 / side, 1.0, 1 / side, device="cpu")
-    places = torch.arange(side, device="cpu").float() * (1.0 / torch.tensor(side, device="cpu"))
-    if torch.equal(torch.bucketize(places.clamp(max=1 - 1e-6), starts, right=True), torch.arange(side, device="cpu")):
+    patches, borders = torch.arange(side, device="cpu"), torch.arange(1 / side, 1.0, 1 / side, device="cpu")
+    if torch.equal(torch.bucketize(patches * (1 / side), borders, right=True), patches):
         return ""
     return f"transformers misplaces patches on its {side}x{side} grid by rounding: choose another image_size"
 

@@ -225,8 +225,7 @@ class LLAMARotaryEmbedding(nn.Module):
         if count > length:
             return self._compute(positions, dtype).unsqueeze(-3).unbind()
         if self.table is None or self.table.device != device or self.table.dtype != dtype:
-            with torch.inference_mode(False):  # or training could not use it afterwards
-                self.table = self._compute(torch.arange(length, device=device), dtype)
+            self.table = self._compute(torch.arange(length, device=device), dtype)
         return self.table[:, positions].unsqueeze(-3).unbind()
 
     def _compute(self, positions, dtype):
@@ -829,14 +828,17 @@ class MultiModalProjector(nn.Module):
         return self.linear(x) if self.projector_type == "linear" else self.linear_2(F.gelu(self.linear_1(x)))
 
 
-def find_image_token(input_ids: torch.Tensor, num_features: int, vocab_size: int) -> int:
+def find_image_token(input_ids: torch.Tensor, num_images: int, per_image: int, vocab_size: int) -> int:
     """The placeholder's id, for a model that was not told. Tokenizers add it at their end, so: the first id outside the
-    vocabulary; else the id that stands there once per image feature, of several the last; else the most frequent one."""
+    vocabulary; else the id that stands there per_image times for each image, of several the last. Failing that, one that
+    fills at least an image, for the sake of the error message; else vocab_size, which is nowhere."""
     ids, counts = input_ids.unique(return_counts=True)
-    outside, fitting = ids[ids >= vocab_size], ids[counts == num_features]
-    if len(outside) or not num_features:
+    outside, fitting = ids[ids >= vocab_size], ids[counts == num_images * per_image]
+    if len(outside) or not num_images:
         return int(outside.min()) if len(outside) else vocab_size
-    return int(fitting.max() if len(fitting) else ids[counts.argmax()])
+    if len(fitting):
+        return int(fitting.max())
+    return int(ids[counts.argmax()]) if 1 < per_image <= counts.max() else vocab_size
 
 
 def images_by_row(features, places, pattern=None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -913,13 +915,14 @@ class MllamaForConditionalGeneration(nn.Module):
 
     def _find_placeholders(self, image_features, input_ids, attention_mask=None) -> torch.Tensor:
         """Where pictures belong, bool [B, T]. Raises ValueError unless there are as many places as features to fill them."""
-        I, N = (0, 0) if image_features is None else image_features.shape[:2]
-        N = 1 if self.config.fusion == "cross" else N
+        I, N = 0 if image_features is None else len(image_features), self.config.text_config.num_image_tokens
+        if image_features is not None and self.config.fusion == "early":
+            N = image_features.shape[1]  # another number than usual where the picture has another size
         real = attention_mask.bool() if attention_mask is not None and attention_mask.ndim == 2 else None
         image_token_id = self.config.image_token_id
         if image_token_id is None:
             tokens = input_ids if real is None else input_ids[real]
-            image_token_id = find_image_token(tokens, I * N, self.config.text_config.vocab_size)
+            image_token_id = find_image_token(tokens, I, N, self.config.text_config.vocab_size)
         places = input_ids == image_token_id
         if real is not None:
             places &= real
@@ -966,7 +969,7 @@ class MllamaForConditionalGeneration(nn.Module):
         """
         if image_features is None and vision_features is not None:
             image_features = self.multi_modal_projector(vision_features, self.config.vision_config.grid)
-        elif image_features is None and pixel_values is not None:
+        elif image_features is None and pixel_values is not None and len(pixel_values):
             image_features = self.image_features(pixel_values, trace=trace)
         places = self._find_placeholders(image_features, input_ids, attention_mask)
         embeds, images = self._merge(image_features, input_ids, places), None

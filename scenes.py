@@ -26,12 +26,13 @@ import functools
 import hashlib
 import itertools
 import json
+import math
 import os
 import random
 import re
 import tempfile
 import textwrap
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import NamedTuple
@@ -71,7 +72,9 @@ class SceneConfig:
     layouts: tuple[int, ...] = (2, 3)  # cells a side
     digits: tuple[int, int] = (1, 4)  # fewest and most
     side: tuple[float, float] = (0.25, 0.375)  # of a digit, fraction of the picture's; a cell may allow less than the most
-    papers: tuple[str, ...] = ("dark",)  # plain grounds, of PAPERS
+    # Of PAPERS. With both, strokes are now brighter and now darker than their ground, which a small tower learns late:
+    # after some 750 steps it knew 13 % of the digits, on dark paper alone 67 %.
+    papers: tuple[str, ...] = ("dark",)
     noise: int = 10  # of each pixel, either way, in steps of 255
     ink_noise: int = 16  # of each digit's colour
     rotate: float = 10.0  # degrees either way; this and the next two for training samples only
@@ -119,8 +122,10 @@ class Scenes:
 
         A square is a digit's if the middle of its box lies in it, or else if the digit's box covers the square's own
         middle. Squares that a box only touches are IGNORE, the others "nothing": 10 for digits, 8 for colours. So no
-        two squares of almost the same content get contrary labels. Raises ValueError where two middles share a square,
-        which needs squares larger than the smallest digit (never with the default sizes and a grid of 4 or more).
+        two squares of almost the same content get contrary labels. A ViT with grid 4 (patch 16, width 128, depth 4) got
+        82 % of the digits and 99.9 % of the colours of test scenes right after 1,500 steps of 64 scenes. Raises
+        ValueError where two middles share a square, which needs squares wider than the smallest digit: by default never
+        from grid 4 on.
         """
         N, S = len(self), self.images.shape[-1]
         low, high = self.boxes[..., None, :2] * (grid / S), self.boxes[..., None, 2:] * (grid / S)  # in squares
@@ -148,7 +153,7 @@ class Scenes:
 
 
 class _Glyphs(NamedTuple):
-    ink: torch.Tensor  # uint8 [variants * samples, 20, 20], 255 = opaque; samples sorted by digit
+    ink: np.ndarray  # uint8 [variants * samples, 20, 20], 255 = opaque; samples sorted by digit
     boxes: np.ndarray  # [variants * samples, 4]: x0, y0, x1, y1 of the visible ink, in pixels of the 10x10 frame
     starts: np.ndarray  # [11]: where each digit's samples start; the last, how many samples
 
@@ -170,8 +175,8 @@ def _cut_glyphs(part: int, variants: int, rotate: float, shear: float) -> _Glyph
     draw = np.random.RandomState(0)
     turns = [draw.uniform(-1, 1, (len(ink), len(GEOMETRY))) * limits for _ in range(variants - 1)]
     ink = torch.cat([ink, *(warp(ink, torch.from_numpy(turn), "zeros") for turn in turns)])
-    ink = (ink[:, 0] * 255 + 1e-7).round().to(torch.uint8)  # many values lie half-way: a little more, and all are rounded up
-    visible, edges = (ink >= 64).numpy(), []
+    ink = (ink[:, 0] * 255 + 1e-7).round().to(torch.uint8).numpy()  # many lie half-way: now all above it
+    visible, edges = ink >= 64, []
     for axis in (1, 2):  # any() over the rows leaves x
         line = visible.any(axis)
         edges.append((line.argmax(1), line.shape[1] - line[:, ::-1].argmax(1)))
@@ -228,25 +233,33 @@ def _plan(split: str, seed: int, block: int, config: SceneConfig, glyphs: _Glyph
     }  # fmt: skip
 
 
-def _paint(plan: dict[str, np.ndarray], glyphs: _Glyphs, config: SceneConfig) -> torch.Tensor:
-    """uint8 [N, 3, S, S]. Whole numbers below 2^24 throughout, which float32 adds and multiplies exactly."""
+def _paint(plan: dict[str, np.ndarray], glyphs: _Glyphs, config: SceneConfig) -> np.ndarray:
+    """uint8 [N, 3, S, S]. Whole numbers below 2^24 throughout, which float32 adds and multiplies exactly.
+
+    In numpy, in place: on a busy machine torch's threads, woken for each of these small steps, took ten times as long.
+    """
     N, S = len(plan["counts"]), config.size
     filled = plan["digits"] >= 0
-    step = torch.from_numpy(_POINTS * 64 / plan["unit"][filled]).float()[:, None, None]  # 64ths of a point per pixel
-    pixel = torch.arange(S)[:, None] + 0.5
-    point = 64 * (torch.arange(_FRAME * _POINTS) + 0.5)
-    x, y = (  # bilinear weights in 64ths, [M, S, 20]
-        (64 - ((pixel - torch.from_numpy(o).float()[:, None, None]) * step - point).abs()).clamp_(0).round_()
-        for o in plan["origin"][filled].T
-    )
-    ink = y @ glyphs.ink[plan["glyphs"][filled]].float() @ x.transpose(1, 2)
-    opacity = torch.zeros(N, SLOTS, S * S)
-    opacity[torch.from_numpy(filled)] = ink.div_(64 * 64).add_(0.5).floor_().clamp_(max=255).flatten(1)
-    bare = (255 - opacity.sum(1, keepdim=True)).clamp_(0)  # of two digits side by side, faint rims may overlap
-    paints = torch.from_numpy(np.concatenate([plan["inks"], plan["paper"][:, None]], axis=1)).float()
-    image = paints.transpose(1, 2) @ torch.cat([opacity, bare], dim=1)
-    noise = torch.from_numpy(plan["noise"]).float().mul_((2 * config.noise + 1) / 256).floor_().sub_(config.noise)
-    return image.div_(255).round_().view(N, 3, S, S).add_(noise).clamp_(0, 255).to(torch.uint8)
+    step = (64 * _POINTS / plan["unit"][filled]).astype(np.float32)[:, None, None]  # 64ths of a point per pixel
+    pixel = np.arange(S, dtype=np.float32)[:, None] + 0.5
+    point = 64 * np.arange(_FRAME * _POINTS, dtype=np.float32) + 32
+
+    def weights(origin: np.ndarray) -> np.ndarray:
+        """[M] -> [M, S, 20]: bilinear, in 64ths."""
+        distance = (pixel - origin.astype(np.float32)[:, None, None]) * step - point
+        return np.rint(np.maximum(64 - np.abs(distance, out=distance), 0))
+
+    x, y = map(weights, plan["origin"][filled].T)
+    ink = y @ glyphs.ink[plan["glyphs"][filled]].astype(np.float32) @ x.transpose(0, 2, 1)
+    layers = np.zeros((N, SLOTS + 1, S * S), dtype=np.float32)  # how much of each ink, and last of paper, of 255
+    layers[:, :SLOTS][filled] = np.minimum(np.floor(ink / 64**2 + 0.5), 255).reshape(len(ink), -1)
+    layers[:, SLOTS] = np.maximum(255 - layers.sum(axis=1), 0)  # of two digits side by side, faint rims may overlap
+    paints = np.concatenate([plan["inks"], plan["paper"][:, None]], axis=1).astype(np.float32)
+    image = (paints.transpose(0, 2, 1) @ layers).reshape(N, 3, S, S)
+    np.rint(np.divide(image, 255, out=image), out=image)
+    image += plan["noise"].astype(np.uint16) * (2 * config.noise + 1) // 256
+    image -= config.noise
+    return np.clip(image, 0, 255, out=image).astype(np.uint8)
 
 
 def make_scenes(split: str, count: int, seed: int = 0, config: SceneConfig | None = None, start: int = 0) -> Scenes:
@@ -257,7 +270,7 @@ def make_scenes(split: str, count: int, seed: int = 0, config: SceneConfig | Non
         raise ValueError(f"count {count}, start {start}: ask for at least one scene, from 0 on")
     config = config or SceneConfig()
     glyphs, end, plans = _glyphs(split, config), start + count, []
-    images = torch.empty(count, 3, config.size, config.size, dtype=torch.uint8)
+    images = np.empty((count, 3, config.size, config.size), dtype=np.uint8)
     for first in range(start - start % _BLOCK, end, _BLOCK):
         plan = _plan(split, seed, first // _BLOCK, config, glyphs)
         plan = {name: values[max(start - first, 0) : end - first] for name, values in plan.items()}
@@ -265,7 +278,7 @@ def make_scenes(split: str, count: int, seed: int = 0, config: SceneConfig | Non
         images[at : at + len(plan["counts"])] = _paint(plan, glyphs, config)
         plans.append({name: plan[name] for name in ("boxes", "digits", "colours", "cells", "layouts", "counts")})
     found = {name: torch.from_numpy(np.concatenate([plan[name] for plan in plans])) for name in plans[0]}
-    return Scenes(images, **found, numbers=torch.arange(start, end))
+    return Scenes(torch.from_numpy(images), **found, numbers=torch.arange(start, end))
 
 
 class SceneStream:
@@ -324,17 +337,18 @@ class Question(NamedTuple):
     about: tuple[int, ...]  # slots whose digit and colour both matter; () for count, exists and sum
 
 
-def a(thing: str | int) -> str:
+def with_article(thing: str | int) -> str:
     """With its article: a 7, an 8, an orange 3."""
     return f"an {thing}" if str(thing)[0] in "8o" else f"a {thing}"
 
 
-def running_sum(digits: Iterable[int]) -> str:
+def running_sum(digits: Sequence[int]) -> str:
     """[3, 7, 2] -> "3 plus 7 is 10 plus 2 is 12": each step is one small addition, which a small model can learn."""
-    first, *others = digits
-    totals = itertools.accumulate(others, initial=first)
-    next(totals)
-    return f"{first}" + "".join(f" plus {d} is {total}" for d, total in zip(others, totals, strict=True))
+    total, text = digits[0], str(digits[0])
+    for digit in digits[1:]:
+        total += digit
+        text += f" plus {digit} is {total}"
+    return text
 
 
 def _askable(digits: list[int], colours: list[int], cells: list[int], layout: int, pick: random.Random) -> dict[str, list]:
@@ -344,15 +358,15 @@ def _askable(digits: list[int], colours: list[int], cells: list[int], layout: in
     rows, columns = [cell // layout for cell in cells], [cell % layout for cell in cells]
     absent = [digit for digit in range(10) if digit not in digits]
     exists = ((digits[_index(pick, len(digits))], "yes"), (absent[_index(pick, len(absent))], "no"))
-    caption = ", ".join(f"{a(thing)} at the {places[cell]}" for thing, cell in zip(things, cells, strict=True))
+    caption = ", ".join(f"{with_article(thing)} at the {places[cell]}" for thing, cell in zip(things, cells, strict=True))
     ask = {
         "count": [({}, str(len(digits)), ())],
         "colour": [({"digit": digits[i]}, COLOURS[colours[i]], (i,)) for i in slots if digits.count(digits[i]) == 1],
         "digit": [({"colour": COLOURS[colours[i]]}, str(digits[i]), (i,)) for i in slots if colours.count(colours[i]) == 1],
-        "place": [({"place": places[cells[i]]}, a(things[i]), (i,)) for i in slots],
+        "place": [({"place": places[cells[i]]}, with_article(things[i]), (i,)) for i in slots],
         "left_of": [],
         "above": [],
-        "exists": [({"a_digit": a(digit)}, answer, ()) for digit, answer in exists],
+        "exists": [({"a_digit": with_article(digit)}, answer, ()) for digit, answer in exists],
         "sum": [({}, running_sum(digits), ())],
         "describe": [({}, caption, tuple(slots))],
     }
@@ -362,7 +376,7 @@ def _askable(digits: list[int], colours: list[int], cells: list[int], layout: in
             above = [k for k in slots if columns[k] == columns[i] and rows[k] < rows[i]]
             for kind, found in (("left_of", left), ("above", above)):
                 if len(found) == 1:  # with two, some would name the nearer and some either
-                    ask[kind].append(({"thing": things[i]}, a(things[found[0]]), (found[0], i)))
+                    ask[kind].append(({"thing": things[i]}, with_article(things[found[0]]), (found[0], i)))
     return ask
 
 
@@ -370,9 +384,7 @@ def _index(pick: random.Random, n: int) -> int:
     return int(pick.random() * n)  # of all its methods only random() is promised to stay the same
 
 
-def questions(
-    scenes: Scenes, seed: int = 0, per_scene: int = 12, mix: Mapping[str, float] = MIX
-) -> list[list[Question]]:
+def questions(scenes: Scenes, seed: int = 0, per_scene: int = 12, mix: Mapping[str, float] = MIX) -> list[list[Question]]:
     """For each scene up to per_scene different questions, in random order; fewer where there is no more to ask.
 
     mix: kinds and their weights, of which each turn draws one that has something left. A scene offers one question a
@@ -381,7 +393,7 @@ def questions(
     mix give the same questions, whatever the other scenes. Raises ValueError for an unknown kind or a bad weight.
     """
     weights = {kind: weight for kind, weight in mix.items() if weight}
-    if not weights or set(weights) - set(KINDS) or min(weights.values()) < 0 or per_scene < 1:
+    if not weights or set(weights) - set(KINDS) or per_scene < 1 or not all(0 < w < math.inf for w in weights.values()):
         raise ValueError(f"mix {dict(mix)}, per_scene {per_scene}: weights above 0 for some of {', '.join(KINDS)}")
     columns = (getattr(scenes, name).tolist() for name in ("digits", "colours", "cells", "layouts", "counts", "numbers"))
     turns = []
@@ -423,13 +435,14 @@ def corpus() -> list[str]:
     """Lines that hold every question and, in parts, every answer: to train a tokenizer on (450 tokens: most are words)."""
     digits, places = range(10), sorted({place for names in PLACES.values() for place in names})
     things = [f"{colour} {digit}" for colour in COLOURS for digit in digits]
-    words = {"digit": digits, "colour": COLOURS, "place": places, "thing": things, "a_digit": [a(d) for d in digits]}
+    words = {"digit": digits, "colour": COLOURS, "place": places, "thing": things, "a_digit": [with_article(d) for d in digits]}
     lines = []
     for template in itertools.chain(*TEMPLATES.values()):
         name = (re.findall(r"{(\w+)}", template) or [None])[0]
         lines += [template.format(**{name: word}) for word in words[name]] if name else [template]
     lines += ["yes", "no", *map(str, digits), *COLOURS]
-    lines += [f"{a(thing)} at the {place}, {a(thing)} at the {place}" for thing in things for place in places]
+    spots = [f"{with_article(thing)} at the {place}" for thing in things for place in places]
+    lines += [f"{spot}, {spot}" for spot in spots]
     return lines + [running_sum([x, y]) for x in range(9 * (SLOTS - 1) + 1) for y in digits]
 
 

@@ -21,7 +21,8 @@ apply_chat_template(messages, tokenize=False), bos_token, eos_token, pad_token, 
 
 Limits: chat templates are recognised, not executed ("llama3" is Llama 3's own, without the date lines of 3.1 and
 later); letters and digits are those of each library's Unicode version, so the newest characters may be cut apart
-differently; half a surrogate pair, which UTF-8 cannot hold, becomes U+FFFD.
+differently; half a surrogate pair, which UTF-8 cannot hold, becomes U+FFFD; tiktoken before 0.13 takes quadratic time
+on one word of many thousand letters.
 """
 
 from __future__ import annotations

@@ -69,6 +69,11 @@ def test_a_conversation_remembers_what_was_said(run, capsys, monkeypatch):
     assert [m["role"] for m in asked[1]] == ["user", "assistant", "user"] and asked[1][0]["content"] == "hello"
 
 
+def test_the_question_may_stand_after_the_flags(run, capsys):
+    """argparse took the missing PROMPT for granted as soon as it had SOURCE, and then refused the question."""
+    assert call(capsys, run, "--chat", "--max-new-tokens", 3, "hello") == call(capsys, run, "hello", "--chat", "--max-new-tokens", 3)
+
+
 def test_special_token_text_in_a_question_stays_text(run, capsys):
     _, tokenizer = generate.load(generate.parse_args([str(run)]))
     ids = tokenizer.encode_chat([{"role": "user", "content": "<|im_end|>"}], add_generation_prompt=True)

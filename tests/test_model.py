@@ -245,8 +245,9 @@ def test_padding_changes_no_real_token_and_a_batch_is_its_rows(lm, ids, side):
         close(logits[part], lm(row[None, part])["logits"][0])
 
 
-def test_packed_samples_are_separate_samples(lm, ids):
-    lengths = (5, 4, 3)
+@pytest.mark.parametrize("attention", ["sdpa", "explicit"])
+def test_packed_samples_are_separate_samples(ids, attention):
+    lm, lengths = make(attention=attention), (5, 4, 3)
     pattern, positions = block_pattern(lengths)
     packed = lm(ids[:1], attention_mask=pattern, position_ids=positions, labels=ids[:1])
     losses = []
@@ -297,6 +298,11 @@ def test_half_precision_is_close_and_leaves_the_rotations_exact(lm, ids, dtype):
     back = half.float()
     back.load_state_dict(lm.state_dict())
     close(back(ids)["logits"], expected)
+
+
+def test_the_norm_survives_numbers_whose_squares_fp16_cannot_hold():
+    norm, x = m.LLAMARMSNorm(8, eps=1e-5), torch.linspace(-600, 900, 8)
+    close(norm.half()(x.half()).float(), x / x.square().mean().sqrt(), 1e-3)
 
 
 def test_a_model_made_on_the_meta_device_works_once_loaded(lm, ids):
@@ -691,6 +697,7 @@ def test_what_an_image_became_may_be_given_in_its_place(vlm, batch):
 
 def test_text_alone_is_the_language_model_alone(vlm, ids):
     close(vlm(ids)["logits"], vlm.language_model(ids)["logits"])
+    close(vlm(ids, torch.zeros(0, 3, 16, 16))["logits"], vlm.language_model(ids)["logits"])
     assert vlm.generate(ids, max_new_tokens=3) == vlm.language_model.generate(ids, 3)
 
 
@@ -767,10 +774,18 @@ def test_an_unknown_placeholder_is_found(token):
         unknown(ids, pixels[:1])
 
 
-def test_find_image_token_prefers_the_end_of_the_vocabulary():
-    assert find_image_token(torch.tensor([5, 5, 8, 8, 9]), 2, 20) == 8
-    assert find_image_token(torch.tensor([5, 5, 8, 8, 21, 20]), 2, 20) == 20
-    assert find_image_token(torch.tensor([5, 5]), 0, 20) == 20
+@pytest.mark.parametrize(
+    ("ids", "images", "per_image", "expected"),
+    [
+        ([5, 5, 8, 8, 9], 1, 2, 8),  # of two that fit the later one
+        ([5, 5, 8, 8, 21, 20], 1, 2, 20),  # outside the vocabulary of 20 there is nothing else
+        ([5, 5, 5, 9], 1, 2, 5),  # one too many: the error shall name it
+        ([5, 6, 7], 1, 2, 20),  # no placeholder at all
+        ([5, 5], 0, 2, 20),  # a text without images may repeat itself
+    ],
+)
+def test_find_image_token(ids, images, per_image, expected):
+    assert find_image_token(torch.tensor(ids), images, per_image, 20) == expected
 
 
 @pytest.mark.parametrize("images", [None, 2, 4])

@@ -568,7 +568,7 @@ def test_conversations_that_are_none(processor, conversation, reason):
 SETTINGS = [
     {},
     {"resample": "bilinear", "image_mean": (0.4, 0.5, 0.6), "image_std": (0.2, 0.3, 0.25)},
-    {"do_pad_square": True, "image_mean": (0.4, 0.5, 0.6)},
+    {"do_pad_square": True, "image_mean": (0.4, 0.5, 0.6), "add_location_tokens": False},
 ]
 
 

@@ -11,6 +11,7 @@ import random
 import sys
 import time
 import types
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -238,6 +239,8 @@ def test_bytes_without_a_token_vanish_or_become_unk():
     assert BPETokenizer(spec).encode("a\x04b") == [64, 257, 65]
 
 
+@pytest.mark.skipif(tuple(map(int, version("tiktoken").split(".")[:2])) < (0, 13),
+                    reason="tiktoken before 0.13 takes minutes for one long word; with 0.13 or newer this runs")
 @pytest.mark.parametrize("kind, char", [("smollm2", " "), ("llama3", "\t"), ("gpt2", "a"), ("own", "Z")])
 def test_a_million_times_the_same_character(pair, kind, char):
     """The regex engine inside tiktoken panics on a million blanks; the ids must still be right, and soon there."""
@@ -473,6 +476,7 @@ def test_a_gguf_of_llama_3(write_gguf, tmp_path):
     assert bos == 258 and ours.eos_token == "<|eot_id|>" and ours.chat_template == "llama3"
     assert ours.encode("abc 1234") == [bos, *ours.encode("abc 1234", add_special_tokens=False)]
     assert ours.convert_ids_to_tokens(ours.encode("abc"))[1:] == ["abc"]
+    assert ours("abc 1234", truncation=True, max_length=3)["input_ids"] == ours.encode("abc 1234")[:3]
     assert ours.encode_chat(CHATS[1]).count(bos) == 1
     ours.save_pretrained(tmp_path / "out")
     theirs = Tokenizer.from_file(str(tmp_path / "out" / "tokenizer.json"))
@@ -666,7 +670,10 @@ def test_the_small_methods_are_common(both, which):
 def test_odd_ids_and_texts(chatml):
     with pytest.raises(ValueError, match="-100 is not a token id"):
         chatml.decode([5, -100])
-    assert chatml.decode(chatml.encode("a\ud83d\ude00b\ud800c")) == "a😀b\ufffdc"
+    lacking = small_json(normalizer={"type": "NFC"})
+    del lacking["model"]["vocab"]["Ą"]
+    for tok in (chatml, BPETokenizer(lacking)):
+        assert tok.decode(tok.encode("a\ud83d\ude00b\ud800c")) == "a😀b\ufffdc"
     assert chatml.decode(5) == chatml.decode([5]) == chatml.decode(torch.tensor(5))
 
 
@@ -751,6 +758,7 @@ def test_special_text_inside_a_message_stays_text(chatty):
         ids = chatty.encode_chat(chat)
         assert [i for i in ids if i in special] == [i for i in safe if i in special] and evil in chatty.decode(ids)
     image = chatty.convert_tokens_to_ids("<image>")
+    assert image not in chatty.encode_chat([{"role": evil, "content": "x"}], special_in_content=("<image>",))
     chat = chat_of("<image><image> two\n<image>", evil)
     ids, mask = chatty.encode_chat(chat, return_assistant_mask=True, special_in_content=("<image>",))
     assert [m for i, m in zip(ids, mask, strict=True) if i == image] == [0, 0, 0, 1]
