@@ -97,6 +97,14 @@ def read_safetensors(folder: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
+def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    def write(tmp):
+        save_file(tensors, tmp, metadata={"format": "pt"})
+        tmp.chmod(0o644)  # the library makes files that nobody but their owner may read
+
+    write_atomic(path, write)
+
+
 def write_safetensors(folder: Path, tensors: dict[str, torch.Tensor], max_shard_bytes: float) -> None:
     """model.safetensors or, above max_shard_bytes, shards and their index. The old index goes before the first new shard, the
     new one comes after the last: whatever kills the process in between, nobody reads shards of two models as one."""
@@ -112,7 +120,7 @@ def write_safetensors(folder: Path, tensors: dict[str, torch.Tensor], max_shard_
         files = [folder / f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
         index.unlink(missing_ok=True)
     for file, shard in zip(files, shards, strict=True):
-        write_atomic(file, lambda tmp, shard=shard: save_file(shard, tmp, metadata={"format": "pt"}))
+        write_tensors(file, shard)
     if sharded:
         where = {name: file.name for file, shard in zip(files, shards, strict=True) for name in shard}
         write_json(index, {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())}, "weight_map": where})
@@ -365,7 +373,7 @@ def save_lora(model: nn.Module, folder: str | Path, base: str | None = None) -> 
     }
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomic(folder / "adapter_model.safetensors", lambda tmp: save_file(tensors, tmp, metadata={"format": "pt"}))
+    write_tensors(folder / "adapter_model.safetensors", tensors)
     write_json(folder / "adapter_config.json", config)
 
 
@@ -548,8 +556,7 @@ def main() -> None:
     to.add_argument("--dtype", choices=DTYPES, help="precision to write; default: as stored (quantised .gguf: fp32)")
     args = parser.parse_args()
     if args.command == "show":
-        for line in show(args.source):
-            print(line)
+        print("\n".join(show(args.source)))
     else:
         kind = convert(args.source, args.folder, DTYPES.get(args.dtype))
         print(f"{args.folder} holds a {kind} now" + ("" if is_published(kind) else ", which only this project opens"))

@@ -357,6 +357,10 @@ class Trainer:
 
     def _log(self, lr: float) -> None:
         """Every 20 steps: looking at a loss makes a GPU wait, so it is not done more often."""
+        if self.run.world_size > 1:  # each process knows the loss of its own samples only
+            dist.all_reduce(self._losses)
+            self._losses /= self.run.world_size
+            dist.all_reduce(self._bad_step, op=dist.ReduceOp.MAX)
         self._check_finite()
         steps, started = self._since
         speed = (self.steps_done - steps) * self.run.args.batch_size / max(1e-9, time.perf_counter() - started)

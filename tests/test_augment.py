@@ -65,7 +65,7 @@ def test_without_augmentation_it_is_normalise_and_that_gives_mean_0_and_deviatio
 
 
 def test_only_data_sets_that_allow_it_are_mirrored():
-    assert set(PRESETS) == {"none", *DATASETS}
+    assert set(PRESETS) == {"none", "light", *DATASETS}
     for name, info in DATASETS.items():
         assert PRESETS[name].flip == info.flip
 

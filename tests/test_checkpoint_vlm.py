@@ -558,6 +558,13 @@ def test_killed_while_writing_shards_nobody_reads_two_models_as_one(tmp_path, mo
             from_pretrained(tmp_path)
 
 
+def test_others_may_read_what_we_write(tmp_path):
+    """The safetensors library makes files of mode 600: a web server or a colleague could not open the model."""
+    save_pretrained(tiny_llama(), tmp_path)
+    save_lora(adapted(tiny_llama()), tmp_path)
+    assert all(file.stat().st_mode & 0o044 == 0o044 for file in tmp_path.iterdir())
+
+
 def test_a_shard_that_is_not_there_is_named(tmp_path):
     save_pretrained(tiny_llama(), tmp_path, max_shard_bytes=9000)
     (tmp_path / "model-00002-of-00007.safetensors").unlink()

@@ -16,6 +16,7 @@ import torch.nn as nn
 from safetensors.torch import load_file
 
 import train_vit
+from checkpoint import from_pretrained
 from training import EMA, Metrics, cosine_schedule, find_device, parameter_groups, run_cli
 from vit_scratch import ViTConfig, ViTModel
 
@@ -72,8 +73,6 @@ def test_a_finished_run_leaves_what_is_promised(finished):
 
 def test_transformers_opens_the_run_folder(finished):
     transformers = pytest.importorskip("transformers")
-    from checkpoint import from_pretrained
-
     run, _, _ = finished
     x = torch.randn(2, 1, 16, 16)
     theirs = transformers.AutoModelForImageClassification.from_pretrained(run).eval()
@@ -117,12 +116,20 @@ def test_a_run_killed_without_warning_resumes_from_its_last_saved_state(finished
     assert all(torch.equal(tensor, weights(run)[name]) for name, tensor in weights(whole).items())
 
 
-def test_gradient_accumulation_changes_nothing_but_memory(finished, tmp_path):
-    """Without dropout, whose draws depend on the split."""
+def same_learning(a: Path, b: Path) -> None:
+    """The same losses on the way and the same answers at the end, to rounding. (Weights that change no answer, such as the
+    bias of a key, follow the rounding errors: Adam divides their noise by its own size.)"""
+    x = torch.randn(8, 1, 16, 16, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(from_pretrained(a)(x), from_pretrained(b)(x), atol=5e-3, rtol=0)
+    losses = [[row["loss"] for row in Metrics(run / "metrics.jsonl", 10**9).read() if "loss" in row] for run in (a, b)]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-3) and len(losses[0]) == 3
+
+
+def test_gradient_accumulation_changes_nothing_but_memory(tmp_path):
+    """Without drop-path, whose draws depend on the split."""
     for parts in (1, 4):
         train("--out", tmp_path / str(parts), "--grad-accum", parts, "--drop-path", 0, "--augment", "none")
-    for name, tensor in weights(tmp_path / "1").items():
-        torch.testing.assert_close(tensor, weights(tmp_path / "4")[name], atol=2e-4, rtol=0)
+    same_learning(tmp_path / "1", tmp_path / "4")
 
 
 def test_two_processes_train_as_one(tmp_path):
@@ -131,12 +138,11 @@ def test_two_processes_train_as_one(tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train_vit.py"]
     done = subprocess.run(
         [*command, *TINY, *flags, "--device", "cpu", "--out", str(tmp_path / "two")],
-        **{"cwd": ROOT, "capture_output": True, "text": True, "timeout": 120},
+        **{"cwd": ROOT, "capture_output": True, "text": True, "timeout": 300},
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("test_accuracy") == 2  # the evaluation and the last line, once each: rank 0 alone speaks
-    for name, tensor in weights(tmp_path / "one").items():
-        torch.testing.assert_close(tensor, weights(tmp_path / "two")[name], atol=2e-4, rtol=0)
+    same_learning(tmp_path / "one", tmp_path / "two")
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_with_its_step(tmp_path, capsys):
