@@ -55,7 +55,8 @@ def load(args) -> tuple[torch.nn.Module, BPETokenizer]:
     vocabulary = model.config.vocab_size
     if len(tokenizer) > vocabulary:
         raise ValueError(
-            f"the tokenizer in {args.source} has {len(tokenizer)} tokens, the model knows {vocabulary}: they do not belong together"
+            f"the tokenizer in {args.source} has {len(tokenizer)} tokens, the model knows {vocabulary}: "
+            "they do not belong together"
         )
     return model, tokenizer
 
@@ -96,7 +97,7 @@ def say(model, tokenizer: BPETokenizer, ids: list[int], args) -> str:
     room = model.config.context_length - len(ids)
     if room < 1:
         raise ValueError(
-            f"the text has {len(ids)} tokens, the model's context is {model.config.context_length}: start afresh or shorten it"
+            f"the text has {len(ids)} tokens, the model's context is {model.config.context_length}: shorten it or start afresh"
         )
     decoder, words, start = tokenizer.stream_decoder(skip_special_tokens=True), [], time.perf_counter()
     count = 0

@@ -616,6 +616,7 @@ def arrange_for_decoding(module: nn.Module) -> nn.Module:
     for part in module.modules():
         if isinstance(part, GroupQueryAttention):
             lay_out(part.q_proj, part.k_proj, part.v_proj)
+            lay_out(part.o_proj)
         elif isinstance(part, FeedForward):
             lay_out(part.gate_proj, part.up_proj)
         elif isinstance(part, Llama3ForCausalLM):
