@@ -15,6 +15,7 @@ import time
 import torch
 
 from checkpoint import from_pretrained
+from model import Llama3ForCausalLM, arrange_for_decoding
 from tokenizer import BPETokenizer
 from training import find_device, not_negative_float, positive_float, positive_int, run_cli
 
@@ -58,6 +59,8 @@ def load(args) -> tuple[torch.nn.Module, BPETokenizer]:
             f"the tokenizer in {args.source} has {len(tokenizer)} tokens, the model knows {vocabulary}: "
             "they do not belong together"
         )
+    if isinstance(model, Llama3ForCausalLM) and next(model.parameters()).device.type == "cpu":
+        arrange_for_decoding(model)
     return model, tokenizer
 
 

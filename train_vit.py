@@ -30,8 +30,8 @@ from vit_scratch import ViTConfig, ViTModel, pair
 # Per data set: what its pictures ask of the model and of the schedule. Every value has a flag that replaces it.
 RECIPES = {
     "digits": {"image_size": 16, "patch_size": 4, "epochs": 60, "lr": 1e-3},  # 8x8 pixels, enlarged once
-    "mnist": {"image_size": 28, "patch_size": 7, "epochs": 3, "lr": 1e-3},
-    "fashion-mnist": {"image_size": 28, "patch_size": 7, "epochs": 3, "lr": 1e-3},
+    "mnist": {"image_size": 28, "patch_size": 7, "epochs": 4, "lr": 1e-3},
+    "fashion-mnist": {"image_size": 28, "patch_size": 7, "epochs": 4, "lr": 1e-3},
     "cifar10": {"image_size": 32, "patch_size": 4, "epochs": 200, "lr": 1e-3},
     "folder": {"image_size": None, "patch_size": None, "epochs": 30, "lr": 1e-3},
 }
