@@ -856,8 +856,7 @@ def images_by_row(features, places, pattern=None) -> tuple[torch.Tensor, torch.T
         visible = stands[:, None] <= torch.arange(T, device=places.device)[:, None]
     else:
         column = stands.clamp(max=T - 1)[:, None].expand(B, T, M)
-        visible = pattern[:, 0, :, -T:].expand(B, T, T).gather(2, column)
-    visible = visible & (stands < T)[:, None]
+        visible = pattern[:, 0, :, -T:].expand(B, T, T).gather(2, column) & (stands < T)[:, None]
     return sorted_features.flatten(1, 2), visible.repeat_interleave(N, dim=2)
 
 

@@ -662,6 +662,7 @@ def test_a_batch_is_its_rows_alone_and_padding_changes_nothing(vlm, batch):
     rows, pixels = words_and_images(vlm.config.text_config.num_image_tokens)
     for side in ("left", "right"):
         ids, mask = place(rows, side, len(rows[0]) + 2)
+        ids[mask == 0] = IMAGE  # whatever stands there
         together = vlm(ids, pixels, mask)["logits"]
         assert together.isfinite().all()
         for row, own, logits, real in zip(rows, (pixels[:2], None, pixels[2:]), together, mask.bool(), strict=True):
@@ -706,11 +707,15 @@ def test_gradients_reach_everything_but_a_frozen_tower(batch, vlm):
     vlm(**batch, labels=batch["input_ids"])["loss"].backward()
     missing = {name for name, _ in vlm.named_parameters()} - set(grads(vlm))
     assert not missing and all(grad.abs().max() > 0 for name, grad in grads(vlm).items() if "k_proj.bias" not in name)
-    full = grads(vlm)
+    full, recorded, forward = grads(vlm), [], vlm.vision_tower.forward
     vlm.zero_grad()
+    vlm.vision_tower.forward = lambda *args: recorded.append(torch.is_grad_enabled()) or forward(*args)
+    vlm.image_features(batch["pixel_values"])
+    with torch.no_grad():
+        vlm.image_features(batch["pixel_values"])
     vlm.vision_tower.requires_grad_(False)
-    assert not vlm.vision_features(batch["pixel_values"]).requires_grad
     vlm(**batch, labels=batch["input_ids"])["loss"].backward()
+    assert recorded == [True, False, False]
     close(grads(vlm), {name: grad for name, grad in full.items() if not name.startswith("vision_tower.")})
 
 
@@ -839,12 +844,15 @@ def test_only_tokens_at_or_after_an_image_see_it(cross):
 
 
 def test_packed_samples_see_their_own_images_only(cross):
-    ids = random_ids(1, 12)
-    ids[0, 0] = ids[0, 6] = IMAGE
+    ids = random_ids(2, 12)
+    ids[0, 0] = ids[0, 6] = ids[1, 7] = IMAGE
     pattern, positions = block_pattern((5, 4, 3))
-    packed = cross(ids, PIXELS, attention_mask=pattern, position_ids=positions)["logits"][0]
-    for span, pixels in ((slice(0, 5), PIXELS[:1]), (slice(5, 9), PIXELS[1:]), (slice(9, 12), None)):
-        close(packed[span], cross(ids[:, span], pixels)["logits"][0])
+    pixels = torch.cat([PIXELS, PIXELS[:1] + 1])
+    packed = cross(ids, pixels, attention_mask=pattern, position_ids=positions.expand(2, -1))["logits"]
+    of_sample = {(0, 0): pixels[:1], (0, 5): pixels[1:2], (1, 5): pixels[2:]}
+    for row in (0, 1):
+        for span in (slice(0, 5), slice(5, 9), slice(9, 12)):
+            close(packed[row, span], cross(ids[row : row + 1, span], of_sample.get((row, span.start)))["logits"][0])
 
 
 def test_a_placeholder_without_a_row_of_its_own_is_a_zero_vector(cross):

@@ -320,7 +320,7 @@ def test_a_batch_is_its_rows():
         (model.text_embeddings(ids), [model.text_embeddings(row[None]) for row in ids]),
         (model.text_embeddings(ids, mask), [model.text_embeddings(i[None], m[None]) for i, m in zip(ids, mask, strict=True)]),
     ):
-        torch.testing.assert_close(together, torch.cat(alone), atol=1e-6, rtol=0)
+        torch.testing.assert_close(together, torch.cat(alone), atol=1e-5, rtol=0)
 
 
 @torch.no_grad()
@@ -330,8 +330,8 @@ def test_masked_tokens_are_not_seen():
     mask = torch.tensor([[1] * 6 + [0] * 3, [1] * 9])
     other = torch.where(mask.bool(), ids, 49 - ids)
     alone = model(ids[:1, :6])
-    torch.testing.assert_close(model(ids, mask)[:1, :6], alone, atol=1e-6, rtol=0)
-    torch.testing.assert_close(model(other, mask)[:1, :6], alone, atol=1e-6, rtol=0)
+    torch.testing.assert_close(model(ids, mask)[:1, :6], alone, atol=1e-5, rtol=0)
+    torch.testing.assert_close(model(other, mask)[:1, :6], alone, atol=1e-5, rtol=0)
     assert (model(other)[:1, :6] - alone).abs().max() > 0.01  # and without the mask they are
 
 
@@ -349,7 +349,7 @@ def test_half_precision_is_close(dtype, tolerance):
 @torch.no_grad()
 def test_trace_names_everything_and_changes_nothing():
     model, x, ids, trace = two_towers(), pictures(2, 3, 16, 16), sentences(2), {}
-    assert_all_close(model(x, ids, trace=trace), model(x, ids), 1e-6)
+    assert_all_close(model(x, ids, trace=trace), model(x, ids), 1e-5)
     vision = ["embeddings", *(f"encoder.layers.{i}{s}" for i in range(3) for s in ("", ".attention")), "post_layernorm"]
     text = ["embeddings", *(f"encoder.layers.{i}{s}" for i in range(2) for s in ("", ".attention")), "final_layer_norm"]
     names = {f"vision_model.{n}" for n in (*vision, "head", "head.attention")} | {f"text_model.{n}" for n in (*text, "head")}
