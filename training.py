@@ -94,6 +94,8 @@ def run_cli(main) -> None:
     """Run a script's main(): what the user got wrong becomes one line on stderr and exit code 2, not a traceback."""
     try:
         main()
+    except BrokenPipeError:  # the reader of our output, such as `head`, has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError, FloatingPointError, torch.OutOfMemoryError) as error:
         if os.environ.get("TRACEBACK"):
             raise
