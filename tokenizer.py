@@ -561,10 +561,11 @@ class BPETokenizer:
             self.__dict__.update(named)
             tokens = itertools.chain(named.values(), *(tokens[key] for key in MORE_TOKENS if key in tokens))
         _need(not isinstance(tokens, str), "add_special_tokens", f"takes a list of tokens, not the text {tokens!r}")
-        before = len(self._token_of)
+        before, free = len(self._token_of), len(self) if self._token_of else 0
         for token in map(str, tokens):
             known = self._id(token)
-            self._add(_added_entry(token, len(self) if known is None else known), "add_special_tokens")
+            self._add(_added_entry(token, free if known is None else known), "add_special_tokens")
+            free += known is None
         return len(self._token_of) - before
 
     def convert_tokens_to_ids(self, tokens: str | Iterable[str]):
