@@ -633,9 +633,19 @@ def side_by_side(*layers: nn.Module) -> torch.Tensor | None:
     place = first.data_ptr()
     for layer in layers:
         if layer.weight.data_ptr() != place or layer.weight.stride() != (1, rows):
-            return None
+            return first if len(layers) == 1 else None
         place += layer.out_features * first.element_size()
     return first.as_strided((rows, layers[0].in_features), (1, rows))
+
+
+def linear_on_all_cores(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """F.linear for one token, x [1, 1, in]: MKL multiplies a matrix and a vector on a single core, but a batch of slices of
+    that matrix on all of them."""
+    slices = math.gcd(len(weight), torch.get_num_threads()) if len(x) == 1 and x.device.type == "cpu" else 1
+    if slices == 1:
+        return F.linear(x, weight)
+    blocks = weight.view(slices, -1, weight.shape[1]).transpose(1, 2)
+    return torch.bmm(x.expand(slices, -1, -1), blocks).view(1, 1, -1)
 
 
 class OneToken:
@@ -643,33 +653,34 @@ class OneToken:
     between the matrix products takes a third of the time. tests/test_model.py holds it to the same logits."""
 
     def __init__(self, model: "Llama3ForCausalLM"):
-        self.model, self.joined = model, []
+        self.model, self.head, self.weights = model, side_by_side(model.lm_head), []
         for attn, mlp in ((block.self_attn, block.mlp) for block in model.model.layers):
-            weights = side_by_side(attn.q_proj, attn.k_proj, attn.v_proj), side_by_side(mlp.gate_proj, mlp.up_proj)
-            self.joined.append(weights)
+            qkv, gate_up = side_by_side(attn.q_proj, attn.k_proj, attn.v_proj), side_by_side(mlp.gate_proj, mlp.up_proj)
+            self.weights.append((qkv, side_by_side(attn.o_proj), gate_up, side_by_side(mlp.down_proj)))
 
     @classmethod
     def for_model(cls, model: "Llama3ForCausalLM") -> Callable:
         """This faster step where the model is arranged for it, else the model itself."""
         config, step = model.config, cls(model)
         usual = config.attention == "sdpa" and not config.cross_every and not (config.dropout and model.training)
-        return step if usual and all(weight is not None for pair in step.joined for weight in pair) else model
+        arranged = all(weight is not None for weight in chain([step.head], *step.weights))
+        return step if usual and arranged else model
 
     def __call__(self, input_ids: torch.Tensor, cache: KVCache) -> dict[str, torch.Tensor]:
-        model, config, B = self.model.model, self.model.config, len(input_ids)
+        model, config, B, linear = self.model.model, self.model.config, len(input_ids), linear_on_all_cores
         H, KV = config.n_heads, config.n_kv_groups
         x = model.embed(input_ids)
         rope, mask = model._rope_and_mask(x, None, None, cache)
-        for i, (block, (qkv, gate_up)) in enumerate(zip(model.layers, self.joined, strict=True)):
-            heads = F.linear(block.input_layernorm(x), qkv).view(B, H + 2 * KV, 1, -1)
+        for i, (block, (qkv, o, gate_up, down)) in enumerate(zip(model.layers, self.weights, strict=True)):
+            heads = linear(block.input_layernorm(x), qkv).view(B, H + 2 * KV, 1, -1)
             turned = rotate(heads[:, : H + KV], *rope)
             k, v = cache.write(i, turned[:, H:], heads[:, H + KV :])
             q = turned[:, :H].reshape(B, KV, H // KV, -1)  # the queries of a group in the place of T
             y = F.scaled_dot_product_attention(q, k, v, mask)
-            x = x + block.self_attn.o_proj(y.reshape(B, 1, -1))
-            gate, up = F.linear(block.post_attention_layernorm(x), gate_up).chunk(2, dim=-1)
-            x = x + block.mlp.down_proj(F.silu(gate) * up)
-        return {"logits": self.model.lm_head(model.norm(x))}
+            x = x + linear(y.reshape(B, 1, -1), o)
+            gate, up = linear(block.post_attention_layernorm(x), gate_up).chunk(2, dim=-1)
+            x = x + linear(F.silu(gate) * up, down)
+        return {"logits": linear(model.norm(x), self.head)}
 
 
 # ---- LoRA: learn a small correction to a frozen matrix -------------------------------------------------------------------

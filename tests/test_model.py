@@ -274,6 +274,17 @@ def test_cached_equals_uncached_token_by_token(ids, arranged, table):
     close(torch.cat([first, *later], dim=1), expected[:, 6:])
 
 
+@pytest.mark.parametrize("threads", [1, 2, 4, 7])
+def test_one_token_on_all_cores(ids, monkeypatch, threads):
+    """The sizes here split over 2 and 4 threads, the vocabulary of 61 over none."""
+    model = arrange_for_decoding(make())
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    with torch.no_grad():
+        cache = model.new_cache(1, 12)
+        model(ids[:1, :11], cache=cache)
+        close(OneToken.for_model(model)(ids[:1, 11:], cache)["logits"], model(ids[:1])["logits"][:, 11:])
+
+
 def test_a_second_stretch_of_text_continues_the_first(lm, ids):
     cache = lm.new_cache(3, 12)
     parts = [lm(part, cache=cache)["logits"] for part in ids.split((5, 1, 6), dim=1)]
@@ -319,15 +330,17 @@ def test_generation_leaves_training_possible(ids):
     assert len(grads(model)) == len(list(model.parameters()))
 
 
-def test_grad_checkpoint_changes_nothing(ids):
-    results = []
+def test_grad_checkpoint_computes_twice_and_changes_nothing(ids):
+    results, calls = [], []
     for on in (False, True):
         model = make().train()
         model.grad_checkpoint = on
+        model.model.layers[1].register_forward_pre_hook(lambda *_, on=on: calls.append(on))
         loss = model(ids, labels=ids)["loss"]
         loss.backward()
         results.append((loss, grads(model)))
     close(*results)
+    assert calls == [False, True, True]
 
 
 def test_dropout_is_for_training_only(ids):
