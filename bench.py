@@ -5,28 +5,52 @@
     python bench.py vit --size tiny-digits --rounds 20
     python bench.py decode --source model.gguf     one token after another, against transformers' generate
     python bench.py loss                           memory of the training loss: chunks against all logits at once
+    python bench.py vlm                            training SigLIP-B/16 + SmolLM2-135M, whole or in part, against Idefics3
 
 Every figure is a ratio to the peer in the same run, since a machine's own speed drifts. Time: the median over rounds in
 which the two take turns. Memory: the peak of what torch allocates in one step, beyond what lay there before, counted
-from the allocator's own record, on a CPU too (so it is exact and the same every time). Needs transformers.
+from the allocator's own record, on a CPU too (so it is exact and the same every time). Needs transformers, and peft for a
+peer that trains LoRA.
 """
 
 import argparse
 import copy
+import gc
 import json
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from checkpoint import from_pretrained, save_pretrained
-from model import Llama3ForCausalLM, LLAMA32Config, arrange_for_decoding, chunked_cross_entropy
+from checkpoint import DTYPES, from_pretrained, save_pretrained
+from gpt import preset_settings
+from model import (
+    Llama3ForCausalLM,
+    LLAMA32Config,
+    MLLAMAConfig,
+    MllamaForConditionalGeneration,
+    arrange_for_decoding,
+    chunked_cross_entropy,
+    convert_linears_to_lora,
+)
+from siglip import SiglipVisionConfig
 from training import find_device, positive_int, run_cli
-from vit_scratch import ViTConfig, ViTModel
+from vit_scratch import ViTConfig, ViTModel, pair
+
+
+def from_transformers(name: str) -> type:
+    """The class of this name. Raises ValueError where transformers is not installed."""
+    try:
+        import transformers
+
+        return getattr(transformers, name)
+    except ImportError:
+        raise ValueError("bench.py compares with transformers: pip install -r requirements-dev.txt") from None
 
 
 def peak_bytes(step: Callable[[], object], device: torch.device) -> int:
@@ -78,29 +102,33 @@ def compare(what: str, steps: dict[str, Callable], items: int, rounds: int, devi
     }
 
 
-def training_step(model: nn.Module, logits: Callable, labels: torch.Tensor) -> Callable[[], None]:
-    """Forward, loss, backward, AdamW: the same optimiser for everyone."""
-    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+def training_step(model: nn.Module, loss: Callable, dtype: torch.dtype = torch.float32) -> Callable[[], torch.Tensor]:
+    """Forward, loss(model), backward, AdamW on what is not frozen: the same optimiser and precision for everyone. dtype: of
+    the matrix products. What is returned calls for one such step, and gives the loss before it."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer, kind = torch.optim.AdamW(trained, fused=True), trained[0].device.type
+    scaler = torch.amp.GradScaler(kind, enabled=dtype == torch.float16)
 
     def step():
-        F.cross_entropy(logits(model), labels).backward()
-        optimizer.step()
+        with torch.autocast(kind, dtype, enabled=dtype != torch.float32):
+            value = loss(model)
+        scaler.scale(value).backward()
+        scaler.step(optimizer)
+        scaler.update()
         optimizer.zero_grad()
+        return value.detach()
 
     return step
 
 
 def bench_vit(args, device: torch.device) -> list[dict]:
     """Our ViT against transformers' ViTForImageClassification with the same weights and the same attention kernel."""
-    try:
-        from transformers import ViTForImageClassification
-    except ImportError:
-        raise ValueError("bench.py compares with transformers: pip install -r requirements-dev.txt") from None
+    peer = from_transformers("ViTForImageClassification")
     torch.manual_seed(args.seed)
     ours = ViTModel(ViTConfig.preset(args.size, pooling="cls")).to(device)
     with tempfile.TemporaryDirectory() as folder:
         save_pretrained(ours, folder)
-        theirs = ViTForImageClassification.from_pretrained(folder, attn_implementation="sdpa").to(device)
+        theirs = peer.from_pretrained(folder, attn_implementation="sdpa").to(device)
     size = ours.config.image_size
     rows = []
     for batch in args.batch:
@@ -112,10 +140,13 @@ def bench_vit(args, device: torch.device) -> list[dict]:
                 raise ValueError(f"the two models differ by {difference:g}: there is nothing to compare")
             infer = {"ours": lambda x=pixels: ours(x), "transformers": lambda x=pixels: theirs(x)}
             rows.append(compare("ViT inference", infer, batch, args.rounds, device, size=args.size, batch=batch))
-        train = {
-            "ours": training_step(copy.deepcopy(ours).train(), lambda model, x=pixels: model(x), labels),
-            "transformers": training_step(copy.deepcopy(theirs).train(), lambda model, x=pixels: model(x).logits, labels),
-        }
+
+        def loss(model, x=pixels, labels=labels):
+            out = model(x)
+            return F.cross_entropy(out if isinstance(out, torch.Tensor) else out.logits, labels)
+
+        models = {"ours": ours, "transformers": theirs}
+        train = {name: training_step(copy.deepcopy(model).train(), loss) for name, model in models.items()}
         for step in train.values():
             step()  # AdamW makes its state in the first step: not part of what a step costs
         rows.append(compare("ViT training step", train, batch, args.rounds, device, size=args.size, batch=batch))
@@ -133,15 +164,12 @@ def memory_bandwidth(device: torch.device) -> float:
 def bench_decode(args, device: torch.device) -> list[dict]:
     """Greedy decoding of the same weights: ours against transformers' generate. Also the share of the bound that is reached:
     every weight must be read once a token, so no more than bandwidth / bytes tokens a second are possible at batch 1."""
-    try:
-        from transformers import LlamaForCausalLM
-    except ImportError:
-        raise ValueError("bench.py compares with transformers: pip install -r requirements-dev.txt") from None
+    peer = from_transformers("LlamaForCausalLM")
     torch.manual_seed(args.seed)
     ours = from_pretrained(args.source) if args.source else Llama3ForCausalLM(LLAMA32Config.preset("smollm2-135m"))
     with tempfile.TemporaryDirectory() as folder:
         save_pretrained(ours, folder)
-        theirs = LlamaForCausalLM.from_pretrained(folder).eval().to(device)
+        theirs = peer.from_pretrained(folder).eval().to(device)
     ours = arrange_for_decoding(ours.eval().to(device))
     weight_bytes = sum(p.nbytes for p in ours.parameters())
     bound = memory_bandwidth(device) / weight_bytes
@@ -186,6 +214,144 @@ def bench_loss(args, device: torch.device) -> list[dict]:
     return rows
 
 
+# ---- a training step of a VLM ----------------------------------------------------------------------------------------
+
+VLM_SIZES = {"222m": ("base-p16-224", "smollm2-135m"), "tiny": ("tiny", "tiny")}  # presets of the tower and of the decoder
+VLM_MODES = ("full", "frozen tower", "frozen tower, LoRA", "frozen tower, features given")
+TEXT_TOKENS, LORA_RANK = 64, 8
+
+
+def equal_vlms(size: str) -> tuple[nn.Module, nn.Module]:
+    """Ours with random weights, 2 x 2 patches to a token, and transformers' Idefics3 with the same; both on the CPU.
+    Raises ValueError for an unknown size."""
+    peer = from_transformers("Idefics3ForConditionalGeneration")
+    tower, decoder = preset_settings(VLM_SIZES, size)
+    text = LLAMA32Config.preset(decoder)
+    config = MLLAMAConfig(
+        SiglipVisionConfig.preset(tower, vision_use_head=False), text, projector_type="linear", pixel_shuffle=2,
+        image_token_id=text.vocab_size - 1,
+    )  # fmt: skip
+    ours = MllamaForConditionalGeneration(config)
+    with tempfile.TemporaryDirectory() as folder:
+        save_pretrained(ours, folder, layout="idefics3")
+        return ours, peer.from_pretrained(folder, attn_implementation="sdpa")
+
+
+def vlm_batch(config: MLLAMAConfig, batch: int) -> dict[str, torch.Tensor]:
+    """Random pictures, each followed by TEXT_TOKENS random tokens; the second half of them is to be learned."""
+    image_token, per_image = config.image_token_id, config.text_config.num_image_tokens
+    text = torch.randint(0, image_token, (batch, TEXT_TOKENS))
+    ids = torch.cat([torch.full((batch, per_image), image_token), text], dim=1)
+    labels = ids.clone()
+    labels[:, : -(TEXT_TOKENS // 2)] = -100
+    return {"pixel_values": torch.randn(batch, 3, *pair(config.vision_config.image_size)), "input_ids": ids, "labels": labels}
+
+
+def idefics3(model, input_ids, labels, pixel_values=None, vision_features=None):
+    """Transformers' forward for the inputs of ours. It takes no features of a tower, so these go through its connector here."""
+    if vision_features is None:
+        return model(input_ids, pixel_values=pixel_values[:, None], labels=labels, use_cache=False)
+    words, images = model.get_input_embeddings()(input_ids), model.model.connector(vision_features)
+    embeds = model.model.inputs_merger(input_ids, words, images)
+    return model(inputs_embeds=embeds, labels=labels, use_cache=False)
+
+
+def freeze(model: nn.Module, mode: str) -> nn.Module:
+    """Leave to training what the mode trains, in our model or theirs. LoRA comes with the projector."""
+    own = isinstance(model, MllamaForConditionalGeneration)
+    if mode != "full":
+        (model.vision_tower if own else model.model.vision_model).requires_grad_(False)
+    if "LoRA" in mode:
+        model.requires_grad_(False)
+        if own:
+            convert_linears_to_lora(model.language_model, LORA_RANK, alpha=2 * LORA_RANK)
+        elif has_peft():
+            from peft import LoraConfig, inject_adapter_in_model
+
+            targets = r".*text_model\..*_proj"
+            inject_adapter_in_model(LoraConfig(r=LORA_RANK, lora_alpha=2 * LORA_RANK, target_modules=targets), model)
+        (model.multi_modal_projector if own else model.model.connector).requires_grad_(True)
+    return model
+
+
+def has_peft() -> bool:
+    try:
+        import peft  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def vlm_peer(mode: str) -> str:
+    if "LoRA" not in mode:
+        return "transformers"
+    return "transformers with peft" if has_peft() else "transformers, projector only (no peft)"
+
+
+def vlm_row(mode: str, sides: dict[str, tuple], inputs: dict, dtype: torch.dtype, rounds: int, device, **facts) -> dict:
+    """sides: {name: (model on the CPU, its loss from itself and the inputs)}. Beside compare's figures the peak in all: with
+    weights, optimiser state and batch, from a copy of the model to the end of its second step."""
+    gc.collect()
+    inputs = {name: x.to(device) for name, x in inputs.items()}
+    steps, total, models, first = {}, {}, {}, {}
+
+    def begin(name, model, loss):
+        models[name] = freeze(copy.deepcopy(model).to(device), mode).train()
+        steps[name] = training_step(models[name], lambda model: loss(model, **inputs), dtype)
+        first[name] = float(steps[name]())  # AdamW makes its state at the end of it; the second step is like all others
+        steps[name]()
+
+    batch_bytes = sum(x.nbytes for x in inputs.values())
+    for name, side in sides.items():
+        total[name] = batch_bytes + peak_bytes(partial(begin, name, *side), device)
+    peer = next(name for name in sides if name != "ours")
+    if abs(first["ours"] - first[peer]) > (1e-3 if dtype == torch.float32 else 5e-2):
+        raise ValueError(f"{mode}: the losses are {first['ours']:g} and {first[peer]:g}: there is nothing to compare")
+    parameters = list(models["ours"].parameters())
+    row = compare(f"VLM training step, {mode}", steps, len(inputs["labels"]), rounds, device, **facts)
+    return {
+        **row,
+        "dtype": str(dtype).removeprefix("torch."),
+        "parameters": sum(p.numel() for p in parameters),
+        "trained": sum(p.numel() for p in parameters if p.requires_grad),
+        "peak_total_mib": round(total["ours"] / 2**20, 1),
+        "peer_peak_total_mib": round(total[peer] / 2**20, 1),
+    }
+
+
+def bench_vlm(args, device: torch.device) -> list[dict]:
+    """Our VLM against transformers' Idefics3: the same weights, kernels, precision and optimiser. With features given, as
+    --cache-features trains, the idle tower's weights are still counted on both sides."""
+    dtype = DTYPES[args.dtype or ("fp16" if device.type == "cuda" else "fp32")]
+    if dtype == torch.float16 and device.type == "cpu":
+        raise ValueError("--dtype fp16 needs a GPU: on a CPU train in fp32 (the default)")
+    torch.manual_seed(args.seed)
+    ours, theirs = equal_vlms(args.size)
+    rows = []
+    for batch in args.batch:
+        inputs = vlm_batch(ours.config, batch)
+        with torch.no_grad():
+            one = {name: x[:1] for name, x in inputs.items()}
+            difference = (ours(**one)["logits"] - idefics3(theirs, **one).logits).abs().max().item()
+            if difference > 1e-3:
+                raise ValueError(f"the two models differ by {difference:g}: there is nothing to compare")
+            features = ours.vision_features(inputs["pixel_values"])
+        for mode in VLM_MODES:
+            given = dict(inputs)
+            if "features" in mode:
+                given["vision_features"] = features
+                del given["pixel_values"]
+            sides = {
+                "ours": (ours, lambda model, **inputs: model(**inputs)["loss"]),
+                vlm_peer(mode): (theirs, lambda model, **inputs: idefics3(model, **inputs).loss),
+            }
+            rows.append(vlm_row(mode, sides, given, dtype, args.rounds, device, size=args.size, batch=batch))
+    return rows
+
+
+# ---- command line ----------------------------------------------------------------------------------------------------
+
+
 def print_table(rows: list[dict]) -> None:
     print("| what | size | batch | per second | speed, ours / peer | peak MiB | memory, ours / peer |")
     print("|---|---|---|---|---|---|---|")
@@ -194,20 +360,35 @@ def print_table(rows: list[dict]) -> None:
         print("| " + " | ".join(map(str, (*cells, row["peak_mib"], f"{row['memory_ratio']:.2f}x"))) + " |")
 
 
-def main() -> None:
+def notes(row: dict) -> list[str]:
+    """What the table has no column for."""
+    if "share_of_bound" in row:
+        equal, share = row["equal_tokens"], row["share_of_bound"]
+        return [f"batch {row['batch']}: {equal:.1%} of the tokens are equal; {share:.0%} of the bound (see bench_decode)"]
+    if "peak_total_mib" in row:
+        size, ours, theirs = row["parameters"] / 1e6, row["peak_total_mib"], row["peer_peak_total_mib"]
+        trained = f"{row['what']}, batch {row['batch']}, {row['dtype']}: {row['trained'] / 1e6:.1f}M of {size:.1f}M parameters"
+        return [f"{trained}; {ours:,.0f} MiB at the peak in all, {row['peer']} {theirs:,.0f}"]
+    return []
+
+
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", choices=list(WORK), help="what to measure")
-    parser.add_argument("--size", choices=list(ViTConfig.PRESETS), default="vit-s16")
+    sizes = f"vit: {', '.join(ViTConfig.PRESETS)}; vlm: {', '.join(VLM_SIZES)}; default: vit-s16, 222m"
+    parser.add_argument("--size", help=sizes)
     parser.add_argument("--source", help="decode: the LLaMA checkpoint; default SmolLM2-135M's shape with random weights")
     parser.add_argument("--new-tokens", type=positive_int, default=64, help="decode: tokens per prompt")
-    parser.add_argument("--batch", type=positive_int, nargs="+", help="default: 8 and 64 pictures, 1 and 16 prompts")
+    parser.add_argument("--batch", type=positive_int, nargs="+", help="default: 8 and 64 pictures, 1 and 16 prompts; vlm: 2")
     parser.add_argument("--rounds", type=positive_int, default=7, help="turns of each; their median counts")
     parser.add_argument("--device", help="cpu, cuda, mps; default: the best there is")
+    parser.add_argument("--dtype", choices=DTYPES, help="vlm: of the matrix products; default fp16 on CUDA, else fp32")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true", help="one JSON object a line in place of the table")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     device = find_device(args.device)
-    args.batch = args.batch or ([8, 64] if args.work == "vit" else [1, 16])
+    args.batch = args.batch or {"vit": [8, 64], "vlm": [2]}.get(args.work, [1, 16])
+    args.size = args.size or {"vit": "vit-s16", "vlm": "222m"}.get(args.work)
     rows = WORK[args.work](args, device)
     where = {"device": str(device), "threads": torch.get_num_threads(), "torch": torch.__version__, "seed": args.seed}
     if args.json:
@@ -216,13 +397,11 @@ def main() -> None:
     else:
         print(", ".join(f"{key} {value}" for key, value in where.items()))
         print_table(rows)
-        for row in rows:
-            if "share_of_bound" in row:
-                equal, share = row["equal_tokens"], row["share_of_bound"]
-                print(f"batch {row['batch']}: {equal:.1%} of the tokens are equal; {share:.0%} of the bound (see bench_decode)")
+        for line in [line for row in rows for line in notes(row)]:
+            print(line)
 
 
-WORK = {"vit": bench_vit, "decode": bench_decode, "loss": bench_loss}
+WORK = {"vit": bench_vit, "decode": bench_decode, "loss": bench_loss, "vlm": bench_vlm}
 
 if __name__ == "__main__":
     run_cli(main)

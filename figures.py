@@ -1,14 +1,18 @@
-"""Every picture this project draws: training curves, confusion matrices, sheets of captioned pictures, patch filters.
+"""Every picture this project draws: curves, confusion matrices, sheets of pictures with captions or answers, patch filters,
+and where a model looked.
 
 Functions take tensors and write a PNG (or return the figure when path is None); they compute nothing about a model.
 Colours are the colour-blind safe ones of Okabe and Ito, and of matplotlib's viridis and cividis.
 """
 
 import math
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 
 from checkpoint import write_atomic
@@ -90,4 +94,106 @@ def patch_filters(weight: torch.Tensor, path=None, most: int = 128) -> Figure:
         axes = figure.add_subplot(lines, columns, i + 1)
         axes.imshow(tile.permute(1, 2, 0).expand(-1, -1, 3).numpy(), interpolation="nearest")
         axes.set_axis_off()
+    return finish(figure, path)
+
+
+def wrapped(text: str, width: int, lines: int) -> str:
+    """The text in at most so many lines; three dots where it is cut. What no font can draw becomes a replacement character."""
+    text = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in " ".join(text.split()))
+    return "\n".join(textwrap.wrap(text, width, max_lines=lines, placeholder=" ..."))
+
+
+def answer_sheet(
+    images: Sequence[torch.Tensor],
+    questions: Sequence[str],
+    answers: Sequence[str],
+    truths: Sequence[str | None],
+    path=None,
+    title: str = "",
+    columns: int = 4,
+    good: Sequence[bool | None] | None = None,
+) -> Figure:
+    """Pictures uint8 [3, h, w], under each the question, what the model said and, where that is wrong, the truth.
+
+    good: which answers count as right, None for one that is not judged; by default those that equal the truth but for case
+    and blanks, and none is judged that has no truth. Right and wrong differ in colour and in the sign before the answer.
+    """
+    same = [None if t is None else a.lower().split() == t.lower().split() for a, t in zip(answers, truths, strict=True)]
+    good = same if good is None else good
+    looks = {True: ("\N{CHECK MARK} ", BLUE), False: ("\N{BALLOT X} ", RED), None: ("", "black")}
+    captions = []  # of each picture, (text, colour) from top to bottom
+    for question, answer, truth, right in zip(questions, answers, truths, good, strict=True):
+        sign, colour = looks[right]
+        captions.append([(wrapped(question, 34, 3), "black"), (wrapped(sign + answer, 34, 5), colour)])
+        if truth is not None and not right:
+            captions[-1].append((wrapped(f"truth: {truth}", 34, 5), "black"))
+    columns = max(1, min(columns, len(captions)))
+    rows = [captions[i : i + columns] for i in range(0, len(captions), columns)] or [[]]
+    text = [max((sum(1 + t.count("\n") for t, _ in caption) for caption in row), default=0) * 0.15 + 0.1 for row in rows]
+    figure = Figure(figsize=(2.5 * columns, sum(text) + 1.9 * len(rows) + 0.4), layout="constrained")
+    figure.suptitle(title, parse_math=False)
+    grid = figure.add_gridspec(2 * len(rows), columns, height_ratios=[h for below in text for h in (1.9, below)])
+    for i, (image, caption) in enumerate(zip(images, captions, strict=True)):
+        row, column = divmod(i, columns)
+        axes = figure.add_subplot(grid[2 * row, column])
+        axes.imshow(image.permute(1, 2, 0).numpy(), interpolation="nearest")
+        axes.set_axis_off()
+        below, line = figure.add_subplot(grid[2 * row + 1, column]), 0
+        below.set_axis_off()
+        for words, colour in caption:
+            y = 1 - line * 0.15 / text[row]
+            below.text(0.5, y, words, ha="center", va="top", fontsize=8, color=colour, linespacing=1.25, parse_math=False)
+            line += 1 + words.count("\n")
+    return finish(figure, path)
+
+
+def heat_over(image: torch.Tensor, heat: torch.Tensor) -> torch.Tensor:
+    """image uint8 [3, h, w] as a dim grey, and over it heat [gh, gw] from 0 to 1: floats [h, w, 3]. The hotter, the brighter:
+    that survives a grey print, and no picture is as bright as what is looked at."""
+    grey = (image.float() / 255).mean(dim=0)[..., None]
+    low, high = grey.min(), grey.max()
+    grey = 0.1 + 0.4 * (grey - low) / (high - low).clamp(min=0.1)
+    heat = F.interpolate(heat[None, None].float(), image.shape[1:], mode="bicubic").clamp(0, 1)[0, 0]
+    colour = torch.from_numpy(colormaps["inferno"](heat.numpy())[..., :3]).float()
+    strength = 0.7 * heat[..., None]
+    return (1 - strength) * grey + strength * colour
+
+
+def attention_overlay(
+    images: Sequence[torch.Tensor],
+    words: Sequence[str],
+    maps: torch.Tensor,
+    path=None,
+    title: str = "",
+    columns: int = 7,
+    most: int = 70,
+) -> Figure:
+    """Where a model looked for each word: images uint8 [3, h, w], maps [words, images, gh, gw] (attention_maps.py).
+
+    A panel a word, with the pictures one below the other and the word's share of attention that went to them; at the left
+    the pictures as they are. A word's hottest place is white-yellow whatever its share is. No more than `most` words.
+    """
+    count = min(len(words), most)
+    columns = max(1, min(columns, count))
+    lines, I = max(1, math.ceil(count / columns)), len(images)
+    figure = Figure(figsize=(1.5 * (columns + 1), lines * (1.5 * I + 0.45) + 0.5), layout="constrained")
+    note = f" (the first {count} of {len(words)} words)" if count < len(words) else ""
+    figure.suptitle(wrapped(title + note, 16 * (columns + 1), 4), fontsize=11, parse_math=False)
+
+    def panel(line, i, column, pixels):
+        axes = figure.add_subplot(lines * I, columns + 1, (line * I + i) * (columns + 1) + column + 1)
+        axes.imshow(pixels, interpolation="nearest")
+        axes.set_axis_off()
+        return axes
+
+    for line in range(lines):
+        for i, image in enumerate(images):
+            panel(line, i, 0, image.permute(1, 2, 0).numpy())
+    for k in range(count):
+        line, column = divmod(k, columns)
+        hottest = maps[k].max().clamp(min=1e-12)
+        for i, image in enumerate(images):
+            axes = panel(line, i, column + 1, heat_over(image, maps[k, i] / hottest).numpy())
+            if i == 0:
+                axes.set_title(f"{wrapped(words[k], 16, 2)}\n{float(maps[k].sum()):.0%}", fontsize=9, parse_math=False)
     return finish(figure, path)

@@ -1,23 +1,33 @@
-"""Talk to a checkpoint: continue a text, see the likeliest next tokens, or chat.
+"""Talk to a checkpoint: continue a text, see the likeliest next tokens, chat, ask about pictures.
 
     python generate.py SOURCE "The dog jumped over the"            continue a text, token by token as they come
     python generate.py SOURCE "The dog jumped over the" --top 5    the five likeliest next tokens after each of its prefixes
     python generate.py SOURCE --chat "Why is the sky blue?"        one question, put in the model's own chat template
     python generate.py SOURCE                                      a conversation; an empty line ends it
+    python generate.py SOURCE --image a.png "What is this?" --attention map.png
+    python generate.py SOURCE --image a.png --image b.png          a conversation about them; "/image c.png" shows another one
 
 SOURCE: a run folder, a Hugging Face folder, a .gguf file, or a hub name. Without --temperature the likeliest token is taken.
+What a vision-language model is asked is always a question, put in its chat template. Pictures stand before the question they
+come with, or where it says <image>. --attention draws where the model looked for each word (attention_maps.py).
 """
 
 import argparse
+import os
 import sys
 import time
+from dataclasses import replace
+from pathlib import Path
 
 import torch
 
-from checkpoint import from_pretrained
-from model import Llama3ForCausalLM, arrange_for_decoding
+from attention_maps import group_into_words, where_it_looks
+from checkpoint import find_source, from_pretrained
+from model import Llama3ForCausalLM, MllamaForConditionalGeneration, arrange_for_decoding
+from processing_mllama import IMAGE_TOKEN, LOCATION_TOKENS, MllamaImageProcessor
 from tokenizer import BPETokenizer
 from training import find_device, not_negative_float, positive_float, positive_int, run_cli
+from vit_scratch import pair
 
 END_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<|endoftext|>")
 
@@ -29,6 +39,10 @@ def parse_args(argv=None) -> argparse.Namespace:
     add = parser.add_argument
     add("source", metavar="SOURCE", help="the checkpoint")
     add("prompt", nargs="?", help="the text to continue, or the question with --chat")
+    add("--image", action="append", default=[], metavar="FILE", help="a picture to ask about; may be given several times")
+    add(
+        "--attention", metavar="FILE.png", help="draw where the model looked in the pictures for each word of its (last) answer"
+    )
     add("--chat", action="store_true", help="PROMPT is a question to answer, not a text to continue")
     add("--system", help="what a chat begins with; default: the template's own, if it has one")
     add("--top", type=positive_int, metavar="K", help="show the K likeliest tokens after each prefix of PROMPT")
@@ -43,6 +57,10 @@ def parse_args(argv=None) -> argparse.Namespace:
     args = parser.parse_intermixed_args(argv)  # so that PROMPT may stand after the flags
     if args.prompt is None and (args.top or args.chat):
         parser.error("--top and --chat need a PROMPT")
+    if args.top and (args.image or args.attention):
+        parser.error("--top is about texts: leave out --image and --attention")
+    if args.attention and args.prompt is not None and not args.image:
+        parser.error("--attention shows where a picture was looked at: give an --image")
     return args
 
 
@@ -53,15 +71,40 @@ def load(args) -> tuple[torch.nn.Module, BPETokenizer]:
     if not hasattr(model, "stream"):
         raise ValueError(f"{args.source} holds a {type(model).__name__}, which does not write text")
     tokenizer = BPETokenizer.from_pretrained(args.source)
-    vocabulary = model.config.vocab_size
-    if len(tokenizer) > vocabulary:
+    decoder = model.language_model if isinstance(model, MllamaForConditionalGeneration) else model
+    if decoder is model and (args.image or args.attention):
         raise ValueError(
-            f"the tokenizer in {args.source} has {len(tokenizer)} tokens, the model knows {vocabulary}: "
-            "they do not belong together"
+            f"{args.source} holds a {type(model).__name__}, which sees no pictures: leave out --image, --attention"
         )
-    if isinstance(model, Llama3ForCausalLM) and next(model.parameters()).device.type == "cpu":
-        arrange_for_decoding(model)
+    needed, without_row = len(tokenizer), ()
+    if decoder is not model:  # pictures overwrite <image>; location tokens matter only to a model that was made to say them
+        without_row = tokenizer.convert_tokens_to_ids([IMAGE_TOKEN, *LOCATION_TOKENS])
+    while needed - 1 in without_row:
+        needed -= 1
+    vocabulary = decoder.config.vocab_size
+    if needed > vocabulary:
+        raise ValueError(
+            f"the tokenizer in {args.source} has {needed} tokens, the model knows {vocabulary}: they do not belong together"
+        )
+    if isinstance(decoder, Llama3ForCausalLM) and next(model.parameters()).device.type == "cpu":
+        arrange_for_decoding(decoder)
     return model, tokenizer
+
+
+def load_processor(source: str, model: MllamaForConditionalGeneration, tokenizer: BPETokenizer) -> MllamaImageProcessor:
+    """What makes pictures and questions the model's input. Raises ValueError where the folder's files contradict each other."""
+    processor = MllamaImageProcessor.from_pretrained(find_source(source), tokenizer, add_location_tokens=False)
+    config = model.config
+    if config.image_token_id is None:
+        model.config = config = replace(config, image_token_id=processor.image_token_id)
+    for what, has, wants in (
+        ("pictures of (height, width)", processor.image_size, pair(config.vision_config.image_size)),
+        ("image tokens a picture", processor.num_image_token, config.text_config.num_image_tokens),
+        (f"the token id of {IMAGE_TOKEN}", processor.image_token_id, config.image_token_id),
+    ):
+        if has != wants:
+            raise ValueError(f"{source} contradicts itself: {what}: {has} for its processor, {wants} for its model")
+    return processor
 
 
 @torch.no_grad()
@@ -92,35 +135,80 @@ def encode(tokenizer: BPETokenizer, text: str) -> list[int]:
     return ids
 
 
-def say(model, tokenizer: BPETokenizer, ids: list[int], args) -> str:
-    """Stream the continuation to stdout; returns it."""
+def say(model, tokenizer: BPETokenizer, ids: list[int], args, image_features=None, shown=None) -> tuple[str, list[int]]:
+    """Stream the continuation to stdout; returns its text and ids. shown: special tokens that are part of the text, by id."""
     stop = {tokenizer.eos_token_id, *map(tokenizer.convert_tokens_to_ids, END_OF_TURN)} - {None}
-    generator = torch.Generator(device=next(model.parameters()).device).manual_seed(args.seed)
-    sampling = {key: getattr(args, key) for key in ("temperature", "top_k", "top_p", "min_p")}
-    room = model.config.context_length - len(ids)
+    options = {key: getattr(args, key) for key in ("temperature", "top_k", "top_p", "min_p")}
+    options["generator"] = torch.Generator(device=next(model.parameters()).device).manual_seed(args.seed)
+    if image_features is not None:
+        options["image_features"] = image_features
+    limit = getattr(model.config, "text_config", model.config).context_length
+    room = limit - len(ids)
     if room < 1:
-        raise ValueError(
-            f"the text has {len(ids)} tokens, the model's context is {model.config.context_length}: shorten it or start afresh"
-        )
-    decoder, words, start = tokenizer.stream_decoder(skip_special_tokens=True), [], time.perf_counter()
-    count = 0
-    steps = model.stream([ids], min(args.max_new_tokens, room), stop_tokens=stop, generator=generator, **sampling)
-    for (token,) in steps:
-        words.append(decoder.push(token))
+        raise ValueError(f"the text has {len(ids)} tokens, the model's context is {limit}: shorten it or start afresh")
+    decoder, words, answer, start = tokenizer.stream_decoder(skip_special_tokens=True), [], [], time.perf_counter()
+    for (token,) in model.stream([ids], max_new_tokens=min(args.max_new_tokens, room), stop_tokens=stop, **options):
+        answer.append(token)
+        words.append((shown or {}).get(token) or decoder.push(token))
         print(words[-1], end="", flush=True)
-        count += 1
     words.append(decoder.flush())
     print(words[-1], flush=True)
     if sys.stderr.isatty():
-        print(f"[{count} tokens, {count / (time.perf_counter() - start):.1f} a second]", file=sys.stderr)
-    return "".join(words)
+        print(f"[{len(answer)} tokens, {len(answer) / (time.perf_counter() - start):.1f} a second]", file=sys.stderr)
+    return "".join(words), answer
 
 
-def chat(model, tokenizer: BPETokenizer, args) -> None:
-    """Read a line, answer it, remember both."""
-    messages = [{"role": "system", "content": args.system}] if args.system else []
+class Conversation:
+    """What was said and shown so far. A picture goes through the vision tower once, when it is shown, and never again."""
+
+    def __init__(self, model, tokenizer: BPETokenizer, processor: MllamaImageProcessor | None, args):
+        self.model, self.tokenizer, self.processor, self.args = model, tokenizer, processor, args
+        self.messages = [{"role": "system", "content": args.system}] if args.system else []
+        self.pictures: list[torch.Tensor] = []  # as the model sees them, uint8 [3, height, width]
+        self.features: torch.Tensor | None = None  # of all of them, [I, N', D]
+        self.unasked = 0  # how many the next question is the first to be about
+
+    @torch.no_grad()
+    def show(self, file: str) -> None:
+        """A picture for the next question. Raises ValueError or OSError where it cannot be read."""
+        pixels = self.processor([IMAGE_TOKEN], [file])["pixel_values"]
+        mean, std = (torch.tensor(value)[:, None, None] for value in (self.processor.image_mean, self.processor.image_std))
+        features = self.model.image_features(pixels.to(next(self.model.parameters()).device))
+        self.features = features if self.features is None else torch.cat([self.features, features])
+        self.pictures.append(((pixels[0] * std + mean) * 255).round().clamp(0, 255).to(torch.uint8))
+        self.unasked += 1
+
+    def answer(self, question: str) -> None:
+        """Say the answer, and remember both."""
+        before = "" if IMAGE_TOKEN in question else f"{IMAGE_TOKEN}\n" * self.unasked  # as LLaVA's data and ours have it
+        self.messages.append({"role": "user", "content": before + question})
+        ids = self._ids()
+        self.unasked, shown = 0, self.processor and self.processor.locations
+        text, answer = say(self.model, self.tokenizer, ids, self.args, self.features, shown)
+        self.messages.append({"role": "assistant", "content": text.replace(IMAGE_TOKEN, "")})  # no answer shows a picture
+        if self.args.attention and self.pictures:
+            self._draw(question, ids, answer)
+
+    def _ids(self) -> list[int]:
+        if self.processor is None:
+            return self.tokenizer.encode_chat(self.messages, add_generation_prompt=True)
+        return self.processor.encode(self.messages, len(self.pictures), add_generation_prompt=True)[0]
+
+    def _draw(self, question: str, ids: list[int], answer: list[int]) -> None:
+        if not answer:
+            print("the answer is empty: no attention to draw", file=sys.stderr)
+            return
+        from figures import attention_overlay  # matplotlib takes longer to import than a small model to answer
+
+        maps = where_it_looks(self.model, answer, [ids], image_features=self.features)
+        words, maps = group_into_words(answer, maps, self.processor.decode)
+        attention_overlay(self.pictures, words, maps, self.args.attention, title=question.replace(IMAGE_TOKEN, "").strip())
+
+
+def chat(conversation: Conversation) -> None:
+    """Read a line, answer it; "/image FILE" shows a picture for the next one."""
     if sys.stdin.isatty():
-        print("An empty line ends the conversation.")
+        print("An empty line ends the conversation." + (" /image FILE shows a picture." if conversation.processor else ""))
     while True:
         try:
             line = input("> " if sys.stdin.isatty() else "").strip()
@@ -128,25 +216,42 @@ def chat(model, tokenizer: BPETokenizer, args) -> None:
             return
         if not line:
             return
-        messages.append({"role": "user", "content": line})
-        answer = say(model, tokenizer, tokenizer.encode_chat(messages, add_generation_prompt=True), args)
-        messages.append({"role": "assistant", "content": answer})
+        command, _, file = line.partition(" ")
+        if command != "/image" or conversation.processor is None:
+            conversation.answer(line)
+            continue
+        try:
+            conversation.show(file.strip())
+        except (ValueError, OSError) as error:  # a slip of the pen does not end a conversation
+            print(f"error: {error}", file=sys.stderr)
+
+
+def check_writable(path: str) -> None:
+    """Raise an OSError now, not after the answer, for a file that cannot be written."""
+    target = Path(path)
+    if target.is_dir() or not os.access(target.parent, os.W_OK):
+        raise OSError(f"--attention {path} cannot be written: give a file in a folder that is there and may be written to")
 
 
 def main(argv=None) -> None:
     args = parse_args(argv)
+    if args.attention:
+        check_writable(args.attention)
     model, tokenizer = load(args)
+    sees = isinstance(model, MllamaForConditionalGeneration)
     if args.top:
         print_table(next_token_table(model, tokenizer, args.prompt, args.top))
-    elif args.prompt is None:
-        chat(model, tokenizer, args)
-    elif args.chat:
-        messages = [{"role": "system", "content": args.system}] if args.system else []
-        messages.append({"role": "user", "content": args.prompt})
-        say(model, tokenizer, tokenizer.encode_chat(messages, add_generation_prompt=True), args)
-    else:
+    elif args.prompt is not None and not (args.chat or sees):
         print(args.prompt, end="", flush=True)
         say(model, tokenizer, encode(tokenizer, args.prompt), args)
+    else:
+        conversation = Conversation(model, tokenizer, load_processor(args.source, model, tokenizer) if sees else None, args)
+        for file in args.image:
+            conversation.show(file)
+        if args.prompt is None:
+            chat(conversation)
+        else:
+            conversation.answer(args.prompt)
 
 
 if __name__ == "__main__":

@@ -310,15 +310,11 @@ class MllamaImageProcessor:
         shared = share_out(images, named)
         encoded, learn = [], conversations is not None and not add_generation_prompt
         for number, (row, places) in enumerate(zip(rows, named, strict=True)):
-            if shared[number] and not places:
-                question = next((message for message in row if message["role"] == "user"), row[0])
-                question["content"] = IMAGE_TOKEN + question["content"]
-            texts = add_image_tokens_to_prompts([m["content"] for m in row], self.num_image_token, self.around_image)
+            row = self._with_placeholders(row, 0 if places else len(shared[number]))
             if conversations is None:
-                ids = self._encode(texts[0], add_special_tokens)
+                ids = self._encode(row[0]["content"], add_special_tokens)
                 answers = [0] * len(ids)
             else:
-                row = [message | {"content": text} for message, text in zip(row, texts, strict=True)]
                 ids, answers = self._encode_chat(row, add_generation_prompt)
                 if learn and not any(answers):
                     raise ValueError(f"conversation {number} has no answer: add_generation_prompt=True would ask for one")
@@ -335,6 +331,15 @@ class MllamaImageProcessor:
     def conversation(self, conversation, images=None, **options) -> dict[str, torch.Tensor]:
         """A batch of one conversation, with its image or list of images."""
         return self(None, images, [conversation], **options)
+
+    def encode(self, conversation, num_images: int, add_generation_prompt: bool = False) -> tuple[list[int], list[int]]:
+        """Ids of a conversation (see to_messages) about so many pictures, and a mask: 1 on its answers and the token that
+        ends each. Where it says no <image>, they stand before its first question. Raises ValueError where counts differ."""
+        messages = to_messages(conversation)
+        named = sum(message["content"].count(IMAGE_TOKEN) for message in messages)
+        if named not in (0, num_images):
+            raise ValueError(f"a conversation says {IMAGE_TOKEN} {named} times and has {num_images} images: give one for each")
+        return self._encode_chat(self._with_placeholders(messages, 0 if named else num_images), add_generation_prompt)
 
     def decode(self, ids) -> str:
         """Text of ids without special tokens, but with <locNNNN> and <segNNN>, which are part of an answer."""
@@ -360,6 +365,13 @@ class MllamaImageProcessor:
             if not isinstance(prompt, str) or not prompt:
                 raise ValueError(f"prompt {number} is {prompt!r:.80}: give a text that is not empty")
         return [[{"role": "user", "content": prompt}] for prompt in given]
+
+    def _with_placeholders(self, messages: list[dict[str, str]], unnamed: int) -> list[dict[str, str]]:
+        """The messages with every <image> written out, and so many more before the first question."""
+        question = next((message for message in messages if message["role"] == "user"), messages[0])
+        texts = [IMAGE_TOKEN * (unnamed if message is question else 0) + message["content"] for message in messages]
+        texts = add_image_tokens_to_prompts(texts, self.num_image_token, self.around_image)
+        return [message | {"content": text} for message, text in zip(messages, texts, strict=True)]
 
     def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
         options = {"parse_special": self.recognised} if self.ours else {}

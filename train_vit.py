@@ -22,7 +22,7 @@ from augment import PRESETS as AUGMENTATIONS
 from augment import Augment, mix, normalise
 from checkpoint import from_pretrained, save_pretrained, write_json
 from data import DATASETS, Batches, ImageDataset, load_images
-from training import Run, Trainer, argument_parser, positive_int, run_cli
+from training import Run, Trainer, argument_parser, parameter_groups, positive_int, run_cli
 from vit_scratch import ViTConfig, ViTModel, pair
 
 # ---- settings --------------------------------------------------------------------------------------------------------
@@ -152,7 +152,7 @@ def main(argv=None) -> None:
 
     batches = Batches(len(train), args.batch_size // run.world_size, args.seed, rank=run.rank, world_size=run.world_size)
     total_steps = max(1, round(args.epochs * len(batches)))
-    trainer = Trainer(run, model, total_steps, args.lr, batches)
+    trainer = Trainer(run, model, total_steps, parameter_groups(model, args.weight_decay, args.lr), batches)
     parameters = sum(p.numel() for p in model.parameters())
     run.print(
         f"{args.dataset}: {len(train):,} training and {len(test):,} test pictures of {size[0]}x{size[1]}, {K} classes\n"

@@ -1,0 +1,319 @@
+"""Measure a vision-language model: exact match by kind of question, with and without its picture, perplexity, captions.
+
+    python evaluate.py runs/vlm                                       # what it was trained for, by its settings.json
+    python evaluate.py runs/vlm --blind --blind-run runs/vlm-blind    # and what can be guessed without looking
+    python evaluate.py runs/vlm --dataset llava --data test.json --images images
+
+Answers are generated, greedily, and are right if they are the true one but for case and blanks. Beside the share of right ones
+stands the interval that holds it in 95 % of cases (Wilson). --blind asks the same model with every picture replaced by the mean
+colour; --blind-run asks a second model, one that was trained without pictures. Perplexity is that of the true answers.
+Questions of kind "caption", and those that come with several answers about the same picture, also get BLEU-4 and CIDEr-D over
+all answers given to them. Writes eval.json and eval.png; the last line printed is one JSON object.
+"""
+
+import argparse
+import json
+import math
+import sys
+import time
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+import figures
+from answers import (
+    MOST_NEW_TOKENS,
+    Item,
+    answer,
+    bleu4,
+    cider_d,
+    mean_answer_loss,
+    picture_key,
+    prompt_rows,
+    scene_items,
+    score,
+)
+from checkpoint import find_source, from_pretrained, read_json, write_json
+from model import MllamaForConditionalGeneration
+from processing_mllama import IMAGE_TOKEN, LOCATION_TOKENS, MllamaImageProcessor
+from scenes import KINDS, final_number
+from training import HelpFormatter, find_device, not_negative_int, positive_int, run_cli
+from vit_scratch import pair
+
+ASKED = {  # who answers, as eval.json calls it, and as it is printed
+    "model": "with the picture",
+    "blanked": "picture blanked",
+    "blind": "trained blind",
+}
+COLOURS = {"model": figures.BLUE, "blanked": figures.ORANGE, "blind": figures.GREY}
+SCENE_SPLITS = ("test", "compositional")
+
+
+def parse_args(argv=None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)
+    add = parser.add_argument
+    add("run", metavar="RUN", type=Path, help="the folder of a trained model")
+    add("--dataset", choices=["scenes", "llava"], help="default: what RUN was trained on")
+    add("--data", metavar="FILE.json", help="llava: the questions")
+    add("--images", metavar="DIR", help="llava: the pictures; default: the file's folder, or images/ in it")
+    add(
+        "--skip-unusable",
+        action="store_true",
+        help="llava: leave out rows with faults such as a missing picture",
+    )
+    add("--split", choices=SCENE_SPLITS, help="scenes: only this one of the two; default: both")
+    add("--count", type=positive_int, help="scenes of each split (default 200), or rows of FILE.json (default: all)")
+    add("--seed", type=not_negative_int, default=0, help="of the scenes")
+    add("--blind", action="store_true", help="ask the same model without its pictures, too")
+    add("--blind-run", metavar="RUN2", type=Path, help="ask a second model, which was trained without pictures, too")
+    add("--batch-size", type=positive_int, help="questions at once; default: 256, or what 128 MB of keys and values hold")
+    add("--max-new-tokens", type=positive_int, default=MOST_NEW_TOKENS, help="of an answer")
+    add("--device", help="cpu, cuda, mps; default: the best there is")
+    add("--out", metavar="FOLDER", type=Path, help="where eval.json and eval.png go; default: RUN")
+    return parser.parse_args(argv)
+
+
+# ---- the model ---------------------------------------------------------------------------------------------------------
+
+
+def load(folder: Path, device) -> tuple[MllamaForConditionalGeneration, MllamaImageProcessor, dict]:
+    """A run's model, its processor and what settings.json says ({} without one). Raises ValueError or an OSError unless the
+    folder holds a model that looks at pictures, with the tokenizer and the picture settings it was trained with."""
+    folder = find_source(folder)
+    model = from_pretrained(folder, device=device)
+    if not isinstance(model, MllamaForConditionalGeneration):
+        raise ValueError(f"{folder} holds a {type(model).__name__}, which does not answer questions about pictures")
+    processor = MllamaImageProcessor.from_pretrained(folder)
+    check_pair(folder, model.config, processor)
+    settings = read_json(folder / "settings.json") if (folder / "settings.json").exists() else {}
+    return model, processor, settings
+
+
+def check_pair(folder: Path, config, processor: MllamaImageProcessor) -> None:
+    """Raises ValueError where tokenizer, model and picture settings do not belong together."""
+    tokenizer, known = processor.tokenizer, config.text_config.vocab_size
+    beyond = (tokenizer.convert_ids_to_tokens(token) for token in range(known, len(tokenizer)))
+    rowless = {None, IMAGE_TOKEN, *LOCATION_TOKENS}  # tokens that a model need not have a row for
+    if any(token not in rowless for token in beyond):
+        raise ValueError(
+            f"the tokenizer in {folder} has {len(tokenizer)} tokens, the model knows {known}: they do not belong together"
+        )
+    if config.image_token_id not in (None, processor.image_token_id):
+        raise ValueError(
+            f"the tokenizer in {folder} calls {IMAGE_TOKEN} {processor.image_token_id}, the model {config.image_token_id}: "
+            "they do not belong together"
+        )
+    theirs, wanted = processor.image_size, pair(config.vision_config.image_size)
+    if theirs != wanted or processor.num_image_token != config.text_config.num_image_tokens:
+        raise ValueError(
+            f"{folder} makes pictures of {theirs[0]}x{theirs[1]} pixels and {processor.num_image_token} tokens, its model "
+            f"takes {wanted[0]}x{wanted[1]} and {config.text_config.num_image_tokens}: its config files do not belong together"
+        )
+
+
+def load_twin(folder: Path, device, settings: dict):
+    """The blind twin's model and processor. Raises as `load`, and ValueError for one that has seen, or of other data."""
+    model, processor, theirs = load(folder, device)
+    if not theirs.get("blind", True):
+        raise ValueError(f"--blind-run {folder} was trained with its pictures: a blind twin is trained with --blind")
+    datasets = settings.get("dataset", "scenes"), theirs.get("dataset", "scenes")
+    if datasets[0] != datasets[1]:
+        raise ValueError(f"--blind-run {folder} was trained on {datasets[1]}, RUN on {datasets[0]}: they cannot be compared")
+    return model, processor
+
+
+# ---- the questions -----------------------------------------------------------------------------------------------------
+
+
+def llava_items(data: str, images: str | None, count: int | None, skip_unusable: bool) -> tuple[list[Item], int]:
+    """The questions of a LLaVA-style file, and how many of its rows are unusable. Raises ValueError for such rows, unless they
+    are to be skipped."""
+    from llava_json import LlavaRows, count_images, questions
+
+    rows = LlavaRows.read(data, images, progress=sys.stderr.isatty())
+    if rows.problems and not skip_unusable:
+        number, field, what = rows.problems[0]
+        raise ValueError(
+            f"{data}: {len(rows.problems)} of {rows.total} rows are unusable, the first row {number}, {field}: {what}; "
+            "mend them, or pass --skip-unusable"
+        )
+    items = []
+    for row in rows[:count]:
+        for messages, truth, kind in questions(row):
+            items.append(Item(list(row.images[: count_images(messages)]), messages, truth, kind))
+    return items, len(rows.problems)
+
+
+def find_items(args, settings: dict) -> tuple[dict[str, list[Item]], dict]:
+    """Items by split, and where they come from. Flags come first, then what the run was trained on."""
+    dataset = args.dataset or ("llava" if args.data else settings.get("dataset", "scenes"))
+    if dataset not in ("scenes", "llava"):
+        raise ValueError(f"{args.run} was trained on {dataset!r}: pass --dataset scenes, or llava with --data")
+    if dataset == "scenes":
+        count = args.count or 200
+        splits = [args.split] if args.split else SCENE_SPLITS
+        items = {split: scene_items(split, count, args.seed) for split in splits}
+        return items, {"dataset": dataset, "scenes": count, "seed": args.seed}
+    if args.split:
+        raise ValueError("--split is about scenes: a LLaVA-style file is measured whole, or its first --count rows")
+    data, images = args.data or settings.get("data"), args.images
+    if data is None:
+        raise ValueError("--dataset llava needs --data FILE.json, the questions")
+    images = images or (settings.get("images") if data == settings.get("data") else None)
+    items, unusable = llava_items(data, images, args.count, args.skip_unusable)
+    where = {"dataset": dataset, "data": str(data), "images": images and str(images), "unusable_rows": unusable}
+    return {"data": items}, where | {"trained_on_it": data == settings.get("data")}
+
+
+def without_long(items: list[Item], models) -> list[Item]:
+    """The items that, with their true answers, fit the context of all models."""
+    long = set()
+    for model, processor in models:
+        limit = model.config.text_config.context_length
+        for row in prompt_rows(processor, items, blind=True, answered=True):
+            long.update(row.items if row.length > limit else ())
+    return [item for number, item in enumerate(items) if number not in long]
+
+
+# ---- the figures ---------------------------------------------------------------------------------------------------------
+
+
+def caption_figures(items: list[Item], said: list[str]) -> dict | None:
+    """BLEU-4 and CIDEr-D of the questions of kind "caption" and of those with different answers about the same pictures; None
+    where there are no such questions. The answers to a question are its references, whichever row gives them."""
+    groups: dict = {}
+    for item, text in zip(items, said, strict=True):
+        asked = tuple(map(picture_key, item.images)), tuple((m["role"], m["content"]) for m in item.messages)
+        groups.setdefault(asked, (text, item.kind, []))[2].append(item.answer)
+    chosen = [(text, given) for text, kind, given in groups.values() if kind == "caption" or len(set(given)) > 1]
+    if not chosen:
+        return None
+    candidates, references = zip(*chosen, strict=True)
+    counts = {"captions": len(candidates), "references": sum(map(len, references))}
+    return counts | {"bleu4": bleu4(candidates, references), "cider_d": cider_d(candidates, references)}
+
+
+def measure(model, processor, items: list[Item], blind: bool, args, dataset: str) -> dict:
+    """Everything about one model's answers to the items of one split."""
+    start = time.perf_counter()
+    said = answer(model, processor, items, args.batch_size, args.max_new_tokens, blind)
+    seconds = time.perf_counter() - start
+    loss, tokens = mean_answer_loss(model, processor, items, args.batch_size, blind)
+    found = score(items, said)
+    if dataset == "scenes":
+        found["by_kind"] = {kind: found["by_kind"][kind] for kind in KINDS if kind in found["by_kind"]}
+    if dataset == "scenes" and "sum" in found["by_kind"]:  # the total may be right where a step on the way is not
+        totals = [final_number(t) == final_number(i.answer) for i, t in zip(items, said, strict=True) if i.kind == "sum"]
+        found["by_kind"]["sum"]["right_totals"] = sum(totals)
+    found |= {"loss": loss, "perplexity": math.exp(loss), "answer_tokens": tokens, "captions": caption_figures(items, said)}
+    return found | {"seconds": round(seconds, 2), "questions_per_second": round(len(items) / seconds, 1)}
+
+
+def table(found: dict[str, dict]) -> str:
+    """Exact match by kind, a line each, and a column for each who was asked."""
+
+    def cell(figures: dict) -> str:
+        return f"{figures['exact_match']:6.1%} ({figures['low']:.1%} to {figures['high']:.1%})"
+
+    first = next(iter(found.values()))
+    lines = [["kind", "n", *(ASKED[who] for who in found)]]
+    for kind, row in first["by_kind"].items():
+        lines.append([kind, f"{row['n']:,}", *(cell(figures["by_kind"][kind]) for figures in found.values())])
+    lines.append(["all", f"{first['n']:,}", *(cell(figures) for figures in found.values())])
+    lines.append(["perplexity", "", *(f"{figures['perplexity']:6.3f}" for figures in found.values())])
+    if first["captions"]:
+        for key, title in (("bleu4", "BLEU-4"), ("cider_d", "CIDEr-D")):
+            count = f"{first['captions']['captions']:,}"
+            lines.append([title, count, *(f"{figures['captions'][key]:6.3f}" for figures in found.values())])
+    widths = [max(len(line[k]) for line in lines) for k in range(len(lines[0]))]
+    padded = ([line[0].ljust(widths[0]), line[1].rjust(widths[1])] + line[2:] for line in lines)
+    return "\n".join("  ".join(x.ljust(width) for x, width in zip(line, widths, strict=True)).rstrip() for line in padded)
+
+
+def draw(splits: dict[str, dict[str, dict]], path: Path | None = None) -> Figure:
+    """A panel for each split: bars of exact match by kind with their 95 % intervals, those without pictures below."""
+    firsts = [next(iter(found.values())) for found in splits.values()]
+    answering = max(map(len, splits.values()))
+    tallest, height = max(len(first["by_kind"]) for first in firsts) + 1, 0.8 / answering
+    size = (4.6 * len(splits) + 0.8, 1.4 + 0.2 * tallest * (1 + answering))
+    figure = Figure(figsize=size, layout="constrained")
+    for i, (split, found) in enumerate(splits.items()):
+        axes = figure.add_subplot(1, len(splits), i + 1)
+        kinds = [*firsts[i]["by_kind"], "all"]
+        for k, (who, figures_of) in enumerate(found.items()):
+            rows = [*figures_of["by_kind"].values(), figures_of]
+            shares = [row["exact_match"] for row in rows]
+            reach = [[share - row["low"] for share, row in zip(shares, rows, strict=True)],
+                     [row["high"] - share for share, row in zip(shares, rows, strict=True)]]  # fmt: skip
+            at = [place + (k - (len(found) - 1) / 2) * height for place in range(len(kinds))]
+            style = {"error_kw": {"elinewidth": 1, "capsize": 2}, "color": COLOURS[who], "label": ASKED[who]}
+            axes.barh(at, shares, height, xerr=reach, **style)
+        axes.set_yticks(range(len(kinds)), kinds)
+        axes.set_ylim(len(kinds) - 0.5, -0.5)
+        axes.axhline(len(kinds) - 1.5, color="black", linewidth=0.5)
+        axes.set_xlim(0, 1)
+        axes.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "25", "50", "75", "100 %"])
+        axes.grid(axis="x", alpha=0.3)
+        axes.set_axisbelow(True)
+        axes.set_title(f"{split}: {firsts[i]['n']:,} questions")
+    figure.suptitle("exact match and its 95 % interval")
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
+    return figures.finish(figure, path)
+
+
+def summary(splits: dict[str, dict[str, dict]]) -> dict:
+    """The figures in one flat object: those of the first split as they are, of others with the split's name before them."""
+    flat = {}
+    for number, (split, found) in enumerate(splits.items()):
+        before = f"{split}_" if number else ""
+        for who, figures_of in found.items():
+            which = before + ("" if who == "model" else f"{who}_")
+            flat |= {f"{which}{key}": figures_of[key] for key in ("exact_match", "perplexity")}
+            flat |= {f"{which}{key}": figures_of["captions"][key] for key in ("bleu4", "cider_d") if figures_of["captions"]}
+            if who == "model":
+                flat[f"{before}n"] = figures_of["n"]
+                flat[f"{before}by_kind"] = {kind: row["exact_match"] for kind, row in figures_of["by_kind"].items()}
+    return flat
+
+
+# ---- all of it ---------------------------------------------------------------------------------------------------------
+
+
+def main(argv=None) -> None:
+    args = parse_args(argv)
+    device = find_device(args.device)
+    model, processor, settings = load(args.run, device)
+    is_blind = bool(settings.get("blind", False))
+    if is_blind and (args.blind or args.blind_run):
+        raise ValueError(f"{args.run} was itself trained blind: --blind and --blind-run stand beside a model that sees")
+    asked = {"blind" if is_blind else "model": (model, processor)}
+    asked |= {"blanked": (model, processor)} if args.blind else {}
+    asked |= {"blind": load_twin(args.blind_run, device, settings)} if args.blind_run else {}
+    splits, where = find_items(args, settings)
+    if where.get("trained_on_it"):
+        print(f"{where['data']} is what {args.run} was trained on: what it has learnt by heart counts as right here")
+
+    result, counts = {}, {}
+    for split, items in splits.items():
+        kept = without_long(items, asked.values())
+        if not kept:
+            raise ValueError(f"none of {len(items)} questions fits the context of {model.config.text_config.context_length}")
+        pictures = len({picture_key(image) for item in kept for image in item.images})
+        counts[split] = {"questions": len(kept), "pictures": pictures, "too_long": len(items) - len(kept)}
+        left_out = f", {len(items) - len(kept)} left out as too long" if len(items) > len(kept) else ""
+        print(f"\n{split}: {len(kept):,} questions about {pictures:,} pictures{left_out}", flush=True)
+        result[split] = {who: measure(*pair_of, kept, who != "model", args, where["dataset"]) for who, pair_of in asked.items()}
+        print(table(result[split]), flush=True)
+
+    out = args.out or args.run
+    out.mkdir(parents=True, exist_ok=True)
+    flags = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
+    write_json(out / "eval.json", {"settings": flags, "data": where, "counts": counts, "splits": result})
+    draw(result, out / "eval.png")
+    print(f"\n{out / 'eval.json'}, {out / 'eval.png'}")
+    print(json.dumps(summary(result)))
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,108 @@
+"""Several questions about one picture, and several samples, in one row of a batch, none of which sees the others.
+
+    samples = [encode_sample(processor, turns, num_images=1), ...]     # turns: conversations about the same pictures
+    batch = pack(samples, length=256)                                  # input_ids, labels, position_ids, attention_mask
+    model(pixel_values=..., **batch)                                   # pictures in the order of batch.pop("order")
+
+A sample is a trunk (the chat's opening and its pictures, which all its questions have in common) and branches (a question
+and its answer each). A token looks back along its own branch and down its trunk, nowhere else, and counts its position from
+the beginning of the trunk: each answer's logits are those of that question asked alone (tests/test_packing.py). Twelve
+questions about a picture cost the picture once, and no answer leaks into the next question.
+
+Padding is packed away: short samples share a row. Axes: B rows, T tokens of a row.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+PADDING = -1  # in place of a sample's number
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Ids and labels (-100 where there is nothing to learn) of a trunk and its branches."""
+
+    trunk: tuple[list[int], list[int]]
+    branches: list[tuple[list[int], list[int]]]
+
+    def __len__(self) -> int:
+        return len(self.trunk[0]) + sum(len(ids) for ids, _ in self.branches)
+
+
+def encode_sample(processor, conversations: Sequence, num_images: int) -> Sample:
+    """Conversations about the same pictures as one sample: what their ids begin with alike is its trunk. Raises ValueError for
+    conversations without an answer, and where pictures and <image>s differ in number."""
+    return share_beginning([encode_row(processor, conversation, num_images) for conversation in conversations])
+
+
+def encode_row(processor, conversation, num_images: int) -> tuple[list[int], list[int]]:
+    """(ids, labels) of one conversation up to the end of its last answer: what a template writes behind it teaches nothing."""
+    ids, answers = processor.encode(conversation, num_images)
+    if not any(answers):
+        raise ValueError(f"{conversation!r:.80} has no answer to learn from")
+    end = len(answers) - answers[::-1].index(1)
+    return ids[:end], [token if learn else -100 for token, learn in zip(ids[:end], answers[:end], strict=True)]
+
+
+def share_beginning(rows: Sequence[tuple[list[int], list[int]]]) -> Sample:
+    """Rows of (ids, labels) that begin alike become a trunk and branches of at least one token; a single row is all trunk."""
+    if len(rows) == 1:
+        return Sample(rows[0], [])
+    first, shortest = rows[0], min(len(ids) for ids, _ in rows)
+    alike = 0
+    while alike < shortest - 1 and all(row[0][alike] == first[0][alike] and row[1][alike] == -100 for row in rows):
+        alike += 1
+    cut = [tuple(part[alike:] for part in row) for row in rows]
+    return Sample((first[0][:alike], first[1][:alike]), cut)
+
+
+def first_fit(lengths: Sequence[int], room: int) -> list[list[int]]:
+    """Which lengths share a row of `room`: the longest first, each into the first row that has room for it (at most 11/9 of
+    the fewest rows possible, and one: Johnson 1973)."""
+    rows, left = [], []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        place = next((row for row, rest in enumerate(left) if rest >= lengths[i]), len(rows))
+        if place == len(rows):
+            rows.append([])
+            left.append(max(room, lengths[i]))
+        rows[place].append(i)
+        left[place] -= lengths[i]
+    return rows
+
+
+def pack(samples: Sequence[Sample], length: int = 0, pad_token_id: int = 0) -> dict[str, torch.Tensor]:
+    """Samples in rows of `length`, or of the longest sample's if that is more.
+
+    Returns input_ids, labels, position_ids, int64 [B, T]; attention_mask, bool [B, 1, T, T], True where a token may look; and
+    "order" [samples]: which sample comes when, row by row, so that their pictures can be put in that order.
+    """
+    rows = first_fit([len(sample) for sample in samples], length)
+    T = max(sum(len(samples[i]) for i in row) for row in rows)
+    columns = [[], [], [], [], []]  # ids, labels, positions, sample, branch (0: its trunk)
+    for row in rows:
+        tokens = [token for i in row for token in _flat(samples[i], i)]
+        tokens += [(pad_token_id, -100, 0, PADDING, t) for t in range(T - len(tokens))]  # each sees itself alone
+        for column, values in zip(columns, zip(*tokens, strict=True), strict=True):
+            column.append(values)
+    input_ids, labels, position_ids, sample, branch = map(torch.tensor, columns)
+    seen = (branch[:, None, :] == 0) | (branch[:, None, :] == branch[:, :, None])
+    seen &= (sample[:, None, :] == sample[:, :, None]) & torch.ones(T, T, dtype=torch.bool).tril()
+    order = torch.tensor([i for row in rows for i in row])
+    return {
+        "input_ids": input_ids,
+        "labels": labels,
+        "position_ids": position_ids,
+        "attention_mask": seen[:, None],
+        "order": order,
+    }
+
+
+def _flat(sample: Sample, number: int):
+    """(id, label, position, sample, branch) of each token."""
+    start = len(sample.trunk[0])
+    for branch, (ids, labels) in enumerate([sample.trunk, *sample.branches]):
+        first = start if branch else 0
+        for t, (token, label) in enumerate(zip(ids, labels, strict=True)):
+            yield token, label, first + t, number, branch

@@ -1,0 +1,368 @@
+"""Laws of answers.py: a batch answers like one prompt alone, whatever it shares; blind means blind; the loss is the slow one;
+intervals and captions get the numbers that are published, or that the authors' own code gives."""
+
+import math
+import re
+
+import pytest
+import torch
+
+import answers
+from answers import Item, about_picture, answer, bleu4, blind_pixels, cider_d, mean_answer_loss, scene_items, score, wilson
+from model import MLLAMAConfig, MllamaForConditionalGeneration
+from processing_mllama import MllamaImageProcessor, process_images
+from scenes import corpus
+from tokenizer import BPETokenizer
+
+VISION = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+VISION |= {"image_size": 32, "patch_size": 16}
+TEXT = {"hidden_size": 48, "n_heads": 4, "n_kv_groups": 2, "n_layers": 2, "hidden_dim": 64, "max_position_embeddings": 128}
+CHATML = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+TRAINED_TOKENIZER = []  # the corpus is read once for all tests
+
+
+def build(fusion="early", **text):
+    """An untrained VLM whose weights are far enough from zero for its words to depend on everything, and its processor."""
+    if not TRAINED_TOKENIZER:
+        TRAINED_TOKENIZER.append(BPETokenizer.train(corpus()[:400], vocab_size=330, special_tokens=CHATML))
+    tokenizer = BPETokenizer(TRAINED_TOKENIZER[0]._spec, {"eos_token": "<|im_end|>", "pad_token": "<|im_end|>"})
+    tokenizer.chat_template = "chatml"
+    tokens = 1 if fusion == "cross" else 4
+    processor = MllamaImageProcessor(tokenizer, num_image_token=tokens, image_size=32, add_location_tokens=False)
+    torch.manual_seed(0)
+    config = MLLAMAConfig(
+        VISION,
+        TEXT | {"vocab_size": len(tokenizer)} | text,
+        image_token_id=processor.image_token_id,
+        fusion=fusion,
+        cross_every=1,
+    )
+    model = MllamaForConditionalGeneration(config).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * 0.2)
+    return model, processor
+
+
+def pictures(count, seed=0):
+    torch.manual_seed(seed)
+    return [torch.randint(0, 256, (3, 32, 32), dtype=torch.uint8) for _ in range(count)]
+
+
+def mixed_items():
+    """Shared and lone pictures, two pictures, none, a longer conversation, a question that is asked twice."""
+    a, b, c = pictures(3)
+    items = [
+        Item(a, about_picture(q), t) for q, t in (("Count the digits.", "3"), ("Is there a 5?", "no"), ("What?", "a red 7"))
+    ]
+    items += [Item([b], about_picture("Describe the picture."), "a red 7 at the top left", "describe"), items[0]]
+    items += [Item([a, c], [{"role": "user", "content": "<image>then <image>which is red?"}], "the first", "two")]
+    items += [Item(None, [{"role": "user", "content": text}], "yes", "text") for text in ("Is it so?", "Is it not so, then?")]
+    turns = [*about_picture("Add up the digits."), {"role": "assistant", "content": "3 plus 4 is 7"}]
+    return items + [Item(c, [*turns, {"role": "user", "content": "Is there a 4?"}], "yes", "later")]
+
+
+def slow_answer(model, processor, item, new_tokens):
+    """One prompt by the processor and the model's own generate, without a batch and without anything shared."""
+    batch = processor(None, item.images or None, [item.messages], add_generation_prompt=True)
+    stop = answers.stop_tokens(processor.tokenizer)
+    return processor.decode(model.generate(**batch, max_new_tokens=new_tokens, stop_tokens=stop)[0]).strip()
+
+
+@pytest.mark.parametrize("fusion", ["early", "cross"])
+@pytest.mark.parametrize("batch_size", [None, 1, 3])
+def test_a_batch_answers_like_each_prompt_alone(fusion, batch_size):
+    model, processor = build(fusion)
+    items = mixed_items()
+    wanted = [slow_answer(model, processor, item, 12) for item in items]
+    assert len(set(wanted)) >= len(items) - 2  # or the comparison would show nothing
+    assert answer(model, processor, items, batch_size, 12) == wanted
+
+
+def test_rows_that_stop_early_do_not_change_the_others(monkeypatch):
+    """Stop tokens that some rows meet soon and others late: rows leave the batch at several points on the way."""
+    model, processor = build()
+    items = [
+        Item(image, about_picture(q), "") for image in pictures(4) for q in ("Count the digits.", "Is there a 5?", "What?")
+    ]
+    plain = [processor.tokenizer.encode(text) for text in answer(model, processor, items, None, 20)]
+    common = [token for token, _ in sorted(((t, sum(t in row for row in plain)) for t in range(330)), key=lambda x: -x[1])[:6]]
+    monkeypatch.setattr(answers, "stop_tokens", lambda tokenizer: set(common))
+    sizes, pick_rows = [], answers.pick_rows
+    monkeypatch.setattr(answers, "pick_rows", lambda cache, rows: sizes.append(len(rows)) or pick_rows(cache, rows))
+    said = answer(model, processor, items, None, 20)
+    assert said == [slow_answer(model, processor, item, 20) for item in items]
+    assert sizes[0] == len(items) and len(sizes) >= 3 and sizes == sorted(sizes, reverse=True), sizes
+
+
+def test_answers_end_with_a_turn_or_at_their_own_limit():
+    model, processor = build()
+    ends = {processor.tokenizer.convert_tokens_to_ids(token) for token in ("<|endoftext|>", "<|im_end|>")}
+    assert answers.stop_tokens(processor.tokenizer) == ends
+    logits, cache = start(model, processor, mixed_items()[:3])
+    assert [len(row) for row in answers.continue_rows(model, logits, cache, [2, 5, 1], stop=set())] == [2, 5, 1]
+
+
+def start(model, processor, items):
+    rows = answers.prompt_rows(processor, items, False, False)
+    with torch.no_grad():
+        cache = answers.pick_rows(*answers.read_beginnings(model, processor, items, rows, False, 8))
+        out = model.language_model(**answers.own_parts(rows, cache), cache=cache, logits_to_keep=1)
+    return out["logits"][:, -1], cache
+
+
+def test_the_vision_tower_sees_each_picture_once(monkeypatch):
+    model, processor = build()
+    seen, features = [], model.image_features
+    monkeypatch.setattr(model, "image_features", lambda pixels: seen.append(len(pixels)) or features(pixels))
+    items = scene_items("test", 5, seed=1)
+    answer(model, processor, items, None, 2)
+    assert len(items) > 30 and seen == [5]
+    mean_answer_loss(model, processor, items)
+    answer(model, processor, items, None, 2, blind=True)  # where all are the same picture
+    assert seen == [5, 5, 1]
+
+
+def test_questions_about_scenes_carry_their_truth_and_share_their_picture():
+    items = scene_items("test", 3, seed=1, per_scene=4)
+    assert len({id(item.image) for item in items}) == 3 and len(items) == 12
+    assert all(item.messages[0]["content"].startswith("<image>\n") and item.answer and item.kind for item in items)
+
+
+# ---- blind ---------------------------------------------------------------------------------------------------------------
+
+
+def test_blind_answers_do_not_depend_on_the_picture_and_need_none():
+    model, processor = build()
+    asked = about_picture("Describe the picture.")
+    first, second = ([Item(image, asked, "")] for image in pictures(2))
+    assert answer(model, processor, first) != answer(model, processor, second)
+    nowhere = [Item("nowhere/at/all.png", asked, "")]
+    assert answer(model, processor, first, blind=True) == answer(model, processor, nowhere, blind=True)
+    assert mean_answer_loss(model, processor, first, blind=True) == mean_answer_loss(model, processor, nowhere, blind=True)
+
+
+def test_blind_is_a_picture_of_the_mean_colour():
+    model, processor = build()
+    pixels = process_images(pictures(2), (32, 32))
+    assert blind_pixels(pixels).shape == pixels.shape and not blind_pixels(pixels).any()
+    processor.image_mean = (128 / 255,) * 3  # so that there is a grey that becomes 0
+    item = Item(torch.full((3, 32, 32), 128, dtype=torch.uint8), about_picture("Count the digits."), "3")
+    blind, seen = (mean_answer_loss(model, processor, [item], blind=b)[0] for b in (True, False))
+    assert blind == pytest.approx(seen, rel=1e-4)
+
+
+# ---- the model is left as it was --------------------------------------------------------------------------------------------
+
+
+def test_training_goes_on_as_if_nothing_had_been_asked():
+    """Dropout and gradients are off while answering; afterwards each part trains as before, or not: a frozen tower does not."""
+    model, processor = build(dropout=0.5)
+    items = mixed_items()
+    model.train()
+    model.vision_tower.eval()
+    assert answer(model, processor, items, None, 4) == answer(model, processor, items, None, 4)
+    assert mean_answer_loss(model, processor, items) == mean_answer_loss(model, processor, items)
+    assert model.language_model.training and not model.vision_tower.training and torch.is_grad_enabled()
+    batch = processor.conversation([*items[0].messages, {"role": "assistant", "content": "3"}], items[0].image)
+    model(**batch)["loss"].backward()
+
+
+def test_a_model_that_learned_two_answers_gives_them():
+    """End to end: pictures, prompt, training, decoding, score. The two questions differ in nothing but the picture."""
+    model, processor = build()
+    said = ("a red 7 at the top left", "no")
+    items = [Item(image, about_picture("What?"), text) for image, text in zip(pictures(2), said, strict=True)]
+    conversations = [[*item.messages, {"role": "assistant", "content": item.answer}] for item in items]
+    batch = processor(None, [[item.image] for item in items], conversations)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(60):
+        loss = model(**batch)["loss"]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert answer(model, processor, items) == [*said]
+    assert score(items, answer(model, processor, items))["exact_match"] == 1
+    assert mean_answer_loss(model, processor, items)[0] < 0.1
+    assert score(items, answer(model, processor, items, blind=True))["right"] <= 1
+
+
+# ---- perplexity ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fusion", ["early", "cross"])
+@pytest.mark.parametrize("batch_size", [None, 2])
+def test_the_loss_is_what_adding_up_logarithms_gives(fusion, batch_size):
+    """By hand: each answer token's probability after all tokens before it, one conversation at a time. Of several turns only
+    the last answer counts."""
+    model, processor = build(fusion)
+    items, total, count = mixed_items(), 0.0, 0
+    for item in items:
+        conversation = [*item.messages, {"role": "assistant", "content": item.answer}]
+        batch = processor(None, item.images or None, [conversation])
+        labels = batch.pop("labels")[0]
+        prompt = processor(None, item.images or None, [item.messages], add_generation_prompt=True)["input_ids"].shape[1]
+        with torch.no_grad():
+            logits = model(**batch)["logits"][0].log_softmax(-1)
+        for t in range(prompt, len(labels)):
+            if labels[t] >= 0:
+                total, count = total - float(logits[t - 1, labels[t]]), count + 1
+    assert count == sum(len(processor.tokenizer.encode(item.answer)) + 1 for item in items)
+    loss, tokens = mean_answer_loss(model, processor, items, batch_size)
+    assert tokens == count and loss == pytest.approx(total / count, rel=1e-5)
+
+
+# ---- faults ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "item, message",
+    [
+        (Item(None, about_picture("What?"), ""), "says <image> 1 times and has 0 images"),
+        (Item(pictures(2), about_picture("What?"), ""), "says <image> 1 times and has 2 images"),
+        (Item("gone.png", about_picture("What?"), ""), "gone.png"),
+        (
+            Item(None, [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "7"}], ""),
+            "end with the question",
+        ),
+        (Item(None, [{"role": "user", "content": "What? " * 100}], ""), "leaves no room for its answer"),
+    ],
+)
+def test_a_question_that_cannot_be_asked_is_one_line(item, message):
+    model, processor = build()
+    with pytest.raises((ValueError, OSError), match=re.escape(message)) as error:
+        answer(model, processor, [item])
+    assert "\n" not in str(error.value)
+
+
+def test_a_full_context_ends_an_answer_and_disturbs_no_other():
+    model, processor = build(context_length=48)
+    short, long = Item(None, [{"role": "user", "content": "A?"}], ""), Item(None, [{"role": "user", "content": "A " * 12}], "")
+    together = answer(model, processor, [short, long], max_new_tokens=25)
+    assert together == [answer(model, processor, [item], max_new_tokens=25)[0] for item in (short, long)]
+    assert 0 < len(processor.tokenizer.encode(together[1])) < len(processor.tokenizer.encode(together[0]))
+
+
+# ---- scores --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "right, n, low, high",
+    [
+        (81, 263, 0.2553, 0.3662),  # Newcombe 1998, Statistics in Medicine 17, table I, method 3; so are the next three
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0.0, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+        (29, 29, 0.8830, 1.0),  # the mirror image of 0 of 29: 0 to 0.1170
+        (0, 0, 0.0, 1.0),
+    ],
+)
+def test_intervals_are_the_published_ones(right, n, low, high):
+    assert wilson(right, n) == pytest.approx((low, high), abs=5.1e-5)
+
+
+def test_an_interval_holds_the_share_and_ends_at_0_and_1():
+    for n in (1, 7, 30, 1000):
+        assert wilson(0, n)[0] == 0 and wilson(n, n)[1] == 1
+        assert all(0 <= low <= right / n <= high <= 1 for right in range(n + 1) for low, high in [wilson(right, n)])
+
+
+@pytest.mark.parametrize("right, n", [(3, 2), (-1, 5)])
+def test_more_right_than_asked_is_refused(right, n):
+    with pytest.raises(ValueError, match="it must be"):
+        wilson(right, n)
+
+
+def test_scores_ignore_case_and_blanks_and_nothing_else():
+    truths = (("a red 7", "x"), ("a red 7", "x"), ("yes", "y"), ("12", "y"))
+    items = [Item(None, [], truth, kind) for truth, kind in truths]
+    found = score(items, ["A red\n 7 ", "a red 7.", "yes", "1 2"])
+    assert (found["n"], found["right"], found["exact_match"]) == (4, 2, 0.5)
+    assert {kind: row["right"] for kind, row in found["by_kind"].items()} == {"x": 1, "y": 1}
+    assert (found["low"], found["high"]) == wilson(2, 4)
+
+
+# ---- captions ------------------------------------------------------------------------------------------------------------
+
+CAPTIONS = [
+    "a man rides a brown horse on the beach",
+    "two dogs play in the snow",
+    "A red bus, parked near the old station!",
+    "the cat sat on the mat",
+    "a small child eats a piece of chocolate cake",
+]
+REFERENCES = [
+    [
+        "a man riding a horse along the beach",
+        "a man rides a brown horse on the sand near the sea",
+        "someone on horseback at the beach",
+    ],
+    ["two dogs are playing in the snow", "two brown dogs play together in deep snow"],
+    [
+        "a red double decker bus parked near a station",
+        "the old red bus is near the station",
+        "a bus waits at the old station",
+    ],
+    ["the cat is on the mat", "there is a cat on the mat"],
+    [
+        "a child eating cake",
+        "a small boy eats a piece of chocolate cake at a table",
+        "a young child with a slice of cake",
+    ],
+]
+
+
+def test_captions_get_the_figures_of_the_authors_code():
+    """On the same lower-case words: nltk 3.10.4 corpus_bleu and sacrebleu 2.6.0 (no smoothing, tokenize none) both give
+    0.6156708526941972, pycocoevalcap 1.2, the authors' CIDEr-D, 3.015130043401014."""
+    assert bleu4(CAPTIONS, REFERENCES) == pytest.approx(0.6156708526941972, abs=1e-12)
+    assert cider_d(CAPTIONS, REFERENCES) == pytest.approx(3.015130043401014, abs=1e-12)
+
+
+HAND = (1 * 5 / 6 * 3 / 5 * 1 / 4) ** 0.25  # the seven words of the candidate below, its pairs, triples and fours
+
+
+@pytest.mark.parametrize(
+    "more, penalty",
+    [
+        ([], math.exp(1 - 8 / 7)),  # a word shorter than its reference
+        (["a mat"], math.exp(1 - 8 / 7)),  # whose length is the closest, whatever else there is
+        (["one two three four five six"], 1),  # and of two as close the shorter counts
+    ],
+)
+def test_bleu_by_hand(more, penalty):
+    found = bleu4(["There is a cat on the mat"], [["there is a black cat on the mat", *more]])
+    assert found == pytest.approx(HAND * penalty, abs=1e-12)
+
+
+def test_a_word_counts_as_often_as_one_reference_says_it():
+    """As in Papineni et al. 2002, example 2, where of seven "the" two are right: saying it all again adds nothing right."""
+    found = bleu4(["a b c d a b c d"], [["a b c d"]])
+    assert found == pytest.approx((4 / 8 * 3 / 7 * 2 / 6 * 1 / 5) ** 0.25, abs=1e-12)
+
+
+def test_more_of_the_same_words_is_no_better_caption():
+    """What the D of CIDEr-D is about: saying a rare word again and again, or at great length, does not raise the figure."""
+    references = [["a man rides a horse"], ["two dogs in snow"], ["a red bus"]]
+    plain = cider_d(["a man rides a horse", "a dog", "a bus"], references)
+    again = cider_d(["horse horse horse horse horse", "a dog", "a bus"], references)
+    longer = cider_d(["a man rides a horse " * 4, "a dog", "a bus"], references)
+    assert again < plain and longer < plain
+
+
+@pytest.mark.parametrize("figure, best", [(bleu4, 1.0), (cider_d, 10.0)])
+def test_the_best_and_the_worst_caption(figure, best):
+    references = [["a man rides a horse"], ["two dogs in deep snow"], ["one red bus stops here"]]
+    assert figure([given[0] for given in references], references) == pytest.approx(best)
+    assert figure(["nothing", "", "?!"], references) == 0
+
+
+@pytest.mark.parametrize("figure", [bleu4, cider_d])
+@pytest.mark.parametrize("candidates, references", [(["a"], []), ([], []), (["a", "b"], [["a"], []])])
+def test_captions_without_references_are_refused(figure, candidates, references):
+    with pytest.raises(ValueError, match="give each candidate at least one"):
+        figure(candidates, references)
+
+
+def test_words_are_lower_case_without_punctuation():
+    assert answers.words("A man's 2 dogs, black-and-white!") == ["a", "man's", "2", "dogs", "black", "and", "white"]

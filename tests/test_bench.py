@@ -1,0 +1,105 @@
+"""Laws of `bench.py vlm` at its tiny size: both sides are the same task, and what is called a total is one."""
+
+import copy
+import json
+import sys
+
+import pytest
+import torch
+
+import bench
+from training import run_cli
+
+pytest.importorskip("transformers")
+
+
+@pytest.fixture(scope="module")
+def pair():
+    torch.manual_seed(0)
+    return bench.equal_vlms("tiny")
+
+
+@pytest.fixture(scope="module")
+def rows(pair):
+    inputs, cpu = bench.vlm_batch(pair[0].config, 2), torch.device("cpu")
+    losses = (lambda model, **inputs: model(**inputs)["loss"], lambda model, **inputs: bench.idefics3(model, **inputs).loss)
+    sides = {name: side for name, *side in zip(("ours", "peer"), pair, losses, strict=True)}
+    return {mode: bench.vlm_row(mode, sides, inputs, torch.float32, 1, cpu) for mode in bench.VLM_MODES[:3]}
+
+
+def test_the_text_is_as_long_as_promised_and_half_of_it_is_to_be_learned(pair):
+    config = pair[0].config
+    batch = bench.vlm_batch(config, 3)
+    assert batch["input_ids"].shape == (3, config.text_config.num_image_tokens + 64)
+    assert ((batch["input_ids"] == config.image_token_id).sum(dim=1) == config.text_config.num_image_tokens).all()
+    learned = batch["labels"] != -100
+    assert (learned.sum(dim=1) == 32).all() and torch.equal(batch["labels"][learned], batch["input_ids"][learned])
+
+
+@pytest.mark.parametrize("mode", bench.VLM_MODES)
+def test_both_sides_train_as_many_parameters(pair, mode):
+    pytest.importorskip("peft")
+    ours, theirs = (bench.freeze(copy.deepcopy(model), mode).parameters() for model in pair)
+    assert sum(p.numel() for p in ours if p.requires_grad) == sum(p.numel() for p in theirs if p.requires_grad) > 0
+
+
+def test_features_given_are_the_loss_of_the_pictures(pair):
+    ours, theirs = pair
+    batch = bench.vlm_batch(ours.config, 2)
+    given = {name: x for name, x in batch.items() if name != "pixel_values"}
+    with torch.no_grad():
+        given["vision_features"] = ours.vision_features(batch["pixel_values"])
+        expected = ours(**batch)["loss"]
+        for loss in (ours(**given)["loss"], bench.idefics3(theirs, **given).loss, bench.idefics3(theirs, **batch).loss):
+            torch.testing.assert_close(loss, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("mode", bench.VLM_MODES[:3])
+def test_the_total_is_weights_and_optimiser_state_and_batch_and_what_a_step_needs(pair, rows, mode):
+    row = rows[mode]
+    batch = sum(x.nbytes for x in bench.vlm_batch(pair[0].config, 2).values())
+    lasting = 4 * row["parameters"] + 2 * 4 * row["trained"] + batch  # AdamW keeps two numbers a parameter
+    assert row["peak_total_mib"] == pytest.approx(lasting / 2**20 + row["peak_mib"], rel=0.03)  # and the table of RoPE
+
+
+def test_training_less_takes_less(rows):
+    full, frozen, lora = rows.values()
+    for figure in ("trained", "peak_mib", "peak_total_mib", "peer_peak_total_mib"):
+        assert full[figure] > frozen[figure] > lora[figure], figure
+
+
+def test_models_that_differ_are_not_compared(pair, monkeypatch):
+    ours, theirs = pair
+    other = copy.deepcopy(theirs)
+    with torch.no_grad():
+        other.model.connector.modality_projection.proj.weight.mul_(3)
+    monkeypatch.setattr(bench, "equal_vlms", lambda size: (ours, other))
+    with pytest.raises(ValueError, match="the two models differ by .* nothing to compare"):
+        bench.main(["vlm", "--size", "tiny"])
+
+
+def test_its_rows_as_json_and_a_peer_without_peft_says_so(pair, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    monkeypatch.setattr(bench, "equal_vlms", lambda size: pair)
+    bench.main("vlm --size tiny --batch 1 --rounds 1 --dtype bf16 --device cpu --json".split())
+    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["what"].removeprefix("VLM training step, ") for row in found] == list(bench.VLM_MODES)
+    assert [row["peer"] for row in found if "LoRA" in row["what"]] == ["transformers, projector only (no peft)"]
+    for row in found:
+        assert (row["batch"], row["dtype"], row["size"]) == (1, "bfloat16", "tiny")
+        assert min(row[key] for key in ("per_second", "speed_ratio", "memory_ratio", "peer_peak_total_mib")) > 0
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["vlm", "--size", "vit-s16"], "unknown preset 'vit-s16': choose one of 222m, tiny"),
+        (["vit", "--size", "222m"], "unknown preset '222m'"),
+        (["vlm", "--dtype", "fp16", "--device", "cpu"], "--dtype fp16 needs a GPU"),
+    ],
+)
+def test_what_cannot_be_measured_is_one_line(flags, words, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        run_cli(lambda: bench.main(flags))
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and words in error and "Traceback" not in error

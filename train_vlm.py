@@ -1,0 +1,512 @@
+"""Train a vision-language model (model.py): a vision tower, a projector and a language model that answers about pictures.
+
+    python train_vlm.py                                  scenes of handwritten digits, from nothing, ten minutes on a laptop CPU
+    python train_vlm.py --blind                          its twin that never sees a picture: what can be guessed
+    python train_vlm.py --dataset llava --data train.json --images DIR --test-data test.json          your own pictures
+    python train_vlm.py --dataset llava --data train.json --lm model.gguf --lora 8          a published language model
+    python train_vlm.py --out runs/vlm-scenes --resume   go on after Ctrl-C, exactly
+
+Up to three stages, each said before it starts and why: (1) the vision tower learns to tell digit and colour of each square
+of a scene (labels that the generator knows; skipped with --vision and on your own data); (2) the projector alone, both towers
+frozen; (3) the language model with the projector. Questions about a picture are packed in one row but never see each other.
+
+Writes runs/vlm-DATASET/: the model as a folder that transformers opens (Idefics3, or LLaVA with --pixel-shuffle 1),
+metrics.jsonl, curves.png, samples.png, attention.png, result.json. The last line printed is JSON.
+"""
+
+import json
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import figures
+from answers import MOST_NEW_TOKENS, Item, answer, mean_answer_loss, scene_items, score, stop_tokens
+from attention_maps import group_into_words, where_it_looks
+from checkpoint import find_source, from_pretrained, read_json, save_lora, save_pretrained, write_json
+from llava_json import LlavaRows, PictureCache, count_images, questions
+from model import (
+    Llama3ForCausalLM,
+    LLAMA32Config,
+    MLLAMAConfig,
+    MllamaForConditionalGeneration,
+    convert_linears_to_lora,
+)
+from processing_mllama import (
+    IDEFICS3_AROUND,
+    IMAGE_TOKEN,
+    IMAGENET_STANDARD_MEAN,
+    IMAGENET_STANDARD_STD,
+    MllamaImageProcessor,
+    image_settings,
+    rescale,
+    to_picture,
+)
+from scenes import COLOURS, HELD_OUT, IGNORE, Scenes, corpus, make_scenes
+from siglip import SiglipModel, SiglipTwoTower, SiglipVisionConfig
+from tokenizer import BPETokenizer
+from training import (
+    Run,
+    Trainer,
+    argument_parser,
+    not_negative_float,
+    not_negative_int,
+    parameter_groups,
+    positive_float,
+    positive_int,
+    run_cli,
+)
+from vit_scratch import sincos_positions
+from vlm_data import FrozenFeatures, LlavaBatches, SceneBatches
+
+# ---- settings --------------------------------------------------------------------------------------------------------
+
+# The one dial: (vision tower, language model, vocabulary of a tokenizer that is trained here).
+SIZES = {
+    "tiny": (
+        {"image_size": 64, "patch_size": 16, "hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4},
+        {"hidden_size": 128, "n_heads": 4, "n_kv_groups": 2, "n_layers": 4, "hidden_dim": 384, "rope_base": 10000.0,
+         "max_position_embeddings": 512, "tie_word_embeddings": True},
+        450,
+    ),
+    "smol": (SiglipVisionConfig.PRESETS["base-p16-224"], LLAMA32Config.PRESETS["smollm2-135m"], 8192),
+}  # fmt: skip
+SHARES = {"vision": 0.4, "projector": 0.02, "language": 0.58}  # of --max-seconds
+LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def parse_args(argv=None):
+    parser = argument_parser(__doc__, batch_size=16, lr=None, eval_every=400)
+    add = parser.add_argument
+    add("--dataset", choices=["scenes", "llava"], default="scenes")
+    add("--images", metavar="DIR", help="where the pictures of --data FILE.json are; default: beside it")
+    add("--test-data", metavar="FILE.json", help="held-out rows; default: --test-part of --data, split by picture")
+    add("--test-part", type=positive_float, default=0.1)
+    add("--size", choices=list(SIZES), default="tiny", help="of what is not taken from --vision or --lm")
+    add("--vision", metavar="SOURCE", help="take the vision tower of a run, a SigLIP, LLaVA or Idefics3 folder or hub name")
+    add("--lm", metavar="SOURCE", help="take language model and tokenizer of a run, a LLaMA folder or hub name, a .gguf file")
+    add("--image-size", type=positive_int, help="pixels; default: the tower's")
+    add("--patch-size", type=positive_int, help="pixels; default --size's")
+    add("--pixel-shuffle", type=positive_int, default=2, help="r x r patches become one token; 1: LLaVA's layout")
+    add("--fusion", choices=["early", "cross"], default="early", help="pictures among the words, or in layers between")
+    add("--blind", action="store_true", help="train the same model without seeing: the baseline")
+    add("--freeze", default=None, metavar="vision,lm", help="what never trains; default: a tower that comes trained, and with "
+        "--lora the rest of the language model; none: nothing")  # fmt: skip
+    add("--lora", type=positive_int, metavar="RANK", help="train low-rank corrections of the language model's matrices")
+    add("--lora-alpha", type=positive_float, help="default: twice the rank")
+    add("--lr-pretrained", type=positive_float, default=1e-4, help="peak learning rate of what comes trained, LoRA apart")
+    add("--muon-lr", type=not_negative_float, default=0.02, help="Muon's, for matrices that start untrained; 0: AdamW for all")
+    add("--vision-steps", type=not_negative_int, default=2600, help="of stage 1 (scenes)")
+    add("--projector-steps", type=not_negative_int, help="of stage 2; default: 40, or a tenth of stage 3")
+    add("--steps", type=positive_int, help="of stage 3, in place of --epochs; default for scenes 1000")
+    add("--per-scene", type=positive_int, default=12, help="questions about each scene")
+    add("--isolated", action="store_true", help="each question of a row is asked alone, without those before it")
+    add("--max-length", type=positive_int, default=1024, help="tokens of a packed row, for --dataset llava")
+    add("--cache-features", nargs="?", const="", metavar="FILE", help="keep a frozen tower's features; default in --out")
+    add("--eval-count", type=positive_int, default=500, help="test scenes of each kind, or test rows, asked at the end")
+    args = parser.parse_args(argv)
+    if args.dataset == "llava" and not args.data:
+        parser.error("--dataset llava needs --data FILE.json")
+    args.out = args.out or f"runs/vlm-{args.dataset}{'-blind' if args.blind else ''}"
+    args.freeze = None if args.freeze is None else sorted(set(args.freeze.split(",")) - {"none", ""})
+    if set(args.freeze or ()) - {"vision", "lm"}:
+        parser.error(f"--freeze {','.join(args.freeze)}: it takes vision, lm, both with a comma, or none")
+    if args.dataset == "scenes" and args.cache_features is not None:
+        parser.error("--cache-features: scenes are new at every step, there is nothing to keep; it is for --dataset llava")
+    return args
+
+
+# ---- model -----------------------------------------------------------------------------------------------------------
+
+
+def find_part(source: str, part: str) -> nn.Module:
+    """The vision tower or the language model of any checkpoint that has one. Raises ValueError for others."""
+    model = from_pretrained(source)
+    if isinstance(model, MllamaForConditionalGeneration):
+        return model.vision_tower if part == "vision" else model.language_model
+    if part == "vision" and isinstance(model, SiglipTwoTower):
+        tower = SiglipModel(model.config.vision_config)
+        tower.vision_model = model.vision_model
+        return tower
+    if not isinstance(model, SiglipModel if part == "vision" else Llama3ForCausalLM):
+        wanted = f"a {'SigLIP tower' if part == 'vision' else 'LLaMA'}, or a model that has one"
+        raise ValueError(f"--{part} {source} is a {type(model).__name__}: it must be {wanted}")
+    return model
+
+
+def image_settings_of(source: str) -> dict:
+    """How a tower wants its pictures, of what its folder says: nothing where it says nothing."""
+    file = find_source(source) / "preprocessor_config.json"
+    settings = image_settings(read_json(file)) if file.exists() else {}
+    return {key: value for key, value in settings.items() if key != "image_size"}
+
+
+def train_tokenizer(texts: list[str], vocab_size: int) -> BPETokenizer:
+    """As large as the texts allow, up to vocab_size."""
+    special = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+    roles = ["user\n", "assistant\n", "system\n"] * 100  # what the chat template writes, in few tokens
+    try:
+        return BPETokenizer.train([*texts, *roles], vocab_size, special)
+    except ValueError:  # fewer merges than that: the message says no number to ask for
+        return BPETokenizer.train([*texts, *roles], 256 + len(special) + 1, special)
+
+
+def build(args, texts: list[str], mean, std) -> tuple[MllamaForConditionalGeneration, MllamaImageProcessor]:
+    """The model, with what --vision and --lm bring, and its processor. texts: to train a tokenizer on; mean, std: of pixels,
+    unless the tower comes with its own."""
+    vision_settings, text_settings, vocabulary = SIZES[args.size]
+    tower = find_part(args.vision, "vision") if args.vision else None
+    lm = find_part(args.lm, "lm") if args.lm else None
+    tokenizer = BPETokenizer.from_pretrained(args.lm) if lm else train_tokenizer(texts, vocabulary)
+    if lm and len(tokenizer) > lm.config.vocab_size:
+        raise ValueError(
+            f"--lm {args.lm}: its tokenizer has {len(tokenizer)} tokens, its model {lm.config.vocab_size}: "
+            "they do not belong together"
+        )
+    if tokenizer.chat_template is None:
+        tokenizer.chat_template = "chatml"  # a base model learns to converse here
+    changes = {key: getattr(args, key) for key in ("image_size", "patch_size") if getattr(args, key)}
+    if tower and changes:
+        raise ValueError(f"--{next(iter(changes)).replace('_', '-')} cannot be chosen with --vision: the tower has its own")
+    vision = replace(tower.config, vision_use_head=False) if tower else SiglipVisionConfig(
+        **{**vision_settings, **changes, "vision_use_head": False})  # fmt: skip
+    shuffled = args.pixel_shuffle > 1
+    join = {"pixel_shuffle": args.pixel_shuffle, "fusion": args.fusion, "projector_type": "linear" if shuffled else "mlp",
+            "vision_feature_layer": None if shuffled else -1}  # fmt: skip
+    count = MLLAMAConfig(vision, LLAMA32Config(**text_settings), **join).text_config.num_image_tokens
+    seeing = image_settings_of(args.vision) if tower else {"image_mean": mean, "image_std": std}
+    seeing |= {"around_image": IDEFICS3_AROUND} if shuffled and args.fusion == "early" else {}
+    processor = MllamaImageProcessor(tokenizer, count, vision.image_size, add_location_tokens=False, **seeing)
+    text = lm.config if lm else LLAMA32Config(**{**text_settings, "vocab_size": len(tokenizer)})
+    config = MLLAMAConfig(vision, replace(text, vocab_size=max(len(tokenizer), text.vocab_size)),
+                          image_token_id=processor.image_token_id, **join)  # fmt: skip
+    torch.manual_seed(args.seed)
+    model = MllamaForConditionalGeneration(config)
+    with torch.no_grad():
+        if tower:
+            state = {k: v for k, v in tower.state_dict().items() if not k.startswith("vision_model.head.")}
+            model.vision_tower.load_state_dict(state)
+        else:  # positions that say from the first step what is near what
+            positions = model.vision_tower.vision_model.embeddings.position_embedding.weight
+            positions.copy_(sincos_positions(vision.grid, vision.hidden_size))
+    if lm:
+        lm.resize_token_embeddings(config.text_config.vocab_size)
+        new = model.language_model.state_dict()  # the layers between, under cross-attention, are not in it
+        model.language_model.load_state_dict({**new, **lm.state_dict()})
+    return model, processor
+
+
+class Learner(nn.Module):
+    """What is trained, in whichever stage: the model and, for stage 1, a linear reader of digit and colour on its tower."""
+
+    def __init__(self, model: MllamaForConditionalGeneration):
+        super().__init__()
+        self.model = model
+        self.reader = nn.Linear(model.config.vision_config.hidden_size, 11 + len(COLOURS) + 1)  # with "nothing" in both
+
+    @property
+    def grad_checkpoint(self) -> bool:
+        return self.model.grad_checkpoint
+
+    @grad_checkpoint.setter
+    def grad_checkpoint(self, on: bool):
+        self.model.grad_checkpoint = on
+
+    def forward(self, scenes: Scenes | None = None, **batch) -> torch.Tensor:
+        if scenes is None:
+            return self.model(**batch)["loss"]
+        return scene_loss(self.reader(self.model.vision_features(batch["pixel_values"])), scenes)
+
+
+def scene_loss(logits: torch.Tensor, scenes: Scenes) -> torch.Tensor:
+    """logits [N, patches, 11 + 9] against the digit and the colour of each patch, or "nothing" (see Scenes.dense_labels).
+
+    What colour a digit has tells in training which digit it is not: that of the pair which is held out. A tower that learns
+    this is blind to the pair, so its digit is left out of the softmax over that colour (the prior-adjusted loss of Menon et
+    al. 2021, with a prior of 0).
+    """
+    digits, colours = (label.flatten().to(logits.device) for label in scenes.dense_labels(math.isqrt(logits.shape[1])))
+    never = torch.zeros(len(COLOURS) + 1, 11, dtype=torch.bool, device=logits.device)
+    for digit, colour in HELD_OUT:
+        never[COLOURS.index(colour), digit] = True
+    by_digit, by_colour = logits.flatten(0, 1).float().split((11, len(COLOURS) + 1), dim=1)
+    by_digit = by_digit.masked_fill(never[colours.clamp(min=0)], -1e4)
+    return sum(F.cross_entropy(x, y, ignore_index=IGNORE) for x, y in ((by_digit, digits), (by_colour, colours)))
+
+
+# ---- stages ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Stage:
+    name: str
+    why: str
+    steps: int
+    parts: tuple[str, ...]  # of the learner, that train
+
+
+def frozen_towers(args) -> set[str]:
+    """What never trains in the last stage. A tower that can see already is about as good frozen, and cheaper."""
+    if args.freeze is not None:
+        return set(args.freeze)
+    return {"vision"} if args.vision or args.blind or args.dataset == "scenes" else set()
+
+
+def stages(args, epoch: int | None) -> list[Stage]:
+    """What this run goes through. epoch: steps of one pass over the rows; None for scenes, of which there is no end."""
+    steps = args.steps or (1000 if epoch is None else max(1, round((args.epochs or 3) * epoch)))
+    frozen, found, first = frozen_towers(args), [], args.projector_steps
+    if epoch is None and args.vision_steps and not (args.vision or args.blind or "vision" in (args.freeze or ())):
+        why = "digit and colour of each patch, from the generator's labels: end to end, digits were never learned"
+        found.append(Stage("vision", why, args.vision_steps, ("model.vision_tower", "reader")))
+    if first is None:  # where both towers come trained, or nearly so
+        first = 40 if epoch is None else steps // 10 if args.vision and args.lm else 0
+    if first:
+        why = "both towers frozen: a projector that is still random would only disturb them"
+        found.append(Stage("projector", why, first, ("model.multi_modal_projector",)))
+    parts = ["model.multi_modal_projector"]
+    parts += [] if "vision" in frozen else ["model.vision_tower"]
+    parts += [] if "lm" in frozen and not args.lora else ["model.language_model"]
+    what = {"model.language_model": "the language model", "model.vision_tower": "the vision tower"}
+    why = "the projector" + "".join(f" and {what[part]}" for part in parts[1:])
+    why += f", by LoRA of rank {args.lora}" if args.lora else ""
+    return [*found, Stage("language", f"{why} learn to answer", steps, tuple(parts))]
+
+
+def choose_parameters(learner: Learner, stage: Stage, args) -> list[dict]:
+    """Let the stage's parts train and nothing else; their groups for the optimiser, each with its learning rate."""
+    learner.requires_grad_(False)
+    groups = []
+    for part in stage.parts:
+        module, lora = learner.get_submodule(part), args.lora and part == "model.language_model"
+        module.requires_grad_(True)
+        if part == "model.vision_tower" and learner.model.config.vision_feature_layer is not None:
+            module.vision_model.post_layernorm.requires_grad_(False)  # comes after the features that are used
+        if lora:
+            for name, parameter in module.named_parameters():
+                parameter.requires_grad_(name.endswith(("lora_a", "lora_b")) or "cross_layers" in name)
+        pretrained = {"model.vision_tower": args.vision, "model.language_model": args.lm and not lora}.get(part)
+        lr = args.lr_pretrained if pretrained else args.lr or (1e-3 if lora else 2e-3)
+        muon = None if pretrained or lora else args.muon_lr
+        groups += parameter_groups(module, args.weight_decay, lr, muon)
+    if not groups:
+        raise ValueError(f"stage {stage.name}: nothing is left to train: freeze less")
+    return groups
+
+
+# ---- data ------------------------------------------------------------------------------------------------------------
+
+
+def load_rows(args, run: Run) -> tuple[LlavaRows, LlavaRows]:
+    """(training, held-out) rows, after saying what is wrong with the others."""
+    rows = LlavaRows.read(args.data, args.images, run.is_main)
+    run.print(rows.report())
+    if args.test_data:
+        test = LlavaRows.read(args.test_data, args.images, run.is_main)
+        run.print(test.report())
+        return rows, test
+    return rows.split(args.test_part, args.seed)
+
+
+def texts_of(rows: LlavaRows) -> list[str]:
+    return [message["content"] for row in rows for message in row.messages]
+
+
+def row_items(rows: LlavaRows, count: int, isolated: bool) -> list[Item]:
+    """The questions of up to `count` rows, evenly taken, as they are trained: each alone, or with what was said before."""
+    items = []
+    for row in rows.subset(range(0, len(rows), max(1, len(rows) // count))):
+        for messages, truth, kind in questions(row, isolated):
+            items.append(Item(list(row.images[: count_images(messages)]), messages, truth, kind))
+    return items
+
+
+# ---- what the run leaves -----------------------------------------------------------------------------------------------
+
+
+def ask(model, processor, items: list[Item], args) -> dict:
+    """Answers by greedy decoding, scored, with the perplexity of the true ones."""
+    said = answer(model, processor, items, blind=args.blind)
+    loss, _ = mean_answer_loss(model, processor, items, blind=args.blind)
+    return {"said": said, "answer_loss": round(loss, 4), **score(items, said)}
+
+
+def draw(folder: Path, model, processor, items: list[Item], found: dict, rows: list[dict], blind: bool) -> None:
+    """curves.png, samples.png: one question of each of 24 pictures; attention.png: where it looks in the first of them."""
+    figures.curves(rows, folder / "curves.png")
+    first = {}
+    for number, item in enumerate(items):  # of each picture another kind of question, where there is one
+        key = str(item.images[0]) if isinstance(item.images[0], (str, Path)) else id(item.images[0])
+        first.setdefault(key, []).append(number) if item.images else None
+    chosen = [numbers[i % len(numbers)] for i, numbers in enumerate(list(first.values())[:24])]
+    if not chosen:
+        return
+    pictures = [picture_tensor(items[i].images[0]) for i in chosen]
+    words = [items[i].messages[-1]["content"].replace("<image>", "").strip() for i in chosen]
+    said, truths = [found["said"][i] for i in chosen], [items[i].answer for i in chosen]
+    figures.answer_sheet(pictures, words, said, truths, folder / "samples.png", "what it saw, what it was asked, what it said")
+    if blind:
+        return
+    longest = max(range(len(chosen)), key=lambda i: len(said[i].split()) * (said[i] == truths[i]))
+    draw_attention(folder / "attention.png", model, processor, items[chosen[longest]])
+
+
+def picture_tensor(image) -> torch.Tensor:
+    """uint8 [3, h, w], for drawing."""
+    return image if isinstance(image, torch.Tensor) else torch.from_numpy(np.array(to_picture(image))).permute(2, 0, 1)
+
+
+def draw_attention(path: Path, model, processor, item: Item) -> None:
+    """Where the model looks for each word that it says to this item."""
+    batch = processor(None, [item.images], [item.messages], add_generation_prompt=True)
+    batch = {key: value.to(next(model.parameters()).device) for key, value in batch.items()}
+    (ids,) = model.generate(**batch, max_new_tokens=MOST_NEW_TOKENS, stop_tokens=stop_tokens(processor.tokenizer))
+    if not ids:
+        return
+    words, maps = group_into_words(ids, where_it_looks(model, ids, **batch), processor.decode)
+    question = item.messages[-1]["content"].replace(IMAGE_TOKEN, "").strip()
+    figures.attention_overlay([picture_tensor(image) for image in item.images], words, maps, path, title=question)
+
+
+def save_run(run: Run, model, processor, args) -> None:
+    """The model as a published checkpoint folder with its processor; the LoRA corrections by themselves as well."""
+    ends = {"eos_token_id": processor.tokenizer.eos_token_id, "pad_token_id": processor.tokenizer.pad_token_id}
+    save_pretrained(model, run.folder, **ends)
+    processor.save_pretrained(run.folder, model.config.layout)
+    if args.lora:
+        save_lora(model, run.folder / "lora")
+    write_json(run.folder / "settings.json", vars(args))
+    from_pretrained(run.folder)  # what was written can be read
+
+
+# ---- the recipe --------------------------------------------------------------------------------------------------------
+
+
+class Data:
+    """Where a run's batches and its test questions come from, and what a tokenizer and the pixels' scale are made from."""
+
+    def __init__(self, args, run: Run):
+        self.args, self.run, self.rows = args, run, None
+        if args.dataset == "scenes":
+            pixels = rescale(make_scenes("train", 500, seed=args.seed).images)
+            self.mean, self.std = (f(pixels, dim=(0, 2, 3)).tolist() for f in (torch.mean, torch.std))
+            self.texts = corpus()
+        else:
+            self.rows, self.test_rows = load_rows(args, run)
+            self.mean, self.std = IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD
+            self.texts = texts_of(self.rows)
+
+    def batches(self, model, processor):
+        args, run = self.args, self.run
+        ranks = {"rank": run.rank, "world_size": run.world_size, "grad_accum": args.grad_accum, "blind": args.blind}
+        size = args.batch_size // run.world_size
+        if self.rows is None:
+            return SceneBatches(processor, size, args.seed, args.per_scene, **ranks)
+        pixels = processor.image_size, processor.image_mean, processor.image_std, processor.resample, processor.do_pad_square
+        pictures, features = PictureCache(*pixels), None
+        frozen = "vision" in frozen_towers(args)
+        if args.cache_features is not None and not frozen:
+            raise ValueError("--cache-features: the vision tower is trained, so its features change: add --freeze vision")
+        if frozen and (run.device.type == "cpu" or args.cache_features is not None):
+            features = FrozenFeatures(model, pictures, args.blind)
+        if args.cache_features is not None:
+            paths = [path for row in self.rows for path in row.images]
+            features.keep(Path(args.cache_features or run.folder / "features.npy"), paths, args.workers, run.is_main)
+        ranks |= {"workers": args.workers, "features": features, "isolated": args.isolated}
+        return LlavaBatches(self.rows, processor, pictures, size, args.seed, args.max_length, **ranks)
+
+    def tests(self, count: int) -> dict[str, list[Item]]:
+        """Questions about so many test pictures, by split."""
+        if self.rows is None:
+            return {split: scene_items(split, count, seed=0) for split in ("test", "compositional")}
+        return {"test": row_items(self.test_rows, count, self.args.isolated)}
+
+
+def train_stage(run: Run, learner: Learner, stage: Stage, batches, before, tests, processor, share: float) -> Trainer:
+    """One stage from its beginning, or from where it stopped, to its end."""
+    args = run.args
+    seconds = args.max_seconds * share if args.max_seconds else None
+    groups = choose_parameters(learner, stage, args)
+    trained = sum(p.numel() for p in learner.parameters() if p.requires_grad)
+    run.print(f"stage {stage.name}: {stage.why}\n  {trained:,} parameters, {stage.steps:,} steps of {args.batch_size}")
+    trainer = Trainer(run, learner, stage.steps, groups, batches, "samples", stage.name, before, seconds)
+
+    def losses(step: int):
+        run.seed_step(step)
+        if stage.name == "vision":
+            for scenes in batches.next_scenes():
+                pixels = batches.pixels(scenes).to(run.device)
+                with run.autocast():
+                    yield trainer.model(scenes, pixel_values=pixels)
+        else:
+            for batch in next(batches):
+                with run.autocast():
+                    yield trainer.model(**{key: value.to(run.device) for key, value in batch.items()})
+
+    learner.train()
+    while not trainer.done():
+        trainer.step(losses(trainer.steps_done))
+        if stage.name == "language" and trainer.steps_done % args.eval_every == 0 and run.is_main:
+            with trainer.evaluation():
+                trainer.log(**{f"{split}_exact_match": ask(learner.model, processor, items, args)["exact_match"]
+                               for split, items in tests.items()})  # fmt: skip
+    trainer.close()
+    return trainer
+
+
+def main(argv=None) -> None:
+    args = parse_args(argv)
+    run = Run(args)
+    data = Data(args, run)
+    model, processor = build(args, data.texts, data.mean, data.std)
+    if args.lora:
+        convert_linears_to_lora(model.language_model, args.lora, args.lora_alpha or 2 * args.lora, targets=LORA_TARGETS)
+    learner = Learner(model).to(run.device)
+    batches, quick, tests = data.batches(model, processor), data.tests(60), data.tests(args.eval_count)
+    plan = stages(args, None if data.rows is None else len(batches))
+    parts = {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()}
+    run.print(f"{args.dataset} on {run.device} in {run.dtype} -> {run.folder}; "
+              + ", ".join(f"{name} {count:,}" for name, count in parts.items()) + " parameters")  # fmt: skip
+
+    trainer, names = None, [stage.name for stage in plan]
+    first = names.index(run.state["stage"]) if run.state else 0
+    for stage in plan[first:]:
+        share = SHARES[stage.name] / sum(SHARES[name] for name in names)
+        trainer = train_stage(run, learner, stage, batches, trainer, quick, processor, share)
+
+    if run.is_main:
+        finish(run, trainer, model, processor, tests, batches)
+    run.barrier()
+
+
+def finish(run: Run, trainer: Trainer, model, processor, tests: dict[str, list[Item]], batches) -> None:
+    """Save the model, ask it all test questions, draw, and print the result."""
+    args = run.args
+    with trainer.evaluation():
+        save_run(run, model, processor, args)
+        found = {split: ask(model, processor, items, args) for split, items in tests.items()}
+        trainer.log(**{f"{split}_exact_match": facts["exact_match"] for split, facts in found.items()})
+        draw(run.folder, model, processor, tests["test"], found["test"], trainer.metrics.read(), args.blind)
+    result = {"blind": args.blind}
+    for split, facts in found.items():
+        before = "" if split == "test" else f"{split}_"
+        result |= {f"{before}{key}": facts[key] for key in ("exact_match", "low", "high", "n", "answer_loss")}
+        result[f"{before}by_kind"] = {kind: each["exact_match"] for kind, each in facts["by_kind"].items()}
+    twin = Path(f"{run.folder}-blind") / "result.json"
+    if not args.blind and twin.exists():
+        blind = read_json(twin)
+        shared = {"exact_match", "compositional_exact_match", "answer_loss"} & blind.keys()
+        result |= {f"blind_{key}": blind[key] for key in sorted(shared)}
+    if args.dataset == "llava":
+        result |= {"unreadable_pictures": len(batches.pictures.unreadable), "rows_too_long": len(batches.too_long)}
+    result |= {"seconds": round(trainer.seconds, 1), "steps": trainer.steps_done, "seed": args.seed, "run": str(run.folder)}
+    write_json(run.folder / "result.json", result)
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    run_cli(main)

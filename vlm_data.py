@@ -1,0 +1,213 @@
+"""Batches for train_vlm.py: pictures and packed conversations, from generated scenes or from LLaVA-style JSON.
+
+    batches = SceneBatches(processor, batch_size=64, seed=0)          # endless, fresh scenes with their questions
+    batches = LlavaBatches(rows, processor, batch_size=16, seed=0)    # each row once an epoch
+    model(**next(batches)[0])                                         # a list: one part for each of grad_accum
+
+Both can stop anywhere and go on with the very batch that was to follow (state_dict, load_state_dict).
+"""
+
+import hashlib
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from answers import about_picture, blind_pixels
+from checkpoint import read_json, write_atomic, write_json
+from data import Batches
+from llava_json import LlavaRows, PictureCache, Row, isolated_turns
+from packing import Sample, encode_row, encode_sample, pack, share_beginning
+from processing_mllama import normalize, rescale
+from scenes import MIX, SceneConfig, Scenes, SceneStream, questions
+
+
+class SceneBatches:
+    """batch_size scenes (of this rank) a batch, in grad_accum parts, each scene with up to per_scene isolated questions.
+
+    next_scenes() gives the scenes alone, for a stage that teaches the vision tower. epoch: how many scenes count as one.
+    """
+
+    def __init__(
+        self, processor, batch_size: int, seed: int, per_scene: int = 12, grad_accum: int = 1,
+        config: SceneConfig | None = None, mix: dict = MIX, blind: bool = False, rank: int = 0, world_size: int = 1,
+        epoch: int = 10_000,
+    ):  # fmt: skip
+        self.processor, self.seed, self.per_scene, self.grad_accum, self.mix = processor, seed, per_scene, grad_accum, mix
+        self.blind, self.epoch = blind, epoch
+        self.stream = SceneStream("train", batch_size, seed, config, rank, world_size)
+        self._encoded: dict[tuple[str, str], Sample] = {}
+
+    def next_scenes(self) -> list[Scenes]:
+        scenes = next(self.stream)
+        return [scenes[part] for part in torch.arange(len(scenes)).chunk(self.grad_accum)]
+
+    def __next__(self) -> list[dict]:
+        return [self.batch(scenes) for scenes in self.next_scenes()]
+
+    def batch(self, scenes: Scenes) -> dict[str, torch.Tensor]:
+        samples = [self._sample(turns) for turns in questions(scenes, self.seed, self.per_scene, self.mix)]
+        packed = pack(samples, pad_token_id=self.processor.tokenizer.pad_token_id or 0)
+        return {"pixel_values": self.pixels(scenes)[packed.pop("order")], **packed}
+
+    def pixels(self, scenes: Scenes) -> torch.Tensor:
+        pixels = normalize(rescale(scenes.images), self.processor.image_mean, self.processor.image_std)
+        return blind_pixels(pixels) if self.blind else pixels
+
+    def _sample(self, turns) -> Sample:
+        """What encode_sample makes of all the turns; each question is encoded once, as it comes again with other pictures."""
+        rows = []
+        for turn in turns:
+            key = turn.question, turn.answer
+            if key not in self._encoded:
+                if len(self._encoded) > 100_000:
+                    self._encoded.clear()
+                conversation = [*about_picture(turn.question), {"role": "assistant", "content": turn.answer}]
+                self._encoded[key] = encode_row(self.processor, conversation, 1)
+            rows.append(self._encoded[key])
+        return share_beginning(rows)
+
+    @property
+    def fraction(self) -> float:
+        return self.stream.position / self.epoch
+
+    def state_dict(self) -> dict:
+        return self.stream.state_dict()
+
+    def load_state_dict(self, state: dict) -> None:
+        self.stream.load_state_dict(state)
+
+
+class LlavaBatches:
+    """Rows of LLaVA-style JSON, batch_size of them (on this rank) a batch, in grad_accum parts, each row once an epoch.
+
+    isolated: every question of a row is asked alone, so that no answer helps with the next; else a row is one conversation.
+    length: of packed rows, tokens; a conversation that is longer is left out and counted in `too_long`. A row whose picture
+    cannot be read (any more) is left out too; pictures.unreadable has the reason. features: see FrozenFeatures.
+    """
+
+    def __init__(
+        self, rows: LlavaRows, processor, pictures: PictureCache, batch_size: int, seed: int, length: int,
+        isolated: bool = False, grad_accum: int = 1, blind: bool = False, workers: int = 1,
+        features: "FrozenFeatures | None" = None, rank: int = 0, world_size: int = 1,
+    ):  # fmt: skip
+        self.rows, self.processor, self.pictures, self.length, self.isolated = rows, processor, pictures, length, isolated
+        self.grad_accum, self.blind, self.workers, self.features = grad_accum, blind, workers, features
+        self.indices = Batches(len(rows), batch_size, seed, rank=rank, world_size=world_size)
+        self.too_long: set[int] = set()
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __next__(self) -> list[dict]:
+        """Raises ValueError where of a whole epoch no batch has a row left in every part."""
+        for _ in range(len(self) + 1):
+            parts = [self.batch([self.rows[i] for i in part.tolist()]) for part in next(self.indices).chunk(self.grad_accum)]
+            if all(parts):
+                return parts
+        raise ValueError(
+            f"{self.rows.source}: no batch is left; {len(self.pictures.unreadable)} pictures cannot be read, "
+            f"{len(self.too_long)} rows are over {self.length} tokens: check the pictures, or raise --max-length"
+        )
+
+    def batch(self, rows: Sequence[Row]) -> dict[str, torch.Tensor] | None:
+        """What the model is called with; None if of these rows none is usable."""
+        if not self.features:
+            self.pictures.load([path for row in rows for path in row.images], self.workers)
+        found = [(sample, seen) for row in rows if (sample := self.sample(row)) and (seen := self.see(row)) is not None]
+        if not found:
+            return None
+        samples, seen = zip(*found, strict=True)
+        packed = pack(samples, self.length, self.processor.tokenizer.pad_token_id or 0)
+        seen = [picture for i in packed.pop("order").tolist() for picture in seen[i]]
+        if seen:
+            packed["vision_features" if self.features else "pixel_values"] = torch.stack(seen)
+        return packed
+
+    def sample(self, row: Row) -> Sample | None:
+        """The row's ids and labels, or None if it is too long."""
+        sample = encode_sample(
+            self.processor, isolated_turns(row.messages) if self.isolated else [row.messages], len(row.images)
+        )
+        if len(sample) <= self.length:
+            return sample
+        self.too_long.add(row.number)
+        return None
+
+    def see(self, row: Row) -> list[torch.Tensor] | None:
+        """Pixels, or a frozen tower's features, of the row's pictures; None if one of them cannot be read."""
+        seen = [(self.features or self.pictures)[path] for path in row.images]
+        if any(picture is None for picture in seen):
+            return None
+        return [blind_pixels(picture) for picture in seen] if self.blind and not self.features else seen
+
+    @property
+    def fraction(self) -> float:
+        return self.indices.fraction
+
+    def state_dict(self) -> dict:
+        return self.indices.state_dict()
+
+    def load_state_dict(self, state: dict) -> None:
+        self.indices.load_state_dict(state)
+
+
+class FrozenFeatures:
+    """What a frozen vision tower makes of each picture, [N, Dv]: computed when asked for, or once for all and kept in a file.
+
+    Pictures go through the tower one by one, since matrix products round differently in batches of other sizes: so training
+    with the file and without it is the same to the last bit. The file is a numpy array [pictures, N, Dv], with a .json beside
+    it that names them and says by which weights and settings it was made; one that was made by others is made anew.
+    """
+
+    def __init__(self, model, pictures: PictureCache, blind: bool = False):
+        self.model, self.pictures, self.blind = model, pictures, blind
+        self.device = next(model.vision_tower.parameters()).device
+        self._places: dict[Path, int] = {}
+
+    def __getitem__(self, path: Path) -> torch.Tensor | None:
+        """None for a picture that cannot be read."""
+        if path in self._places:
+            return torch.from_numpy(self._table[self._places[path]].copy())
+        pixels = self.pictures[path]
+        return None if pixels is None else self._look(pixels)
+
+    @torch.no_grad()
+    def _look(self, pixels: torch.Tensor) -> torch.Tensor:
+        pixels = blind_pixels(pixels) if self.blind else pixels
+        return self.model.vision_features(pixels[None].to(self.device))[0].cpu()
+
+    def keep(self, file: Path, paths: Sequence[Path], workers: int = 1, progress: bool = False) -> None:
+        """Read the features of all these pictures from the file, or make it; it appears whole or not at all."""
+        paths, facts = sorted(set(paths)), Path(f"{file}.json")
+        made_by = self._fingerprint(paths)
+        if not (file.exists() and facts.exists() and read_json(facts).get("made_by") == made_by):
+            write_atomic(file, lambda tmp: self._fill(tmp, paths, workers, progress))
+            readable = [str(path) for path in paths if path not in self.pictures.unreadable]
+            write_json(facts, {"made_by": made_by, "pictures": readable})
+        self._table = np.load(file, mmap_mode="r")
+        self._places = {Path(path): place for place, path in enumerate(read_json(facts)["pictures"])}
+
+    def _fill(self, file: Path, paths: Sequence[Path], workers: int, progress: bool) -> None:
+        config, table, place = self.model.config.vision_config, None, 0
+        shape = (len(paths), math.prod(config.grid), config.hidden_size)
+        table = np.lib.format.open_memmap(file, "w+", np.float32, shape)
+        for start in tqdm(range(0, len(paths), 64), "looking at the pictures once", disable=not progress):
+            self.pictures.load(paths[start : start + 64], workers)
+            for path in paths[start : start + 64]:
+                if (pixels := self.pictures[path]) is not None:
+                    table[place] = self._look(pixels).float().numpy()
+                    place += 1
+        table.flush()
+
+    def _fingerprint(self, paths: Sequence[Path]) -> str:
+        digest = hashlib.sha256(repr((self.blind, self.pictures.settings, self.model.config.vision_feature_layer)).encode())
+        for name, tensor in self.model.vision_tower.state_dict().items():
+            digest.update(name.encode() + tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        for path in paths:
+            facts = path.stat() if path.exists() else None
+            digest.update(repr((str(path), facts and (facts.st_size, facts.st_mtime_ns))).encode())
+        return digest.hexdigest()
