@@ -59,14 +59,14 @@ def share_beginning(rows: Sequence[tuple[list[int], list[int]]]) -> Sample:
 
 
 def first_fit(lengths: Sequence[int], room: int) -> list[list[int]]:
-    """Which lengths share a row of `room`: the longest first, each into the first row that has room for it (at most 11/9 of
-    the fewest rows possible, and one: Johnson 1973)."""
+    """Which lengths, none above `room`, share a row of it: the longest first, each into the first row with room for it (at most
+    11/9 of the fewest rows possible, and one: Johnson 1973)."""
     rows, left = [], []
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         place = next((row for row, rest in enumerate(left) if rest >= lengths[i]), len(rows))
         if place == len(rows):
             rows.append([])
-            left.append(max(room, lengths[i]))
+            left.append(room)
         rows[place].append(i)
         left[place] -= lengths[i]
     return rows
@@ -78,7 +78,8 @@ def pack(samples: Sequence[Sample], length: int = 0, pad_token_id: int = 0) -> d
     Returns input_ids, labels, position_ids, int64 [B, T]; attention_mask, bool [B, 1, T, T], True where a token may look; and
     "order" [samples]: which sample comes when, row by row, so that their pictures can be put in that order.
     """
-    rows = first_fit([len(sample) for sample in samples], length)
+    lengths = [len(sample) for sample in samples]
+    rows = first_fit(lengths, max(length, *lengths))
     T = max(sum(len(samples[i]) for i in row) for row in rows)
     columns = [[], [], [], [], []]  # ids, labels, positions, sample, branch (0: its trunk)
     for row in rows:

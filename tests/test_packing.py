@@ -1,0 +1,118 @@
+"""Laws of packing.py: what shares a row does not see each other, so that every answer's logits are those it has alone."""
+
+import pytest
+import torch
+
+from answers import about_picture
+from model import MLLAMAConfig, MllamaForConditionalGeneration
+from packing import Sample, encode_row, encode_sample, first_fit, pack
+from processing_mllama import IDEFICS3_AROUND, MllamaImageProcessor
+from scenes import corpus
+from tokenizer import BPETokenizer
+
+TURNS = [("How many digits are there?", "3"), ("What colour is the 7?", "red"), ("Describe the picture.", "a red 7 at the top")]
+
+
+@pytest.fixture(scope="module")
+def processor():
+    tokenizer = BPETokenizer.train(corpus(), 420, ("<|endoftext|>", "<|im_start|>", "<|im_end|>"))
+    tokenizer.chat_template = "chatml"
+    return MllamaImageProcessor(tokenizer, 4, 32, add_location_tokens=False, around_image=IDEFICS3_AROUND)
+
+
+def make(processor, fusion):
+    vision = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 32, "patch_size": 16}
+    text = {"vocab_size": len(processor.tokenizer), "hidden_size": 48, "n_heads": 4, "n_kv_groups": 2, "n_layers": 3}
+    text |= {"hidden_dim": 64, "max_position_embeddings": 256, "tie_word_embeddings": True, "initializer_range": 0.2}
+    torch.manual_seed(0)
+    config = MLLAMAConfig(vision, text, fusion=fusion, image_token_id=processor.image_token_id, cross_every=2)
+    model = MllamaForConditionalGeneration(config).eval()
+    for layer in model.language_model.model.cross_layers.values():  # closed gates would hide what leaks through them
+        for name, parameter in layer.named_parameters():
+            if "gate" in name:
+                torch.nn.init.constant_(parameter, 1.0)
+    return model
+
+
+def asked(question, answer):
+    return [*about_picture(question), {"role": "assistant", "content": answer}]
+
+
+@pytest.mark.parametrize("fusion", ["early", "cross"])
+@pytest.mark.parametrize("length", [0, 300])
+@torch.no_grad()
+def test_packed_logits_are_those_of_each_question_alone(processor, fusion, length):
+    """With length 300 three samples share a row; in it stand a sample of many turns, one of one, and one without a picture."""
+    if fusion == "cross":
+        processor = MllamaImageProcessor(processor.tokenizer, 1, 32, add_location_tokens=False)
+    model, pixels = make(processor, fusion), torch.randn(2, 3, 32, 32)
+    text_only = [{"role": "user", "content": "Is there a 5?"}, {"role": "assistant", "content": "yes"}]
+    conversations = [[asked(*turn) for turn in TURNS], [text_only], [asked("What is left of the red 7?", "a blue 2")]]
+    seen = [[0], [], [1]]
+    samples = [encode_sample(processor, turns, len(images)) for turns, images in zip(conversations, seen, strict=True)]
+    packed = pack(samples, length)
+    order = packed.pop("order").tolist()
+    assert len(packed["input_ids"]) == (1 if length else 2)  # the two short ones share a row anyway
+    labels, (B, T) = packed.pop("labels"), packed["input_ids"].shape
+    logits = model(pixel_values=pixels[[i for k in order for i in seen[k]]], **packed)["logits"]
+    found = 0
+    for k, turns in enumerate(conversations):
+        for conversation in turns:
+            ids, alone_labels = encode_row(processor, conversation, len(seen[k]))
+            alone = model(torch.tensor([ids]), pixel_values=pixels[seen[k]] if seen[k] else None)["logits"][0]
+            answers = [t for t, label in enumerate(alone_labels) if label != -100]
+            rows = [(b, t) for b in range(B) for t in range(T - len(answers) + 1)
+                    if labels[b, t : t + len(answers)].tolist() == [alone_labels[a] for a in answers]]  # fmt: skip
+            (b, t), n = rows[0], len(answers)
+            torch.testing.assert_close(logits[b, t - 1 : t + n - 1], alone[answers[0] - 1 : answers[-1]], atol=1e-5, rtol=1e-5)
+            found += 1
+    assert found == 5
+
+
+def test_the_loss_of_packed_samples_is_the_mean_over_all_their_answer_tokens(processor):
+    model, pixels = make(processor, "early"), torch.randn(1, 3, 32, 32)
+    packed = pack([encode_sample(processor, [asked(*turn) for turn in TURNS], 1)])
+    packed.pop("order")
+    total = count = 0
+    for turn in TURNS:
+        ids, labels = encode_row(processor, asked(*turn), 1)
+        tokens = sum(label != -100 for label in labels)
+        total += model(torch.tensor([ids]), pixels, labels=torch.tensor([labels]))["loss"] * tokens
+        count += tokens
+    torch.testing.assert_close(model(pixel_values=pixels, **packed)["loss"], total / count, atol=1e-5, rtol=1e-5)
+
+
+def test_a_trunk_is_what_all_turns_begin_with(processor):
+    sample = encode_sample(processor, [asked(*turn) for turn in TURNS], 1)
+    rows = [encode_row(processor, asked(*turn), 1) for turn in TURNS]
+    assert [sample.trunk[0] + ids for ids, _ in sample.branches] == [ids for ids, _ in rows]
+    assert [sample.trunk[1] + labels for _, labels in sample.branches] == [labels for _, labels in rows]
+    assert processor.image_token_id in sample.trunk[0] and all(
+        processor.image_token_id not in ids for ids, _ in sample.branches
+    )
+    assert set(sample.trunk[1]) == {-100} and all(ids for ids, _ in sample.branches)
+
+
+def test_equal_questions_keep_a_token_each(processor):
+    """Two equal turns would be all trunk, and the second would have no logits of its own."""
+    sample = encode_sample(processor, [asked(*TURNS[0]), asked(*TURNS[0])], 1)
+    assert sample.branches[0] == sample.branches[1] and len(sample.branches[0][0]) > 1
+
+
+def test_a_conversation_without_an_answer_is_refused(processor):
+    with pytest.raises(ValueError, match="no answer"):
+        encode_sample(processor, [about_picture("How many?")], 1)
+
+
+@pytest.mark.parametrize("lengths, room, rows", [([5, 4, 3, 2, 1], 8, 2), ([9, 1], 9, 2), ([4, 4, 4], 4, 3), ([1] * 10, 10, 1)])
+def test_first_fit_loses_nothing_and_overfills_no_row(lengths, room, rows):
+    placed = first_fit(lengths, room)
+    assert sorted(i for row in placed for i in row) == list(range(len(lengths))) and len(placed) == rows
+    assert all(sum(lengths[i] for i in row) <= room for row in placed)
+
+
+def test_padding_has_no_label_and_looks_at_no_sample():
+    samples = [Sample(([5, 6, 7], [-100, 6, 7]), []), Sample(([5], [-100]), [])]
+    packed = pack(samples, pad_token_id=9)
+    assert packed["input_ids"].tolist() == [[5, 6, 7], [5, 9, 9]] and packed["labels"][1].tolist() == [-100] * 3
+    assert packed["attention_mask"][1, 0].tolist() == [[True, False, False], [False, True, False], [False, True, True]]
