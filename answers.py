@@ -27,7 +27,9 @@ from typing import NamedTuple
 import torch
 
 from gpt import KVCache, left_pad
-from processing_mllama import IMAGE_TOKEN, add_image_tokens_to_prompts, process_images, to_messages
+from llava_json import count_images
+from llava_json import questions as questions_of_row
+from processing_mllama import IMAGE_TOKEN, process_images, to_messages
 from scenes import make_scenes, normalise, questions
 from tokenizer import CHAT_FORMATS
 
@@ -66,6 +68,15 @@ def scene_items(split: str, count: int, seed: int = 0, per_scene: int = 12) -> l
     return [Item(image, about_picture(t.question), t.answer, t.kind) for image, asked in turns for t in asked]
 
 
+def row_items(rows: Sequence, isolated: bool = False) -> list[Item]:
+    """All questions of rows of LLaVA-style JSON, each after what came before it, or alone (see llava_json.questions)."""
+    items = []
+    for row in rows:
+        for messages, truth, kind in questions_of_row(row, isolated):
+            items.append(Item(list(row.images[: count_images(messages)]), messages, truth, kind))
+    return items
+
+
 def picture_key(image):
     """What tells one picture from another: its path, or which object it is."""
     return os.fspath(image) if isinstance(image, (str, os.PathLike)) else id(image)
@@ -96,20 +107,10 @@ class Row(NamedTuple):
 def prompt_ids(processor, item: Item, answered: bool = False) -> tuple[list[int], int]:
     """Ids of the item's messages with the opening of an answer behind them; or with its true answer, and how many of the last
     ids that is, end of turn included. Raises ValueError where pictures and <image>s differ in number."""
-    messages = to_messages(item.messages)
-    named, count = sum(message["content"].count(IMAGE_TOKEN) for message in messages), len(item.images)
-    if named != count and (named or not count):
-        raise ValueError(f"a question says {IMAGE_TOKEN} {named} times and has {count} images: give one for each")
-    if count and not named:
-        first = next((message for message in messages if message["role"] == "user"), messages[0])
-        first["content"] = IMAGE_TOKEN * count + first["content"]
-    if messages[-1]["role"] == "assistant":
+    if item.messages[-1]["role"] == "assistant":
         raise ValueError("an item's messages end with an answer: they must end with the question")
-    if answered:
-        messages = [*messages, {"role": "assistant", "content": item.answer}]
-    texts = add_image_tokens_to_prompts([m["content"] for m in messages], processor.num_image_token, processor.around_image)
-    messages = [message | {"content": text} for message, text in zip(messages, texts, strict=True)]
-    ids, mask = processor._encode_chat(messages, not answered)
+    messages = [*item.messages, {"role": "assistant", "content": item.answer}] if answered else item.messages
+    ids, mask = processor.encode(messages, len(item.images), add_generation_prompt=not answered)
     if not answered:
         return ids, 0
     end = len(mask) - mask[::-1].index(1)  # what the template writes behind an answer is not said by anyone
@@ -121,7 +122,7 @@ def prompt_rows(processor, items: Sequence[Item], blind: bool, answered: bool) -
     encoded, rows = {}, {}
     for number, item in enumerate(items):
         said = item.answer if answered else None
-        text = (len(item.images), said, *((m.get("role"), m.get("content")) for m in to_messages(item.messages)))
+        text = (len(item.images), said, *((m["role"], m["content"]) for m in to_messages(item.messages)))
         if text not in encoded:
             ids, answer_length = prompt_ids(processor, item, answered)
             places = [t for t, token in enumerate(ids) if token == processor.image_token_id]

@@ -30,6 +30,7 @@ from answers import (
     mean_answer_loss,
     picture_key,
     prompt_rows,
+    row_items,
     scene_items,
     score,
 )
@@ -125,23 +126,19 @@ def load_twin(folder: Path, device, settings: dict):
 # ---- the questions -----------------------------------------------------------------------------------------------------
 
 
-def llava_items(data: str, images: str | None, count: int | None, skip_unusable: bool) -> tuple[list[Item], int]:
+def llava_items(data: str, images: str | None, count: int | None, skip: bool, isolated: bool) -> tuple[list[Item], int]:
     """The questions of a LLaVA-style file, and how many of its rows are unusable. Raises ValueError for such rows, unless they
-    are to be skipped."""
-    from llava_json import LlavaRows, count_images, questions
+    are to be skipped. isolated: each question without those before it, as the run was trained."""
+    from llava_json import LlavaRows
 
     rows = LlavaRows.read(data, images, progress=sys.stderr.isatty())
-    if rows.problems and not skip_unusable:
+    if rows.problems and not skip:
         number, field, what = rows.problems[0]
         raise ValueError(
             f"{data}: {len(rows.problems)} of {rows.total} rows are unusable, the first row {number}, {field}: {what}; "
             "mend them, or pass --skip-unusable"
         )
-    items = []
-    for row in rows[:count]:
-        for messages, truth, kind in questions(row):
-            items.append(Item(list(row.images[: count_images(messages)]), messages, truth, kind))
-    return items, len(rows.problems)
+    return row_items(rows[:count], isolated), len(rows.problems)
 
 
 def find_items(args, settings: dict) -> tuple[dict[str, list[Item]], dict]:
@@ -160,7 +157,7 @@ def find_items(args, settings: dict) -> tuple[dict[str, list[Item]], dict]:
     if data is None:
         raise ValueError("--dataset llava needs --data FILE.json, the questions")
     images = images or (settings.get("images") if data == settings.get("data") else None)
-    items, unusable = llava_items(data, images, args.count, args.skip_unusable)
+    items, unusable = llava_items(data, images, args.count, args.skip_unusable, settings.get("isolated", False))
     where = {"dataset": dataset, "data": str(data), "images": images and str(images), "unusable_rows": unusable}
     return {"data": items}, where | {"trained_on_it": data == settings.get("data")}
 

@@ -25,10 +25,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import figures
-from answers import MOST_NEW_TOKENS, Item, answer, mean_answer_loss, scene_items, score, stop_tokens
+from answers import MOST_NEW_TOKENS, Item, answer, mean_answer_loss, row_items, scene_items, score, stop_tokens
 from attention_maps import group_into_words, where_it_looks
 from checkpoint import find_source, from_pretrained, read_json, save_lora, save_pretrained, write_json
-from llava_json import LlavaRows, PictureCache, count_images, questions
+from llava_json import LlavaRows, PictureCache
 from model import (
     Llama3ForCausalLM,
     LLAMA32Config,
@@ -312,17 +312,9 @@ def load_rows(args, run: Run) -> tuple[LlavaRows, LlavaRows]:
     return rows.split(args.test_part, args.seed)
 
 
-def texts_of(rows: LlavaRows) -> list[str]:
-    return [message["content"] for row in rows for message in row.messages]
-
-
-def row_items(rows: LlavaRows, count: int, isolated: bool) -> list[Item]:
-    """The questions of up to `count` rows, evenly taken, as they are trained: each alone, or with what was said before."""
-    items = []
-    for row in rows.subset(range(0, len(rows), max(1, len(rows) // count))):
-        for messages, truth, kind in questions(row, isolated):
-            items.append(Item(list(row.images[: count_images(messages)]), messages, truth, kind))
-    return items
+def evenly(rows: LlavaRows, count: int) -> LlavaRows:
+    """Up to `count` of the rows, from all over the file."""
+    return rows.subset(range(0, len(rows), max(1, -(-len(rows) // count))))
 
 
 # ---- what the run leaves -----------------------------------------------------------------------------------------------
@@ -398,7 +390,7 @@ class Data:
         else:
             self.rows, self.test_rows = load_rows(args, run)
             self.mean, self.std = IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD
-            self.texts = texts_of(self.rows)
+            self.texts = [message["content"] for row in self.rows for message in row.messages]
 
     def batches(self, model, processor):
         args, run = self.args, self.run
@@ -423,7 +415,7 @@ class Data:
         """Questions about so many test pictures, by split."""
         if self.rows is None:
             return {split: scene_items(split, count, seed=0) for split in ("test", "compositional")}
-        return {"test": row_items(self.test_rows, count, self.args.isolated)}
+        return {"test": row_items(evenly(self.test_rows, count), self.args.isolated)}
 
 
 def train_stage(run: Run, learner: Learner, stage: Stage, batches, before, tests, processor, share: float) -> Trainer:
