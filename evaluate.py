@@ -126,7 +126,7 @@ def load_twin(folder: Path, device, settings: dict):
 # ---- the questions -----------------------------------------------------------------------------------------------------
 
 
-def llava_items(data: str, images: str | None, count: int | None, skip: bool, isolated: bool) -> tuple[list[Item], int]:
+def llava_items(data: str, images: str | None, count: int | None, skip: bool, isolated=False) -> tuple[list[Item], int]:
     """The questions of a LLaVA-style file, and how many of its rows are unusable. Raises ValueError for such rows, unless they
     are to be skipped. isolated: each question without those before it, as the run was trained."""
     from llava_json import LlavaRows
