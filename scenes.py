@@ -301,6 +301,11 @@ class SceneStream:
         self.position += self.batch_size * self.world_size
         return make_scenes(self.split, self.batch_size, self.seed, self.config, start)
 
+    @property
+    def fraction(self) -> float:
+        """How much was seen, in epochs; as there is no end, 10,000 scenes are called one."""
+        return self.position / 10_000
+
     def state_dict(self) -> dict:
         return {"split": self.split, "seed": self.seed, "config": repr(self.config), "position": self.position}
 

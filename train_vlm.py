@@ -10,7 +10,7 @@ Up to three stages, each said before it starts and why: (1) the vision tower lea
 of a scene (labels that the generator knows; skipped with --vision and on your own data); (2) the projector alone, both towers
 frozen; (3) the language model with the projector. Questions about a picture are packed in one row but never see each other.
 
-Writes runs/vlm-DATASET/: the model as a folder that transformers opens (Idefics3, or LLaVA with --pixel-shuffle 1),
+Writes runs/vlm-DATASET/: the model as a folder that transformers opens (LLaVA, or Idefics3 with --pixel-shuffle 2),
 metrics.jsonl, curves.png, samples.png, attention.png, result.json. The last line printed is JSON.
 """
 
@@ -46,7 +46,7 @@ from processing_mllama import (
     rescale,
     to_picture,
 )
-from scenes import COLOURS, HELD_OUT, IGNORE, Scenes, corpus, make_scenes
+from scenes import COLOURS, HELD_OUT, IGNORE, SLOTS, SceneConfig, Scenes, SceneStream, corpus, make_scenes
 from siglip import SiglipModel, SiglipTwoTower, SiglipVisionConfig
 from tokenizer import BPETokenizer
 from training import (
@@ -61,14 +61,14 @@ from training import (
     run_cli,
 )
 from vit_scratch import sincos_positions
-from vlm_data import FrozenFeatures, LlavaBatches, SceneBatches
+from vlm_data import FrozenFeatures, LlavaBatches, SceneBatches, scene_parts, scene_pixels
 
 # ---- settings --------------------------------------------------------------------------------------------------------
 
 # The one dial: (vision tower, language model, vocabulary of a tokenizer that is trained here).
 SIZES = {
     "tiny": (
-        {"image_size": 64, "patch_size": 16, "hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4},
+        {"image_size": 64, "patch_size": 16, "hidden_size": 192, "num_hidden_layers": 4, "num_attention_heads": 6},
         {"hidden_size": 128, "n_heads": 4, "n_kv_groups": 2, "n_layers": 4, "hidden_dim": 384, "rope_base": 10000.0,
          "max_position_embeddings": 512, "tie_word_embeddings": True},
         450,
@@ -76,6 +76,7 @@ SIZES = {
     "smol": (SiglipVisionConfig.PRESETS["base-p16-224"], LLAMA32Config.PRESETS["smollm2-135m"], 8192),
 }  # fmt: skip
 SHARES = {"vision": 0.4, "projector": 0.02, "language": 0.58}  # of --max-seconds
+VISION_BATCH = 64  # scenes a step of stage 1
 LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -91,7 +92,12 @@ def parse_args(argv=None):
     add("--lm", metavar="SOURCE", help="take language model and tokenizer of a run, a LLaMA folder or hub name, a .gguf file")
     add("--image-size", type=positive_int, help="pixels; default: the tower's")
     add("--patch-size", type=positive_int, help="pixels; default --size's")
-    add("--pixel-shuffle", type=positive_int, default=2, help="r x r patches become one token; 1: LLaVA's layout")
+    add(
+        "--pixel-shuffle",
+        type=positive_int,
+        default=1,
+        help="r x r patches become one token: 1 is LLaVA's layout, else Idefics3's",
+    )
     add("--fusion", choices=["early", "cross"], default="early", help="pictures among the words, or in layers between")
     add("--blind", action="store_true", help="train the same model without seeing: the baseline")
     add("--freeze", default=None, metavar="vision,lm", help="what never trains; default: a tower that comes trained, and with "
@@ -424,14 +430,18 @@ def train_stage(run: Run, learner: Learner, stage: Stage, batches, before, tests
     seconds = args.max_seconds * share if args.max_seconds else None
     groups = choose_parameters(learner, stage, args)
     trained = sum(p.numel() for p in learner.parameters() if p.requires_grad)
-    run.print(f"stage {stage.name}: {stage.why}\n  {trained:,} parameters, {stage.steps:,} steps of {args.batch_size}")
-    trainer = Trainer(run, learner, stage.steps, groups, batches, "samples", stage.name, before, seconds)
+    size = args.batch_size
+    if stage.name == "vision":  # as many digits as there can be
+        size, ranks = VISION_BATCH, {"rank": run.rank, "world_size": run.world_size}
+        batches = SceneStream("train", size // run.world_size, args.seed, SceneConfig(digits=(SLOTS, SLOTS)), **ranks)
+    run.print(f"stage {stage.name}: {stage.why}\n  {trained:,} parameters, {stage.steps:,} steps of {size}")
+    trainer = Trainer(run, learner, stage.steps, groups, batches, "samples", stage.name, before, seconds, size)
 
     def losses(step: int):
         run.seed_step(step)
         if stage.name == "vision":
-            for scenes in batches.next_scenes():
-                pixels = batches.pixels(scenes).to(run.device)
+            for scenes in scene_parts(next(batches), args.grad_accum):
+                pixels = scene_pixels(processor, scenes).to(run.device)
                 with run.autocast():
                     yield trainer.model(scenes, pixel_values=pixels)
         else:

@@ -334,17 +334,17 @@ class Metrics:
 class Trainer:
     """One optimiser step at a time: the script computes a loss, this does the rest and knows when to stop.
 
-    The schedule runs over total_steps, or over max_seconds (--max-seconds unless given) if that ends sooner. `raw` is the
-    model itself, `model` what to call for training (wrapped for several processes, compiled when asked). groups: see
-    parameter_groups. A run in stages has a trainer for each, given its name and the trainer of the stage before; steps and
-    seconds count on through all of them. `batches` is where the data come from: its state_dict, load_state_dict, fraction.
+    The schedule runs over total_steps, or over max_seconds if that ends sooner; this and batch_size are the flags' unless
+    given. `raw` is the model itself, `model` what to call for training (wrapped for several processes, compiled when asked).
+    groups: see parameter_groups; batches: where the data come from, with state_dict, load_state_dict and fraction. A run in
+    stages has a trainer for each, given its name and the trainer of the stage before; steps and seconds count on.
     """
 
     POSITION = ("stage", "first_step", "first_second", "steps_done", "seconds", "total_steps")  # of the saved state
 
     def __init__(
         self, run: Run, model: nn.Module, total_steps: int, groups: list[dict], batches, unit="images",
-        stage: str = "", before: "Trainer | None" = None, max_seconds: float | None = None,
+        stage: str = "", before: "Trainer | None" = None, max_seconds: float | None = None, batch_size: int | None = None,
     ):  # fmt: skip
         args = run.args
         self.run, self.raw, self.total_steps, self.batches, self.unit, self.stage = (
@@ -355,7 +355,7 @@ class Trainer:
             unit,
             stage,
         )
-        self.max_seconds = max_seconds or args.max_seconds
+        self.max_seconds, self.batch_size = max_seconds or args.max_seconds, batch_size or args.batch_size
         model.grad_checkpoint = args.grad_checkpoint
         self.optimizers, self.peaks = make_optimizers(groups), [group["lr"] for group in groups]
         self.scaler = torch.amp.GradScaler(run.device.type, enabled=run.dtype == torch.float16)
@@ -447,7 +447,7 @@ class Trainer:
             dist.all_reduce(self._bad_step, op=dist.ReduceOp.MAX)
         self._check_finite()
         steps, started = self._since
-        speed = (self.steps_done - steps) * self.run.args.batch_size / max(1e-9, time.perf_counter() - started)
+        speed = (self.steps_done - steps) * self.batch_size / max(1e-9, time.perf_counter() - started)
         loss = float(self._losses) / (self.steps_done - self._loss_from)
         self._losses.zero_()
         self._loss_from = self.steps_done

@@ -22,40 +22,30 @@ from data import Batches
 from llava_json import LlavaRows, PictureCache, Row, isolated_turns
 from packing import Sample, encode_row, encode_sample, pack, share_beginning
 from processing_mllama import normalize, rescale
-from scenes import MIX, SceneConfig, Scenes, SceneStream, questions
+from scenes import MIX, Scenes, SceneStream, questions
 
 
 class SceneBatches:
-    """batch_size scenes (of this rank) a batch, in grad_accum parts, each scene with up to per_scene isolated questions.
-
-    next_scenes() gives the scenes alone, for a stage that teaches the vision tower. epoch: how many scenes count as one.
-    """
+    """batch_size scenes (of this rank) a batch, in grad_accum parts, each scene with up to per_scene isolated questions."""
 
     def __init__(
-        self, processor, batch_size: int, seed: int, per_scene: int = 12, grad_accum: int = 1,
-        config: SceneConfig | None = None, mix: dict = MIX, blind: bool = False, rank: int = 0, world_size: int = 1,
-        epoch: int = 10_000,
+        self, processor, batch_size: int, seed: int, per_scene: int = 12, grad_accum: int = 1, mix: dict = MIX,
+        blind: bool = False, rank: int = 0, world_size: int = 1,
     ):  # fmt: skip
-        self.processor, self.seed, self.per_scene, self.grad_accum, self.mix = processor, seed, per_scene, grad_accum, mix
-        self.blind, self.epoch = blind, epoch
-        self.stream = SceneStream("train", batch_size, seed, config, rank, world_size)
-        self._encoded: dict[tuple[str, str], Sample] = {}
-
-    def next_scenes(self) -> list[Scenes]:
-        scenes = next(self.stream)
-        return [scenes[part] for part in torch.arange(len(scenes)).chunk(self.grad_accum)]
+        self.processor, self.seed, self.per_scene, self.grad_accum = processor, seed, per_scene, grad_accum
+        self.mix, self.blind = mix, blind
+        self.stream = SceneStream("train", batch_size, seed, rank=rank, world_size=world_size)
+        self._encoded: dict[tuple[str, str], tuple] = {}
 
     def __next__(self) -> list[dict]:
-        return [self.batch(scenes) for scenes in self.next_scenes()]
+        return [self.batch(scenes) for scenes in scene_parts(next(self.stream), self.grad_accum)]
 
     def batch(self, scenes: Scenes) -> dict[str, torch.Tensor]:
         samples = [self._sample(turns) for turns in questions(scenes, self.seed, self.per_scene, self.mix)]
         packed = pack(samples, pad_token_id=self.processor.tokenizer.pad_token_id or 0)
-        return {"pixel_values": self.pixels(scenes)[packed.pop("order")], **packed}
-
-    def pixels(self, scenes: Scenes) -> torch.Tensor:
-        pixels = normalize(rescale(scenes.images), self.processor.image_mean, self.processor.image_std)
-        return blind_pixels(pixels) if self.blind else pixels
+        pixels = scene_pixels(self.processor, scenes)
+        pixels = blind_pixels(pixels) if self.blind else pixels
+        return {"pixel_values": pixels[packed.pop("order")], **packed}
 
     def _sample(self, turns) -> Sample:
         """What encode_sample makes of all the turns; each question is encoded once, as it comes again with other pictures."""
@@ -72,13 +62,22 @@ class SceneBatches:
 
     @property
     def fraction(self) -> float:
-        return self.stream.position / self.epoch
+        return self.stream.fraction
 
     def state_dict(self) -> dict:
         return self.stream.state_dict()
 
     def load_state_dict(self, state: dict) -> None:
         self.stream.load_state_dict(state)
+
+
+def scene_parts(scenes: Scenes, parts: int) -> list[Scenes]:
+    return [scenes[part] for part in torch.arange(len(scenes)).chunk(parts)]
+
+
+def scene_pixels(processor, scenes: Scenes) -> torch.Tensor:
+    """pixel_values [N, 3, S, S]: the pictures have the model's size as they are."""
+    return normalize(rescale(scenes.images), processor.image_mean, processor.image_std)
 
 
 class LlavaBatches:
