@@ -99,7 +99,10 @@ def read_safetensors(folder: Path) -> dict[str, torch.Tensor]:
 
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     def write(tmp):
-        save_file(tensors, tmp, metadata={"format": "pt"})
+        try:
+            save_file(tensors, tmp, metadata={"format": "pt"})
+        except SafetensorError as error:  # also where a write failed
+            raise OSError(f"{path} cannot be written ({error}): is the disk full?") from None
         tmp.chmod(0o644)  # the library makes files that nobody but their owner may read
 
     write_atomic(path, write)
@@ -450,7 +453,16 @@ def read_adapter(model: nn.Module, layout: Layout, file: Path) -> dict[str, tupl
 
 def save_state(run: str | Path, state: dict) -> None:
     """Everything needed to continue, as run/state.pt: tensors, numbers, strings, lists and dicts. Atomic."""
-    write_atomic(Path(run) / "state.pt", lambda tmp: torch.save(state, tmp))
+    path = Path(run) / "state.pt"
+
+    def write(tmp):
+        try:
+            torch.save(state, tmp)
+        except RuntimeError as error:  # torch's way to say that a write failed
+            reason = str(error).splitlines()[0]
+            raise OSError(f"{path} cannot be written ({reason}): is the disk full? The state before is still good") from None
+
+    write_atomic(path, write)
 
 
 def load_state(run: str | Path) -> dict:

@@ -10,7 +10,7 @@ Up to three stages, each said before it starts and why: (1) the vision tower lea
 of a scene (labels that the generator knows; skipped with --vision and on your own data); (2) the projector alone, both towers
 frozen; (3) the language model with the projector. Questions about a picture are packed in one row but never see each other.
 
-Writes runs/vlm-DATASET/: the model as a folder that transformers opens (LLaVA, or Idefics3 with --pixel-shuffle 2),
+Writes runs/vlm-DATASET/: the model as a folder that transformers opens (Idefics3's; LLaVA's with --projector mlp),
 metrics.jsonl, curves.png, samples.png, attention.png, result.json. The last line printed is JSON.
 """
 
@@ -25,7 +25,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import figures
-from answers import MOST_NEW_TOKENS, Item, answer, mean_answer_loss, row_items, scene_items, score, stop_tokens
+from answers import MOST_NEW_TOKENS, Item, answer, mean_answer_loss, prompt_ids, row_items, scene_items, score, stop_tokens
 from attention_maps import group_into_words, where_it_looks
 from checkpoint import find_source, from_pretrained, read_json, save_lora, save_pretrained, write_json
 from llava_json import LlavaRows, PictureCache
@@ -92,12 +92,9 @@ def parse_args(argv=None):
     add("--lm", metavar="SOURCE", help="take language model and tokenizer of a run, a LLaMA folder or hub name, a .gguf file")
     add("--image-size", type=positive_int, help="pixels; default: the tower's")
     add("--patch-size", type=positive_int, help="pixels; default --size's")
-    add(
-        "--pixel-shuffle",
-        type=positive_int,
-        default=1,
-        help="r x r patches become one token: 1 is LLaVA's layout, else Idefics3's",
-    )
+    add("--projector", choices=["linear", "mlp"], default="linear", help="linear: Idefics3's; mlp: LLaVA's two layers, which "
+        "read the tower before its last norm (on scenes they learn far more slowly)")  # fmt: skip
+    add("--pixel-shuffle", type=positive_int, default=1, help="r x r patches become one token, for --projector linear")
     add("--fusion", choices=["early", "cross"], default="early", help="pictures among the words, or in layers between")
     add("--blind", action="store_true", help="train the same model without seeing: the baseline")
     add("--freeze", default=None, metavar="vision,lm", help="what never trains; default: a tower that comes trained, and with "
@@ -106,14 +103,14 @@ def parse_args(argv=None):
     add("--lora-alpha", type=positive_float, help="default: twice the rank")
     add("--lr-pretrained", type=positive_float, default=1e-4, help="peak learning rate of what comes trained, LoRA apart")
     add("--muon-lr", type=not_negative_float, default=0.02, help="Muon's, for matrices that start untrained; 0: AdamW for all")
-    add("--vision-steps", type=not_negative_int, default=2600, help="of stage 1 (scenes)")
+    add("--vision-steps", type=not_negative_int, default=1200, help="of stage 1 (scenes)")
     add("--projector-steps", type=not_negative_int, help="of stage 2; default: 40, or a tenth of stage 3")
-    add("--steps", type=positive_int, help="of stage 3, in place of --epochs; default for scenes 1000")
+    add("--steps", type=positive_int, help="of stage 3, in place of --epochs; default for scenes 950")
     add("--per-scene", type=positive_int, default=12, help="questions about each scene")
     add("--isolated", action="store_true", help="each question of a row is asked alone, without those before it")
     add("--max-length", type=positive_int, default=1024, help="tokens of a packed row, for --dataset llava")
     add("--cache-features", nargs="?", const="", metavar="FILE", help="keep a frozen tower's features; default in --out")
-    add("--eval-count", type=positive_int, default=500, help="test scenes of each kind, or test rows, asked at the end")
+    add("--eval-count", type=positive_int, default=300, help="test scenes of each kind, or test rows, asked at the end")
     args = parser.parse_args(argv)
     if args.dataset == "llava" and not args.data:
         parser.error("--dataset llava needs --data FILE.json")
@@ -121,6 +118,8 @@ def parse_args(argv=None):
     args.freeze = None if args.freeze is None else sorted(set(args.freeze.split(",")) - {"none", ""})
     if set(args.freeze or ()) - {"vision", "lm"}:
         parser.error(f"--freeze {','.join(args.freeze)}: it takes vision, lm, both with a comma, or none")
+    if args.projector == "mlp" and args.pixel_shuffle > 1:
+        parser.error("--pixel-shuffle goes with --projector linear: no published layout has it with an mlp")
     if args.dataset == "scenes" and args.cache_features is not None:
         parser.error("--cache-features: scenes are new at every step, there is nothing to keep; it is for --dataset llava")
     return args
@@ -174,18 +173,19 @@ def build(args, texts: list[str], mean, std) -> tuple[MllamaForConditionalGenera
             "they do not belong together"
         )
     if tokenizer.chat_template is None:
+        tokenizer.add_special_tokens(["<|im_start|>", "<|im_end|>"])
         tokenizer.chat_template = "chatml"  # a base model learns to converse here
     changes = {key: getattr(args, key) for key in ("image_size", "patch_size") if getattr(args, key)}
     if tower and changes:
         raise ValueError(f"--{next(iter(changes)).replace('_', '-')} cannot be chosen with --vision: the tower has its own")
     vision = replace(tower.config, vision_use_head=False) if tower else SiglipVisionConfig(
         **{**vision_settings, **changes, "vision_use_head": False})  # fmt: skip
-    shuffled = args.pixel_shuffle > 1
-    join = {"pixel_shuffle": args.pixel_shuffle, "fusion": args.fusion, "projector_type": "linear" if shuffled else "mlp",
-            "vision_feature_layer": None if shuffled else -1}  # fmt: skip
+    linear = args.projector == "linear"
+    join = {"pixel_shuffle": args.pixel_shuffle, "fusion": args.fusion, "projector_type": args.projector,
+            "vision_feature_layer": None if linear else -1}  # fmt: skip
     count = MLLAMAConfig(vision, LLAMA32Config(**text_settings), **join).text_config.num_image_tokens
     seeing = image_settings_of(args.vision) if tower else {"image_mean": mean, "image_std": std}
-    seeing |= {"around_image": IDEFICS3_AROUND} if shuffled and args.fusion == "early" else {}
+    seeing |= {"around_image": IDEFICS3_AROUND} if linear and args.fusion == "early" else {}
     processor = MllamaImageProcessor(tokenizer, count, vision.image_size, add_location_tokens=False, **seeing)
     text = lm.config if lm else LLAMA32Config(**{**text_settings, "vocab_size": len(tokenizer)})
     config = MLLAMAConfig(vision, replace(text, vocab_size=max(len(tokenizer), text.vocab_size)),
@@ -202,7 +202,8 @@ def build(args, texts: list[str], mean, std) -> tuple[MllamaForConditionalGenera
     if lm:
         lm.resize_token_embeddings(config.text_config.vocab_size)
         new = model.language_model.state_dict()  # the layers between, under cross-attention, are not in it
-        model.language_model.load_state_dict({**new, **lm.state_dict()})
+        known = {k: v for k, v in lm.state_dict().items() if k in new or "cross_layers" not in k}
+        model.language_model.load_state_dict({**new, **known})
     return model, processor
 
 
@@ -224,7 +225,10 @@ class Learner(nn.Module):
 
     def forward(self, scenes: Scenes | None = None, **batch) -> torch.Tensor:
         if scenes is None:
-            return self.model(**batch)["loss"]
+            loss = self.model(**batch)["loss"]
+            if "pixel_values" in batch or "vision_features" in batch:
+                return loss
+            return loss + sum(p.sum() for p in self.parameters() if p.requires_grad) * 0  # what sees has a gradient: none
         return scene_loss(self.reader(self.model.vision_features(batch["pixel_values"])), scenes)
 
 
@@ -264,13 +268,17 @@ def frozen_towers(args) -> set[str]:
 
 def stages(args, epoch: int | None) -> list[Stage]:
     """What this run goes through. epoch: steps of one pass over the rows; None for scenes, of which there is no end."""
-    steps = args.steps or (1000 if epoch is None else max(1, round((args.epochs or 3) * epoch)))
+    steps = args.steps or (950 if epoch is None else max(1, round((args.epochs or 3) * epoch)))
     frozen, found, first = frozen_towers(args), [], args.projector_steps
     if epoch is None and args.vision_steps and not (args.vision or args.blind or "vision" in (args.freeze or ())):
         why = "digit and colour of each patch, from the generator's labels: end to end, digits were never learned"
         found.append(Stage("vision", why, args.vision_steps, ("model.vision_tower", "reader")))
     if first is None:  # where both towers come trained, or nearly so
         first = 40 if epoch is None else steps // 10 if args.vision and args.lm else 0
+    if args.fusion == "cross":  # its gates are closed at first, and let no gradient through to the projector
+        if "lm" in frozen and not args.lora:
+            raise ValueError("--fusion cross --freeze lm: the layers that look are in the language model: add --lora, or thaw it")
+        first = 0
     if first:
         why = "both towers frozen: a projector that is still random would only disturb them"
         found.append(Stage("projector", why, first, ("model.multi_modal_projector",)))
@@ -296,8 +304,15 @@ def choose_parameters(learner: Learner, stage: Stage, args) -> list[dict]:
             for name, parameter in module.named_parameters():
                 parameter.requires_grad_(name.endswith(("lora_a", "lora_b")) or "cross_layers" in name)
         pretrained = {"model.vision_tower": args.vision, "model.language_model": args.lm and not lora}.get(part)
-        lr = args.lr_pretrained if pretrained else args.lr or (1e-3 if lora else 2e-3)
-        muon = None if pretrained or lora else args.muon_lr
+        lr, muon = args.lr or (1e-3 if lora else 2e-3), None if lora else args.muon_lr
+        if pretrained and part == "model.language_model":  # the layers between start untrained
+            between = module.model.cross_layers
+            groups += parameter_groups(between, args.weight_decay, lr, muon)
+            between.requires_grad_(False)
+            groups += parameter_groups(module, args.weight_decay, args.lr_pretrained)
+            between.requires_grad_(True)
+            continue
+        lr, muon = (args.lr_pretrained, None) if pretrained else (lr, muon)
         groups += parameter_groups(module, args.weight_decay, lr, muon)
     if not groups:
         raise ValueError(f"stage {stage.name}: nothing is left to train: freeze less")
@@ -415,13 +430,21 @@ class Data:
             paths = [path for row in self.rows for path in row.images]
             features.keep(Path(args.cache_features or run.folder / "features.npy"), paths, args.workers, run.is_main)
         ranks |= {"workers": args.workers, "features": features, "isolated": args.isolated}
-        return LlavaBatches(self.rows, processor, pictures, size, args.seed, args.max_length, **ranks)
+        length = min(args.max_length, model.config.text_config.context_length)
+        return LlavaBatches(self.rows, processor, pictures, size, args.seed, length, **ranks)
 
-    def tests(self, count: int) -> dict[str, list[Item]]:
-        """Questions about so many test pictures, by split."""
+    def tests(self, count: int, model, processor) -> dict[str, list[Item]]:
+        """Questions about so many test pictures, by split; without those that could not be asked."""
         if self.rows is None:
             return {split: scene_items(split, count, seed=0) for split in ("test", "compositional")}
-        return {"test": row_items(evenly(self.test_rows, count), self.args.isolated)}
+        items = row_items(evenly(self.test_rows, count), self.args.isolated)
+        pictures, limit = PictureCache(processor.image_size, most_bytes=0), model.config.text_config.context_length
+        bad = {path for item in items for path in item.images if not self.args.blind and pictures[path] is None}
+        fit = [item for item in items if not bad & {*item.images} and len(prompt_ids(processor, item, True)[0]) < limit]
+        if len(fit) < len(items):
+            why = f"{len(bad)} pictures cannot be read" if bad else f"they have over {limit} tokens"
+            self.run.print(f"{len(items) - len(fit)} of {len(items)} test questions are left out: {why}")
+        return {"test": fit}
 
 
 def train_stage(run: Run, learner: Learner, stage: Stage, batches, before, tests, processor, share: float) -> Trainer:
@@ -432,7 +455,8 @@ def train_stage(run: Run, learner: Learner, stage: Stage, batches, before, tests
     trained = sum(p.numel() for p in learner.parameters() if p.requires_grad)
     size = args.batch_size
     if stage.name == "vision":  # as many digits as there can be
-        size, ranks = VISION_BATCH, {"rank": run.rank, "world_size": run.world_size}
+        unit, ranks = run.world_size * args.grad_accum, {"rank": run.rank, "world_size": run.world_size}
+        size = max(1, round(VISION_BATCH / unit)) * unit
         batches = SceneStream("train", size // run.world_size, args.seed, SceneConfig(digits=(SLOTS, SLOTS)), **ranks)
     run.print(f"stage {stage.name}: {stage.why}\n  {trained:,} parameters, {stage.steps:,} steps of {size}")
     trainer = Trainer(run, learner, stage.steps, groups, batches, "samples", stage.name, before, seconds, size)
@@ -468,7 +492,8 @@ def main(argv=None) -> None:
     if args.lora:
         convert_linears_to_lora(model.language_model, args.lora, args.lora_alpha or 2 * args.lora, targets=LORA_TARGETS)
     learner = Learner(model).to(run.device)
-    batches, quick, tests = data.batches(model, processor), data.tests(60), data.tests(args.eval_count)
+    batches = data.batches(model, processor)
+    quick, tests = (data.tests(count, model, processor) for count in (60, args.eval_count))
     plan = stages(args, None if data.rows is None else len(batches))
     parts = {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()}
     run.print(f"{args.dataset} on {run.device} in {run.dtype} -> {run.folder}; "

@@ -157,6 +157,8 @@ class Run:
         if self.is_main:
             self.folder.mkdir(parents=True, exist_ok=True)
         self.state = load_state(self.folder) if args.resume else None  # what a stopped run left
+        if self.state:
+            check_settings(args, self.state["settings"])
         self.stop_signal: int | None = None
         for which in (signal.SIGINT, signal.SIGTERM):
             signal.signal(which, self._on_signal)
@@ -514,12 +516,6 @@ class Trainer:
         )
 
     def _load(self, state: dict) -> None:
-        for key, value in comparable_settings(self.run.args).items():
-            if state["settings"].get(key) != value:
-                raise ValueError(
-                    f"--{key.replace('_', '-')} is {value!r}, the run in {self.run.folder} was started with "
-                    f"{state['settings'].get(key)!r}: resume with the same settings, or choose another --out"
-                )
         self.raw.load_state_dict(state["model"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
@@ -533,7 +529,18 @@ class Trainer:
             setattr(self, key, state[key])
 
 
+def check_settings(args: argparse.Namespace, saved: dict) -> None:
+    """Raises ValueError where the saved run was started with others."""
+    for key, value in comparable_settings(args).items():
+        if saved.get(key) != value:
+            raise ValueError(
+                f"--{key.replace('_', '-')} is {value!r}, the run in {args.out} was started with {saved.get(key)!r}: "
+                "resume with the same settings, or choose another --out"
+            )
+
+
 def comparable_settings(args: argparse.Namespace) -> dict:
     """The settings that must not change between a run and its resumption: all but those that say where or how often."""
-    free = {"resume", "out", "data", "device", "workers", "compile", "eval_every", "save_every", "max_seconds"}
+    free = {"resume", "out", "data", "images", "test_data", "device", "workers", "compile", "max_seconds"}
+    free |= {"eval_every", "save_every"}
     return {key: value for key, value in vars(args).items() if key not in free}

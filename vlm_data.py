@@ -21,7 +21,7 @@ from checkpoint import read_json, write_atomic, write_json
 from data import Batches
 from llava_json import LlavaRows, PictureCache, Row, isolated_turns
 from packing import Sample, encode_row, encode_sample, pack, share_beginning
-from processing_mllama import normalize, rescale
+from processing_mllama import normalize, process_images, rescale
 from scenes import MIX, Scenes, SceneStream, questions
 
 
@@ -76,7 +76,10 @@ def scene_parts(scenes: Scenes, parts: int) -> list[Scenes]:
 
 
 def scene_pixels(processor, scenes: Scenes) -> torch.Tensor:
-    """pixel_values [N, 3, S, S]: the pictures have the model's size as they are."""
+    """pixel_values [N, 3, S, S], as the processor makes them."""
+    if tuple(scenes.images.shape[-2:]) != processor.image_size:
+        settings = processor.image_size, processor.resample, processor.image_mean, processor.image_std, processor.do_pad_square
+        return process_images(list(scenes.images), *settings)
     return normalize(rescale(scenes.images), processor.image_mean, processor.image_std)
 
 
@@ -104,21 +107,22 @@ class LlavaBatches:
     def __next__(self) -> list[dict]:
         """Raises ValueError where of a whole epoch no batch has a row left in every part."""
         for _ in range(len(self) + 1):
-            parts = [self.batch([self.rows[i] for i in part.tolist()]) for part in next(self.indices).chunk(self.grad_accum)]
-            if all(parts):
-                return parts
+            found = self.usable([self.rows[i] for i in next(self.indices).tolist()])
+            if len(found) >= self.grad_accum:
+                return [self.packed(found[k :: self.grad_accum]) for k in range(self.grad_accum)]
         raise ValueError(
             f"{self.rows.source}: no batch is left; {len(self.pictures.unreadable)} pictures cannot be read, "
             f"{len(self.too_long)} rows are over {self.length} tokens: check the pictures, or raise --max-length"
         )
 
-    def batch(self, rows: Sequence[Row]) -> dict[str, torch.Tensor] | None:
-        """What the model is called with; None if of these rows none is usable."""
+    def usable(self, rows: Sequence[Row]) -> list[tuple[Sample, list[torch.Tensor]]]:
+        """Of those of these rows that can be used, the sample and its pictures."""
         if not self.features:
             self.pictures.load([path for row in rows for path in row.images], self.workers)
-        found = [(sample, seen) for row in rows if (sample := self.sample(row)) and (seen := self.see(row)) is not None]
-        if not found:
-            return None
+        return [(sample, seen) for row in rows if (sample := self.sample(row)) and (seen := self.see(row)) is not None]
+
+    def packed(self, found: Sequence[tuple[Sample, list[torch.Tensor]]]) -> dict[str, torch.Tensor]:
+        """What the model is called with."""
         samples, seen = zip(*found, strict=True)
         packed = pack(samples, self.length, self.processor.tokenizer.pad_token_id or 0)
         seen = [picture for i in packed.pop("order").tolist() for picture in seen[i]]
@@ -148,9 +152,13 @@ class LlavaBatches:
         return self.indices.fraction
 
     def state_dict(self) -> dict:
-        return self.indices.state_dict()
+        rows = [([path.name for path in row.images], row.messages) for row in self.rows]
+        return {"rows": hashlib.sha256(repr(rows).encode()).hexdigest(), **self.indices.state_dict()}
 
     def load_state_dict(self, state: dict) -> None:
+        """Raises ValueError if the state is that of other rows."""
+        if state["rows"] != self.state_dict()["rows"]:
+            raise ValueError(f"cannot resume: {self.rows.source} holds other rows now than when the run was started")
         self.indices.load_state_dict(state)
 
 
@@ -184,6 +192,7 @@ class FrozenFeatures:
         paths, facts = sorted(set(paths)), Path(f"{file}.json")
         made_by = self._fingerprint(paths)
         if not (file.exists() and facts.exists() and read_json(facts).get("made_by") == made_by):
+            facts.unlink(missing_ok=True)  # of the file before: from here on it describes nothing
             write_atomic(file, lambda tmp: self._fill(tmp, paths, workers, progress))
             readable = [str(path) for path in paths if path not in self.pictures.unreadable]
             write_json(facts, {"made_by": made_by, "pictures": readable})
@@ -191,16 +200,18 @@ class FrozenFeatures:
         self._places = {Path(path): place for place, path in enumerate(read_json(facts)["pictures"])}
 
     def _fill(self, file: Path, paths: Sequence[Path], workers: int, progress: bool) -> None:
-        config, table, place = self.model.config.vision_config, None, 0
+        config = self.model.config.vision_config
         shape = (len(paths), math.prod(config.grid), config.hidden_size)
-        table = np.lib.format.open_memmap(file, "w+", np.float32, shape)
-        for start in tqdm(range(0, len(paths), 64), "looking at the pictures once", disable=not progress):
-            self.pictures.load(paths[start : start + 64], workers)
-            for path in paths[start : start + 64]:
-                if (pixels := self.pictures[path]) is not None:
-                    table[place] = self._look(pixels).float().numpy()
-                    place += 1
-        table.flush()
+        facts = {"descr": np.lib.format.dtype_to_descr(np.dtype(np.float32)), "fortran_order": False, "shape": shape}
+        with file.open("wb") as out:  # not a memory map: a full disk would kill the process, without a word
+            np.lib.format.write_array_header_1_0(out, facts)
+            end = out.tell() + 4 * math.prod(shape)
+            for start in tqdm(range(0, len(paths), 64), "looking at the pictures once", disable=not progress):
+                self.pictures.load(paths[start : start + 64], workers)
+                for path in paths[start : start + 64]:
+                    if (pixels := self.pictures[path]) is not None:
+                        out.write(self._look(pixels).float().numpy().tobytes())
+            out.truncate(end)  # zeros in place of pictures that cannot be read
 
     def _fingerprint(self, paths: Sequence[Path]) -> str:
         digest = hashlib.sha256(repr((self.blind, self.pictures.settings, self.model.config.vision_feature_layer)).encode())

@@ -189,7 +189,7 @@ def test_schedule_rises_then_falls():
 
 def test_norms_biases_positions_and_tokens_are_not_decayed():
     model = ViTModel(ViTConfig(image_size=8, patch_size=4, hidden_size=16, num_hidden_layers=1, num_attention_heads=2))
-    decay, keep = parameter_groups(model, 0.05)
+    decay, keep = parameter_groups(model, 0.05, lr=1e-3)
     names = {id(p): name for name, p in model.named_parameters()}
     assert all(names[id(p)].endswith("weight") and "norm" not in names[id(p)] for p in decay["params"])
     kept = {names[id(p)] for p in keep["params"]}

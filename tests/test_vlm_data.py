@@ -1,0 +1,402 @@
+"""Laws of vlm_data.py and of the loss of train_vlm.py's first stage: every usable row once an epoch, the right picture beside
+each question, the same batches after a stop; kept features are those of these weights and these pictures."""
+
+import json
+import resource
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import vlm_data
+from llava_json import LlavaRows, PictureCache, isolated_turns
+from model import MLLAMAConfig, MllamaForConditionalGeneration
+from packing import encode_row
+from processing_mllama import IDEFICS3_AROUND, MllamaImageProcessor
+from scenes import COLOURS, HELD_OUT, IGNORE, corpus, make_scenes
+from tokenizer import BPETokenizer
+from train_vlm import scene_loss
+from vlm_data import FrozenFeatures, LlavaBatches, SceneBatches
+
+EYES = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 32, "patch_size": 16}
+WORDS = {"hidden_size": 48, "n_heads": 4, "n_kv_groups": 2, "n_layers": 2, "hidden_dim": 64, "initializer_range": 0.2}
+
+
+def make_processor(fusion="early", size=32):
+    tokenizer = BPETokenizer.train(corpus(), 420, ("<|endoftext|>", "<|im_start|>", "<|im_end|>"))
+    tokenizer.chat_template = "chatml"
+    places, around = (4, IDEFICS3_AROUND) if fusion == "early" else (1, ("", ""))
+    return MllamaImageProcessor(tokenizer, places, size, add_location_tokens=False, around_image=around)
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return make_processor()
+
+
+def make_model(processor, fusion="early", **eyes):
+    torch.manual_seed(0)
+    words = WORDS | {"vocab_size": len(processor.tokenizer), "max_position_embeddings": 400, "tie_word_embeddings": True}
+    config = MLLAMAConfig(EYES | eyes, words, fusion=fusion, image_token_id=processor.image_token_id, cross_every=1,
+                          pixel_shuffle=2 if eyes else 1)  # fmt: skip
+    model = MllamaForConditionalGeneration(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():  # closed gates would hide what leaks through them
+            if "gate" in name and parameter.numel() == 1:
+                parameter.fill_(1.0)
+    return model
+
+
+def about(pictures, *said) -> dict:
+    """A row of the file: pictures by name, then a question, an answer, and so on; the pictures stand before the first."""
+    texts = ["<image>" * len(pictures) + ("\n" if pictures else "") + said[0], *said[1:]]
+    turns = [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(texts)]
+    return {"image": [f"{name}.png" for name in pictures], "conversations": turns}
+
+
+def write(folder: Path, rows: list[dict]) -> LlavaRows:
+    """A file of these rows and twelve pictures 0.png to 11.png, each of another colour."""
+    for k in range(12):
+        Image.new("RGB", (20, 16), (20 * k, 255 - 20 * k, 90)).save(folder / f"{k}.png")
+    (folder / "data.json").write_text(json.dumps(rows))
+    return LlavaRows.read(folder / "data.json", folder)
+
+
+def numbered(folder: Path, count: int = 12) -> LlavaRows:
+    """Rows whose answers are their numbers, from 0."""
+    return write(folder, [about([k % 12], "Which one?", f"number {k}") for k in range(count)])
+
+
+def batches_of(rows, processor, batch_size=3, length=200, seed=0, **options) -> LlavaBatches:
+    return LlavaBatches(rows, processor, PictureCache(32), batch_size, seed, length, **options)
+
+
+def answers_in(processor, batch) -> list[str]:
+    """What is to be learned from a batch, one text for each stretch of labels."""
+    found = []
+    for row in batch["labels"].tolist():
+        stretch = []
+        for label in [*row, -100]:
+            if label != -100:
+                stretch.append(label)
+            elif stretch:
+                found.append(processor.tokenizer.decode(stretch, skip_special_tokens=True).strip())
+                stretch = []
+    return found
+
+
+# ---- rows ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+def test_each_row_comes_once_an_epoch(tmp_path, processor, parts):
+    batches, everything = batches_of(numbered(tmp_path), processor, grad_accum=parts), sorted(f"number {k}" for k in range(12))
+    assert len(batches) == 4
+    orders = []
+    for epoch in range(2):
+        assert batches.fraction == epoch
+        found = [answers_in(processor, part) for _ in range(4) for part in next(batches)]
+        orders.append(sum(found, []))
+        assert sorted(orders[-1]) == everything and all(len(part) == 3 // parts for part in found)
+    assert orders[0] != orders[1]
+
+
+def test_the_parts_of_a_batch_together_hold_its_rows(tmp_path, processor):
+    rows = numbered(tmp_path)
+    whole, parted = (batches_of(rows, processor, 4, grad_accum=parts) for parts in (1, 2))
+    for _ in range(3):
+        (one,), two = next(whole), next(parted)
+        assert len(two) == 2 and sorted(answers_in(processor, one)) == sorted(sum((answers_in(processor, p) for p in two), []))
+
+
+def test_ranks_share_an_epoch(tmp_path, processor):
+    rows = numbered(tmp_path)
+    found = []
+    for rank in (0, 1):
+        batches = batches_of(rows, processor, 2, rank=rank, world_size=2)
+        found += [text for _ in range(len(batches)) for text in answers_in(processor, next(batches)[0])]
+    assert sorted(found) == sorted(f"number {k}" for k in range(12))
+
+
+@pytest.mark.parametrize("batch_size, parts", [(1, 1), (2, 1), (4, 1), (4, 2)])
+def test_rows_that_cannot_be_used_are_left_out_and_counted_and_no_other(tmp_path, processor, batch_size, parts):
+    """A vanished picture, a damaged one and a row that is too long, after the file was found to be in order."""
+    raw = [about([k], "Which one?", f"number {k}") for k in range(12)]
+    raw[5] = about([5], "Which one? " * 60, "number 5")
+    rows = write(tmp_path, raw)
+    (tmp_path / "2.png").unlink()
+    (tmp_path / "7.png").write_bytes((tmp_path / "7.png").read_bytes()[:50])
+    batches, found = batches_of(rows, processor, batch_size, grad_accum=parts), []
+    while batches.indices.epoch == 0:  # the last call may go on into the next epoch
+        found += [text for part in next(batches) for text in answers_in(processor, part)]
+    assert sorted(found[:9]) == sorted(f"number {k}" for k in range(12) if k not in (2, 5, 7))
+    assert {path.name for path in batches.pictures.unreadable} == {"2.png", "7.png"}
+    assert all(reason for reason in batches.pictures.unreadable.values()) and batches.too_long == {6}
+
+
+def test_an_epoch_without_a_usable_batch_says_why(tmp_path, processor):
+    rows = numbered(tmp_path)
+    for k in range(5):
+        (tmp_path / f"{k}.png").unlink()
+    batches = batches_of(rows, processor, 4, length=3)
+    with pytest.raises(ValueError, match="no batch is left; .* 12 rows are over 3 tokens") as error:
+        next(batches)
+    assert "\n" not in str(error.value)
+
+
+def test_a_conversation_is_learned_whole_or_each_question_alone(tmp_path, processor):
+    (row,) = write(tmp_path, [about([0], "Which one?", "number 0", "Is there a 5?", "no", "How many?", "3")])
+    (whole,) = next(batches_of([row], processor, 1))
+    assert answers_in(processor, whole) == ["number 0", "no", "3"]
+    assert torch.equal(whole["attention_mask"][0, 0], torch.ones_like(whole["attention_mask"][0, 0]).tril())
+    sample = batches_of([row], processor, 1, isolated=True).sample(row)
+    alone = [encode_row(processor, turns, 1) for turns in isolated_turns(row.messages)]
+    assert [(sample.trunk[0] + ids, sample.trunk[1] + labels) for ids, labels in sample.branches] == alone
+
+
+@pytest.mark.parametrize("isolated", [False, True])
+def test_batches_go_on_where_they_stopped(tmp_path, processor, isolated):
+    """Also over the end of an epoch, and where a batch has been passed over."""
+    rows = numbered(tmp_path)
+    for k in (1, 4, 6, 9):
+        (tmp_path / f"{k}.png").unlink()
+    options = {"isolated": isolated, "grad_accum": 2, "seed": 3}
+    straight = batches_of(rows, processor, 4, **options)
+    for stop in range(5):
+        state = json.loads(json.dumps(straight.state_dict()))  # as it comes back from a file
+        resumed = batches_of(rows, processor, 4, **options)
+        resumed.load_state_dict(state)
+        assert resumed.fraction == straight.fraction
+        for one, two in zip(next(straight), next(resumed), strict=True):
+            assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one), stop
+
+
+# ---- pictures beside their questions -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fusion", ["early", "cross"])
+@pytest.mark.parametrize("frozen", [False, True])
+@torch.no_grad()
+def test_several_pictures_a_row_arrive_at_their_places_after_packing(tmp_path, fusion, frozen):
+    """The logits of each answer are those of its row alone. Packing puts the longest row first, so order changes."""
+    processor = make_processor(fusion)
+    model = make_model(processor, fusion)
+    rows = write(tmp_path, [
+        about([3], "Which one?", "number 0"),
+        about([], "Is there a picture?", "number 1"),
+        about([5, 1], "What is left of the red 7, and what is above the blue 3?", "number 2"),
+        about([2], "How many digits are there? Name the colour of the 7.", "number 3", "And?", "number 4"),
+        about([1, 5, 4], "Which?", "number 5"),
+    ])  # fmt: skip
+    batches = batches_of(rows, processor, 5, length=150)
+    batches.features = FrozenFeatures(model, batches.pictures) if frozen else None
+    (batch,) = next(batches)
+    assert ("vision_features" in batch) == frozen and len(batch["input_ids"]) < len(rows)
+    labels = batch.pop("labels")
+    logits = model(**batch)["logits"]
+    for row in rows:
+        alone = processor.conversation(row.messages, [str(path) for path in row.images] or None)
+        truth = alone.pop("labels")[0]
+        n = int((truth != -100).nonzero()[-1]) + 1
+        expected, truth = model(**alone)["logits"][0], truth[:n]
+        places = [(b, t) for b, given in enumerate(labels) for t in range(len(given)) if torch.equal(given[t : t + n], truth)]
+        ((b, t),) = places
+        answers = (truth[1:] != -100).nonzero()[:, 0]
+        torch.testing.assert_close(logits[b, t + answers], expected[answers], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("isolated", [False, True])
+def test_blind_batches_say_the_same_and_show_nothing(tmp_path, processor, isolated):
+    rows = numbered(tmp_path)
+    (seeing,), (blind,) = (next(batches_of(rows, processor, blind=blind, isolated=isolated)) for blind in (False, True))
+    assert not blind["pixel_values"].any() and blind["pixel_values"].shape == seeing["pixel_values"].shape
+    assert all(torch.equal(blind[key], seeing[key]) for key in seeing.keys() - {"pixel_values"})
+
+
+# ---- features that are kept --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def looks(monkeypatch):
+    """How many pictures have gone through the tower."""
+    seen, inner = [], FrozenFeatures._look
+    monkeypatch.setattr(FrozenFeatures, "_look", lambda self, pixels: seen.append(1) or inner(self, pixels))
+    return seen
+
+
+def kept(model, file, paths, blind=False, **settings) -> FrozenFeatures:
+    features = FrozenFeatures(model, PictureCache(32, **settings), blind)
+    features.keep(file, paths)
+    return features
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    return [path for row in numbered(tmp_path) for path in row.images]
+
+
+def test_kept_features_are_those_that_are_looked_at(tmp_path, processor, pictures, looks):
+    """To the last bit; a picture that cannot be read has none, and one that was not kept is looked at."""
+    model = make_model(processor)
+    pictures[3].unlink()
+    first = kept(model, tmp_path / "f.npy", pictures[:10] + pictures[:2])
+    assert len(looks) == 9 and first[pictures[3]] is None
+    looks.clear()
+    again, fresh = kept(model, tmp_path / "f.npy", pictures[:10]), FrozenFeatures(model, PictureCache(32))
+    for features in (first, again):
+        assert all(torch.equal(features[path], fresh[path]) for path in pictures[:10] if path != pictures[3])
+    assert len(looks) == 2 * 9  # fresh ones, each time
+    looks.clear()
+    assert again[pictures[11]].shape == again[pictures[0]].shape and len(looks) == 1 and again[pictures[3]] is None
+
+
+def new_weights(model, pictures):
+    model.vision_tower.vision_model.encoder.layers[0].mlp.fc1.bias.data[0] += 1
+    return {}
+
+
+def new_picture(model, pictures):
+    Image.new("RGB", (20, 16), "white").save(pictures[0])
+    return {}
+
+
+CHANGES = {
+    "weights": new_weights,
+    "a picture": new_picture,
+    "the scale of pixels": lambda model, pictures: {"image_mean": (0.1, 0.2, 0.3)},
+    "blindness": lambda model, pictures: {"blind": True},
+    "the pictures": lambda model, pictures: pictures.pop() and {},
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_file_made_by_others_is_made_anew(tmp_path, processor, pictures, looks, change):
+    model = make_model(processor)
+    kept(model, tmp_path / "f.npy", pictures)
+    looks.clear()
+    settings = CHANGES[change](model, pictures)
+    features = kept(model, tmp_path / "f.npy", pictures, **settings)
+    assert len(looks) == len(pictures)
+    blind = settings.pop("blind", False)
+    fresh = FrozenFeatures(model, PictureCache(32, **settings), blind)
+    assert all(torch.equal(features[path], fresh[path]) for path in pictures)
+    assert torch.equal(features[pictures[0]], features[pictures[1]]) == blind
+
+
+def test_a_death_between_the_file_and_what_describes_it_does_not_mix_two_models(tmp_path, processor, pictures, monkeypatch):
+    """The second model's file is there, its description not yet: the first model must not take one for its own."""
+    one, two, file = make_model(processor), make_model(processor), tmp_path / "f.npy"
+    new_weights(two, pictures)
+    kept(one, file, pictures)
+
+    def die(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(vlm_data, "write_json", die)
+        with pytest.raises(KeyboardInterrupt):
+            kept(two, file, pictures)
+    features, fresh = kept(one, file, pictures), FrozenFeatures(one, PictureCache(32))
+    assert all(torch.equal(features[path], fresh[path]) for path in pictures)
+
+
+def test_a_full_disk_leaves_the_file_that_was_there(tmp_path, processor, pictures):
+    """A limit on the size of files stands for it: the same failing write."""
+    one, two, file = make_model(processor), make_model(processor), tmp_path / "f.npy"
+    new_weights(two, pictures)
+    kept(one, file, pictures[:4])
+    before, limit = file.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 500, limit[1]))
+    try:
+        with pytest.raises(OSError):
+            kept(two, file, pictures)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert file.read_bytes() == before and not list(tmp_path.glob(".*"))
+
+
+def test_features_are_kept_in_the_order_of_names_whatever_order_rows_have(tmp_path, processor, pictures, looks):
+    model = make_model(processor)
+    kept(model, tmp_path / "f.npy", pictures)
+    looks.clear()
+    kept(model, tmp_path / "f.npy", pictures[::-1])
+    assert not looks
+
+
+# ---- scenes ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def scene_reader():
+    return make_processor(size=64)
+
+
+def same_batches(one, two) -> bool:
+    return all(torch.equal(a[key], b[key]) for a, b in zip(one, two, strict=True) for key in a)
+
+
+def test_scene_batches_are_a_function_of_the_seed_and_go_on_where_they_stopped(scene_reader):
+    one, two, other = (SceneBatches(scene_reader, 4, seed, 3, grad_accum=2) for seed in (1, 1, 2))
+    for _ in range(3):
+        batch = next(one)
+        assert len(batch) == 2 and same_batches(batch, next(two))
+        assert not torch.equal(batch[0]["pixel_values"], next(other)[0]["pixel_values"])
+    resumed = SceneBatches(scene_reader, 4, 1, 3, grad_accum=2)
+    resumed.load_state_dict(json.loads(json.dumps(one.state_dict())))
+    assert same_batches(next(one), next(resumed)) and one.fraction == resumed.fraction > 0
+
+
+@torch.no_grad()
+def test_the_loss_of_a_batch_of_scenes_is_that_of_its_scenes_one_by_one(scene_reader):
+    """So each scene's questions are about its own picture, wherever packing puts them; and parts hold the whole batch."""
+    model = make_model(scene_reader, image_size=64)
+    batches = SceneBatches(scene_reader, 5, seed=0, per_scene=4)
+    scenes = make_scenes("train", 5, seed=0)
+    batch = batches.batch(scenes)
+    single = [batches.batch(scenes[[k]]) for k in range(5)]
+    counts = [int((one["labels"] != -100).sum()) for one in single]
+    expected = sum(model(**one)["loss"] * n for one, n in zip(single, counts, strict=True)) / sum(counts)
+    assert sum(counts) == int((batch["labels"] != -100).sum())
+    torch.testing.assert_close(model(**batch)["loss"], expected, atol=1e-5, rtol=1e-5)
+    order = [k for k in range(5) for one in batch["pixel_values"] if torch.equal(one, single[k]["pixel_values"][0])]
+    assert sorted(order) == list(range(5))
+
+
+def test_blind_scenes_are_the_same_questions_about_nothing(scene_reader):
+    (seeing,), (blind,) = (next(SceneBatches(scene_reader, 3, 0, 2, blind=blind)) for blind in (False, True))
+    assert not blind["pixel_values"].any() and torch.equal(blind["input_ids"], seeing["input_ids"])
+
+
+@pytest.mark.parametrize("grid", [4, 8])
+def test_the_loss_of_squares_is_their_mean_one_by_one(grid):
+    scenes = make_scenes("train", 6, seed=4)
+    logits = torch.randn(6, grid * grid, 20, generator=torch.Generator().manual_seed(0)) * 3
+    digits, colours = scenes.dense_labels(grid)
+    losses = {"digit": [], "colour": []}
+    for n in range(6):
+        for square in range(grid * grid):
+            digit, colour = int(digits[n].flatten()[square]), int(colours[n].flatten()[square])
+            if digit == IGNORE:
+                assert colour == IGNORE
+                continue
+            possible = [d for d in range(11) if colour == len(COLOURS) or (d, COLOURS[colour]) not in HELD_OUT]
+            by_digit = {d: logits[n, square, d] for d in possible}
+            losses["digit"].append(torch.stack(list(by_digit.values())).logsumexp(0) - by_digit[digit])
+            losses["colour"].append(F.cross_entropy(logits[n, square, 11:], torch.tensor(colour)))
+    expected = sum(torch.stack(each).mean() for each in losses.values())
+    torch.testing.assert_close(scene_loss(logits, scenes), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_no_square_teaches_that_its_colour_is_never_that_digits():
+    """A pair that is held out is not learned to be absent: no gradient of its digit comes from squares of its colour."""
+    scenes = make_scenes("train", 60, seed=1)
+    logits = torch.zeros(60, 16, 20, requires_grad=True)
+    scene_loss(logits, scenes).backward()
+    _, colours = scenes.dense_labels(4)
+    for digit, colour in HELD_OUT:
+        squares = colours.flatten(1) == COLOURS.index(colour)
+        assert squares.any() and not logits.grad[..., digit][squares].any()
+    nothing = colours.flatten(1) == len(COLOURS)
+    assert (logits.grad[..., :11][nothing] != 0).all()
