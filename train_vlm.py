@@ -6,8 +6,8 @@
     python train_vlm.py --dataset llava --data train.json --lm model.gguf --lora 8          a published language model
     python train_vlm.py --out runs/vlm-scenes --resume   go on after Ctrl-C, exactly
 
-Up to three stages, each said before it starts and why: (1) the vision tower learns to tell digit and colour of each square
-of a scene (labels that the generator knows; skipped with --vision and on your own data); (2) the projector alone, both towers
+Up to three stages, each said before it starts and why: (1) the vision tower learns digit, colour and place of each square of
+a scene (labels that the generator knows; skipped with --vision and on your own data); (2) the projector alone, both towers
 frozen; (3) the language model with the projector. Questions about a picture are packed in one row but never see each other.
 
 Writes runs/vlm-DATASET/: the model as a folder that transformers opens (Idefics3's; LLaVA's with --projector mlp),
@@ -46,7 +46,7 @@ from processing_mllama import (
     rescale,
     to_picture,
 )
-from scenes import COLOURS, HELD_OUT, IGNORE, SLOTS, SceneConfig, Scenes, SceneStream, corpus, make_scenes
+from scenes import COLOURS, HELD_OUT, IGNORE, PLACES, SLOTS, SceneConfig, Scenes, SceneStream, corpus, make_scenes
 from siglip import SiglipModel, SiglipTwoTower, SiglipVisionConfig
 from tokenizer import BPETokenizer
 from training import (
@@ -76,6 +76,7 @@ SIZES = {
     "smol": (SiglipVisionConfig.PRESETS["base-p16-224"], LLAMA32Config.PRESETS["smollm2-135m"], 8192),
 }  # fmt: skip
 SHARES = {"vision": 0.4, "projector": 0.02, "language": 0.58}  # of --max-seconds
+READ = 11, len(COLOURS) + 1, len(PLACES[3])  # digits and colours, each with "nothing", and places
 VISION_BATCH = 64  # scenes a step of stage 1
 LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -103,9 +104,9 @@ def parse_args(argv=None):
     add("--lora-alpha", type=positive_float, help="default: twice the rank")
     add("--lr-pretrained", type=positive_float, default=1e-4, help="peak learning rate of what comes trained, LoRA apart")
     add("--muon-lr", type=not_negative_float, default=0.02, help="Muon's, for matrices that start untrained; 0: AdamW for all")
-    add("--vision-steps", type=not_negative_int, default=1200, help="of stage 1 (scenes)")
+    add("--vision-steps", type=not_negative_int, default=1050, help="of stage 1 (scenes)")
     add("--projector-steps", type=not_negative_int, help="of stage 2; default: 40, or a tenth of stage 3")
-    add("--steps", type=positive_int, help="of stage 3, in place of --epochs; default for scenes 950")
+    add("--steps", type=positive_int, help="of stage 3, in place of --epochs; default for scenes 1000")
     add("--per-scene", type=positive_int, default=12, help="questions about each scene")
     add("--isolated", action="store_true", help="each question of a row is asked alone, without those before it")
     add("--max-length", type=positive_int, default=1024, help="tokens of a packed row, for --dataset llava")
@@ -208,12 +209,12 @@ def build(args, texts: list[str], mean, std) -> tuple[MllamaForConditionalGenera
 
 
 class Learner(nn.Module):
-    """What is trained, in whichever stage: the model and, for stage 1, a linear reader of digit and colour on its tower."""
+    """What is trained, in whichever stage: the model and, for stage 1, a linear reader of digit, colour and place."""
 
     def __init__(self, model: MllamaForConditionalGeneration):
         super().__init__()
         self.model = model
-        self.reader = nn.Linear(model.config.vision_config.hidden_size, 11 + len(COLOURS) + 1)  # with "nothing" in both
+        self.reader = nn.Linear(model.config.vision_config.hidden_size, sum(READ))
 
     @property
     def grad_checkpoint(self) -> bool:
@@ -233,19 +234,19 @@ class Learner(nn.Module):
 
 
 def scene_loss(logits: torch.Tensor, scenes: Scenes) -> torch.Tensor:
-    """logits [N, patches, 11 + 9] against the digit and the colour of each patch, or "nothing" (see Scenes.dense_labels).
+    """logits [N, patches, sum(READ)] against digit, colour and place of each patch, or "nothing" (see Scenes.dense_labels).
 
     What colour a digit has tells in training which digit it is not: that of the pair which is held out. A tower that learns
     this is blind to the pair, so its digit is left out of the softmax over that colour (the prior-adjusted loss of Menon et
     al. 2021, with a prior of 0).
     """
-    digits, colours = (label.flatten().to(logits.device) for label in scenes.dense_labels(math.isqrt(logits.shape[1])))
-    never = torch.zeros(len(COLOURS) + 1, 11, dtype=torch.bool, device=logits.device)
+    labels = [label.flatten().to(logits.device) for label in scenes.dense_labels(math.isqrt(logits.shape[1]))]
+    never = torch.zeros(READ[1], READ[0], dtype=torch.bool, device=logits.device)
     for digit, colour in HELD_OUT:
         never[COLOURS.index(colour), digit] = True
-    by_digit, by_colour = logits.flatten(0, 1).float().split((11, len(COLOURS) + 1), dim=1)
-    by_digit = by_digit.masked_fill(never[colours.clamp(min=0)], -1e4)
-    return sum(F.cross_entropy(x, y, ignore_index=IGNORE) for x, y in ((by_digit, digits), (by_colour, colours)))
+    digits, *others = logits.flatten(0, 1).float().split(READ, dim=1)
+    digits = digits.masked_fill(never[labels[1].clamp(min=0)], -1e4)
+    return sum(F.cross_entropy(x, y, ignore_index=IGNORE) for x, y in zip((digits, *others), labels, strict=True))
 
 
 # ---- stages ----------------------------------------------------------------------------------------------------------
@@ -268,16 +269,16 @@ def frozen_towers(args) -> set[str]:
 
 def stages(args, epoch: int | None) -> list[Stage]:
     """What this run goes through. epoch: steps of one pass over the rows; None for scenes, of which there is no end."""
-    steps = args.steps or (950 if epoch is None else max(1, round((args.epochs or 3) * epoch)))
+    steps = args.steps or (1000 if epoch is None else max(1, round((args.epochs or 3) * epoch)))
     frozen, found, first = frozen_towers(args), [], args.projector_steps
     if epoch is None and args.vision_steps and not (args.vision or args.blind or "vision" in (args.freeze or ())):
-        why = "digit and colour of each patch, from the generator's labels: end to end, digits were never learned"
+        why = "digit, colour and place of each patch, from the generator's labels: end to end, digits were never learned"
         found.append(Stage("vision", why, args.vision_steps, ("model.vision_tower", "reader")))
     if first is None:  # where both towers come trained, or nearly so
         first = 40 if epoch is None else steps // 10 if args.vision and args.lm else 0
     if args.fusion == "cross":  # its gates are closed at first, and let no gradient through to the projector
         if "lm" in frozen and not args.lora:
-            raise ValueError("--fusion cross --freeze lm: the layers that look are in the language model: add --lora, or thaw it")
+            raise ValueError("--fusion cross --freeze lm: the language model holds the layers that look: add --lora")
         first = 0
     if first:
         why = "both towers frozen: a projector that is still random would only disturb them"

@@ -24,12 +24,14 @@ from packing import Sample, encode_row, encode_sample, pack, share_beginning
 from processing_mllama import normalize, process_images, rescale
 from scenes import MIX, Scenes, SceneStream, questions
 
+TRAIN_MIX = {**MIX, "left_of": 5, "above": 5, "describe": 3}
+
 
 class SceneBatches:
     """batch_size scenes (of this rank) a batch, in grad_accum parts, each scene with up to per_scene isolated questions."""
 
     def __init__(
-        self, processor, batch_size: int, seed: int, per_scene: int = 12, grad_accum: int = 1, mix: dict = MIX,
+        self, processor, batch_size: int, seed: int, per_scene: int = 12, grad_accum: int = 1, mix: dict = TRAIN_MIX,
         blind: bool = False, rank: int = 0, world_size: int = 1,
     ):  # fmt: skip
         self.processor, self.seed, self.per_scene, self.grad_accum = processor, seed, per_scene, grad_accum

@@ -237,25 +237,26 @@ def shrink_to_ink(glyphs: torch.Tensor) -> torch.Tensor:
 def test_dense_labels_by_brute_force(made, grid):
     _, scenes = made
     scenes = scenes[:150]
-    digits, colours = scenes.dense_labels(grid)
+    digits, colours, places = scenes.dense_labels(grid)
     square = S / grid
-    expected = torch.stack([torch.full_like(digits, 10), torch.full_like(digits, len(COLOURS))])
+    expected = torch.stack([torch.full_like(digits, 10), torch.full_like(digits, len(COLOURS)), torch.full_like(digits, IGNORE)])
     by_scene = itertools.groupby(digits_of(scenes), key=lambda found: found[0])
     for n, found in by_scene:
         found = list(found)
         for row, column in itertools.product(range(grid), range(grid)):
             left, top = column * square, row * square
             middle, own, touched = None, None, False
-            for _, _, digit, colour, _, (x0, y0, x1, y1) in found:
+            for _, _, digit, colour, cell, (x0, y0, x1, y1) in found:
+                place = PLACES[3].index(PLACES[int(scenes.layouts[n])][cell])
                 touched |= x0 < left + square and x1 > left and y0 < top + square and y1 > top
                 if left <= (x0 + x1) / 2 < left + square and top <= (y0 + y1) / 2 < top + square:
                     assert own is None
-                    own = digit, COLOURS.index(colour)
+                    own = digit, COLOURS.index(colour), place
                 elif x0 <= left + square / 2 < x1 and y0 <= top + square / 2 < y1:
-                    middle = digit, COLOURS.index(colour)
+                    middle = digit, COLOURS.index(colour), place
             if own or middle or touched:
-                expected[:, n, row, column] = torch.tensor(own or middle or (IGNORE, IGNORE))
-    assert torch.equal(digits, expected[0]) and torch.equal(colours, expected[1])
+                expected[:, n, row, column] = torch.tensor(own or middle or (IGNORE,) * 3)
+    assert torch.equal(torch.stack([digits, colours, places]), expected)
     assert all(set(digits[n].flatten().tolist()) > set(scenes.digits[n, : scenes.counts[n]].tolist()) for n in range(150))
 
 

@@ -17,7 +17,7 @@ from packing import encode_row
 from processing_mllama import IDEFICS3_AROUND, MllamaImageProcessor
 from scenes import COLOURS, HELD_OUT, IGNORE, corpus, make_scenes
 from tokenizer import BPETokenizer
-from train_vlm import scene_loss
+from train_vlm import READ, scene_loss
 from vlm_data import FrozenFeatures, LlavaBatches, SceneBatches
 
 EYES = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 32, "patch_size": 16}
@@ -372,9 +372,9 @@ def test_blind_scenes_are_the_same_questions_about_nothing(scene_reader):
 @pytest.mark.parametrize("grid", [4, 8])
 def test_the_loss_of_squares_is_their_mean_one_by_one(grid):
     scenes = make_scenes("train", 6, seed=4)
-    logits = torch.randn(6, grid * grid, 20, generator=torch.Generator().manual_seed(0)) * 3
-    digits, colours = scenes.dense_labels(grid)
-    losses = {"digit": [], "colour": []}
+    logits = torch.randn(6, grid * grid, sum(READ), generator=torch.Generator().manual_seed(0)) * 3
+    digits, colours, places = scenes.dense_labels(grid)
+    losses = {"digit": [], "colour": [], "place": []}
     for n in range(6):
         for square in range(grid * grid):
             digit, colour = int(digits[n].flatten()[square]), int(colours[n].flatten()[square])
@@ -384,7 +384,9 @@ def test_the_loss_of_squares_is_their_mean_one_by_one(grid):
             possible = [d for d in range(11) if colour == len(COLOURS) or (d, COLOURS[colour]) not in HELD_OUT]
             by_digit = {d: logits[n, square, d] for d in possible}
             losses["digit"].append(torch.stack(list(by_digit.values())).logsumexp(0) - by_digit[digit])
-            losses["colour"].append(F.cross_entropy(logits[n, square, 11:], torch.tensor(colour)))
+            losses["colour"].append(F.cross_entropy(logits[n, square, 11:20], torch.tensor(colour)))
+            if digit < 10:  # nothing is nowhere
+                losses["place"].append(F.cross_entropy(logits[n, square, 20:], places[n].flatten()[square]))
     expected = sum(torch.stack(each).mean() for each in losses.values())
     torch.testing.assert_close(scene_loss(logits, scenes), expected, atol=1e-5, rtol=1e-5)
 
@@ -392,9 +394,9 @@ def test_the_loss_of_squares_is_their_mean_one_by_one(grid):
 def test_no_square_teaches_that_its_colour_is_never_that_digits():
     """A pair that is held out is not learned to be absent: no gradient of its digit comes from squares of its colour."""
     scenes = make_scenes("train", 60, seed=1)
-    logits = torch.zeros(60, 16, 20, requires_grad=True)
+    logits = torch.zeros(60, 16, sum(READ), requires_grad=True)
     scene_loss(logits, scenes).backward()
-    _, colours = scenes.dense_labels(4)
+    _, colours, _ = scenes.dense_labels(4)
     for digit, colour in HELD_OUT:
         squares = colours.flatten(1) == COLOURS.index(colour)
         assert squares.any() and not logits.grad[..., digit][squares].any()
