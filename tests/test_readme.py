@@ -6,8 +6,11 @@ from pathlib import Path
 
 import pytest
 
+import evaluate
 import generate
+import llava_json
 import train_vit
+import train_vlm
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -19,7 +22,8 @@ COMMANDS = [
     for line in block.splitlines()
     if line.startswith(("python ", "torchrun "))
 ]
-PARSERS = {"train_vit.py": train_vit.parse_args, "generate.py": generate.parse_args}
+MODULES = {"train_vit.py": train_vit, "train_vlm.py": train_vlm, "generate.py": generate, "evaluate.py": evaluate}
+PARSERS = {name: module.parse_args for name, module in {**MODULES, "llava_json.py": llava_json}.items()}
 
 
 @pytest.mark.parametrize("code", [block for kind, block in BLOCKS if kind == "python" and "path/to" not in block])

@@ -239,7 +239,7 @@ def test_dense_labels_by_brute_force(made, grid):
     scenes = scenes[:150]
     digits, colours, places = scenes.dense_labels(grid)
     square = S / grid
-    expected = torch.stack([torch.full_like(digits, 10), torch.full_like(digits, len(COLOURS)), torch.full_like(digits, IGNORE)])
+    expected = torch.stack([torch.full_like(digits, nothing) for nothing in (10, len(COLOURS), IGNORE)])
     by_scene = itertools.groupby(digits_of(scenes), key=lambda found: found[0])
     for n, found in by_scene:
         found = list(found)
