@@ -25,7 +25,18 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import figures
-from answers import MOST_NEW_TOKENS, Item, answer, mean_answer_loss, prompt_ids, row_items, scene_items, score, stop_tokens
+from answers import (
+    MOST_NEW_TOKENS,
+    Item,
+    answer,
+    mean_answer_loss,
+    picture_key,
+    prompt_ids,
+    row_items,
+    scene_items,
+    score,
+    stop_tokens,
+)
 from attention_maps import group_into_words, where_it_looks
 from checkpoint import find_source, from_pretrained, read_json, save_lora, save_pretrained, write_json
 from llava_json import LlavaRows, PictureCache
@@ -350,12 +361,12 @@ def ask(model, processor, items: list[Item], args) -> dict:
 
 
 def draw(folder: Path, model, processor, items: list[Item], found: dict, rows: list[dict], blind: bool) -> None:
-    """curves.png, samples.png: one question of each of 24 pictures; attention.png: where it looks in the first of them."""
+    """curves.png; samples.png: one question of each of 24 pictures; attention.png: where it looks for its longest answer."""
     figures.curves(rows, folder / "curves.png")
     first = {}
     for number, item in enumerate(items):  # of each picture another kind of question, where there is one
-        key = str(item.images[0]) if isinstance(item.images[0], (str, Path)) else id(item.images[0])
-        first.setdefault(key, []).append(number) if item.images else None
+        if item.images:
+            first.setdefault(picture_key(item.images[0]), []).append(number)
     chosen = [numbers[i % len(numbers)] for i, numbers in enumerate(list(first.values())[:24])]
     if not chosen:
         return
