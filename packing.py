@@ -27,6 +27,11 @@ class Sample:
     trunk: tuple[list[int], list[int]]
     branches: list[tuple[list[int], list[int]]]
 
+    @property
+    def depth(self) -> int:
+        """Tokens of the longest conversation in it."""
+        return len(self.trunk[0]) + max((len(ids) for ids, _ in self.branches), default=0)
+
     def __len__(self) -> int:
         return len(self.trunk[0]) + sum(len(ids) for ids, _ in self.branches)
 

@@ -166,10 +166,16 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> BPETokenizer:
     """As large as the texts allow, up to vocab_size."""
     special = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
     roles = ["user\n", "assistant\n", "system\n"] * 100  # what the chat template writes, in few tokens
-    try:
-        return BPETokenizer.train([*texts, *roles], vocab_size, special)
-    except ValueError:  # fewer merges than that: the message says no number to ask for
-        return BPETokenizer.train([*texts, *roles], 256 + len(special) + 1, special)
+    least, found = 256 + len(special), None
+    sizes = range(least, vocab_size + 1)
+    while sizes:  # usually once: only a corpus of few words cannot give them all
+        size = sizes[-1] if found is None and sizes[-1] == vocab_size else sizes[len(sizes) // 2]
+        try:
+            found = BPETokenizer.train([*texts, *roles], size, special)
+            sizes = range(size + 1, sizes.stop)
+        except ValueError:
+            sizes = range(sizes.start, size)
+    return found
 
 
 def build(args, texts: list[str], mean, std) -> tuple[MllamaForConditionalGeneration, MllamaImageProcessor]:
@@ -283,7 +289,7 @@ def stages(args, epoch: int | None) -> list[Stage]:
     steps = args.steps or (1000 if epoch is None else max(1, round((args.epochs or 3) * epoch)))
     frozen, found, first = frozen_towers(args), [], args.projector_steps
     if epoch is None and args.vision_steps and not (args.vision or args.blind or "vision" in (args.freeze or ())):
-        why = "digit, colour and place of each patch, from the generator's labels: end to end, digits were never learned"
+        why = "digit, colour and place of each patch, from the generator's labels: there must be something to talk about"
         found.append(Stage("vision", why, args.vision_steps, ("model.vision_tower", "reader")))
     if first is None:  # where both towers come trained, or nearly so
         first = 40 if epoch is None else steps // 10 if args.vision and args.lm else 0
@@ -442,8 +448,8 @@ class Data:
             paths = [path for row in self.rows for path in row.images]
             features.keep(Path(args.cache_features or run.folder / "features.npy"), paths, args.workers, run.is_main)
         ranks |= {"workers": args.workers, "features": features, "isolated": args.isolated}
-        length = min(args.max_length, model.config.text_config.context_length)
-        return LlavaBatches(self.rows, processor, pictures, size, args.seed, length, **ranks)
+        ranks["context"] = model.config.text_config.context_length
+        return LlavaBatches(self.rows, processor, pictures, size, args.seed, args.max_length, **ranks)
 
     def tests(self, count: int, model, processor) -> dict[str, list[Item]]:
         """Questions about so many test pictures, by split; without those that could not be asked."""

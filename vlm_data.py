@@ -89,17 +89,19 @@ class LlavaBatches:
     """Rows of LLaVA-style JSON, batch_size of them (on this rank) a batch, in grad_accum parts, each row once an epoch.
 
     isolated: every question of a row is asked alone, so that no answer helps with the next; else a row is one conversation.
-    length: of packed rows, tokens; a conversation that is longer is left out and counted in `too_long`. A row whose picture
+    length: of packed rows, tokens, and context: of the model, for each conversation; what is longer is left out and counted
+    in `too_long`. A row whose picture
     cannot be read (any more) is left out too; pictures.unreadable has the reason. features: see FrozenFeatures.
     """
 
     def __init__(
         self, rows: LlavaRows, processor, pictures: PictureCache, batch_size: int, seed: int, length: int,
         isolated: bool = False, grad_accum: int = 1, blind: bool = False, workers: int = 1,
-        features: "FrozenFeatures | None" = None, rank: int = 0, world_size: int = 1,
+        features: "FrozenFeatures | None" = None, rank: int = 0, world_size: int = 1, context: int | None = None,
     ):  # fmt: skip
         self.rows, self.processor, self.pictures, self.length, self.isolated = rows, processor, pictures, length, isolated
         self.grad_accum, self.blind, self.workers, self.features = grad_accum, blind, workers, features
+        self.context = context or length
         self.indices = Batches(len(rows), batch_size, seed, rank=rank, world_size=world_size)
         self.too_long: set[int] = set()
 
@@ -137,7 +139,7 @@ class LlavaBatches:
         sample = encode_sample(
             self.processor, isolated_turns(row.messages) if self.isolated else [row.messages], len(row.images)
         )
-        if len(sample) <= self.length:
+        if len(sample) <= self.length and sample.depth <= self.context:
             return sample
         self.too_long.add(row.number)
         return None

@@ -693,3 +693,15 @@ def test_what_does_not_fit_is_one_line_and_exit_code_2(tmp_path, wrong, capsys, 
     assert re.search(message, error), error
     left = [path.name for path in (tmp_path / "run").glob("*")] if (tmp_path / "run").exists() else []
     assert not set(left) - {"metrics.jsonl"}, "no half of a run is left"
+
+
+# ---- past bugs -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("texts, size", [(["what is the blue shape?", "red"] * 30, 450), (scenes.corpus(), 450)])
+def test_a_tokenizer_takes_all_merges_that_a_poor_corpus_has(texts, size):
+    """easy-VQA has too few words for 450 tokens; the tokenizer then fell back to single bytes, rows became three times as long
+    and a third of them was dropped."""
+    tokenizer = train_vlm.train_tokenizer(texts, size)
+    assert len(tokenizer) <= size
+    assert all(len(tokenizer.encode(word)) == 1 for word in (" blue", " shape") if word in " ".join(texts))
