@@ -116,3 +116,12 @@ def test_padding_has_no_label_and_looks_at_no_sample():
     packed = pack(samples, pad_token_id=9)
     assert packed["input_ids"].tolist() == [[5, 6, 7], [5, 9, 9]] and packed["labels"][1].tolist() == [-100] * 3
     assert packed["attention_mask"][1, 0].tolist() == [[True, False, False], [False, True, False], [False, True, True]]
+
+
+def test_the_depth_of_a_sample_is_its_longest_conversation(processor):
+    """Positions restart with every branch: a context of 512 tokens has room for a picture with forty questions."""
+    rows = [encode_row(processor, asked(*turn), 1)[0] for turn in TURNS]
+    sample = encode_sample(processor, [asked(*turn) for turn in TURNS], 1)
+    assert sample.depth == max(map(len, rows)) < len(sample)
+    alone = encode_sample(processor, [asked(*TURNS[0])], 1)
+    assert alone.depth == len(alone) == len(rows[0])
