@@ -29,9 +29,9 @@ import torch
 from gpt import KVCache, left_pad
 from llava_json import count_images
 from llava_json import questions as questions_of_row
-from processing_mllama import IMAGE_TOKEN, process_images, to_messages
+from processing_mllama import IMAGE_TOKEN, to_messages
 from scenes import make_scenes, normalise, questions
-from tokenizer import CHAT_FORMATS
+from tokenizer import stop_tokens
 
 MOST_NEW_TOKENS = 64  # of an answer, unless told otherwise
 CACHE_BYTES, MOST_ROWS = 2**27, 256  # of a batch, unless told otherwise; with 64 or 512 rows a small model was slower
@@ -186,8 +186,7 @@ def look(model, processor, pictures: dict, blind: bool) -> dict:
     if blind:
         pixel_values = blind_pixels(torch.empty(len(pictures), 3, *processor.image_size))
     else:
-        settings = processor.image_size, processor.resample, processor.image_mean, processor.image_std, processor.do_pad_square
-        pixel_values = process_images(list(pictures.values()), *settings)
+        pixel_values = processor.pixel_values(list(pictures.values()))
     features = model.image_features(pixel_values.to(weight.device, weight.dtype))
     return dict(zip(pictures, features, strict=True))
 
@@ -226,12 +225,6 @@ def read_beginnings(model, processor, items, batch: list[Row], blind: bool, room
 def own_parts(batch: list[Row], cache: KVCache) -> dict[str, torch.Tensor]:
     input_ids, attention_mask = left_pad([row.own for row in batch], cache.keys.device)
     return {"input_ids": input_ids, "attention_mask": attention_mask}
-
-
-def stop_tokens(tokenizer) -> set[int]:
-    """Ids that end an answer: the tokenizer's eos_token and the ends of turn of known chat templates."""
-    ends = [tokenizer.convert_tokens_to_ids(token) for token in (*(f.end for f in CHAT_FORMATS.values()), "<|endoftext|>")]
-    return ({*ends} - {None, tokenizer.unk_token_id} | {tokenizer.eos_token_id}) - {None}
 
 
 def continue_rows(model, logits, cache: KVCache, most: Sequence[int], stop: set[int]) -> list[list[int]]:

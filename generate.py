@@ -25,11 +25,9 @@ from attention_maps import group_into_words, where_it_looks
 from checkpoint import find_source, from_pretrained
 from model import Llama3ForCausalLM, MllamaForConditionalGeneration, arrange_for_decoding
 from processing_mllama import IMAGE_TOKEN, LOCATION_TOKENS, MllamaImageProcessor
-from tokenizer import BPETokenizer
+from tokenizer import BPETokenizer, stop_tokens
 from training import find_device, not_negative_float, positive_float, positive_int, run_cli
 from vit_scratch import pair
-
-END_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<|endoftext|>")
 
 
 def parse_args(argv=None) -> argparse.Namespace:
@@ -137,7 +135,7 @@ def encode(tokenizer: BPETokenizer, text: str) -> list[int]:
 
 def say(model, tokenizer: BPETokenizer, ids: list[int], args, image_features=None, shown=None) -> tuple[str, list[int]]:
     """Stream the continuation to stdout; returns its text and ids. shown: special tokens that are part of the text, by id."""
-    stop = {tokenizer.eos_token_id, *map(tokenizer.convert_tokens_to_ids, END_OF_TURN)} - {None}
+    stop = stop_tokens(tokenizer)
     options = {key: getattr(args, key) for key in ("temperature", "top_k", "top_p", "min_p")}
     options["generator"] = torch.Generator(device=next(model.parameters()).device).manual_seed(args.seed)
     if image_features is not None:

@@ -503,7 +503,7 @@ def rows_of(name: str, data: bytes, good: Callable[[object], bool], wanted: str)
 
 def llava_row(name: str, image: str, turns: Sequence[tuple[str, str, str]]) -> dict:
     """A row from (question, answer, kind) about one picture."""
-    said = [{"from": who, "value": text} for turn in turns for who, text in zip(("human", "gpt"), turn, strict=False)]
+    said = [{"from": who, "value": text} for turn in turns for who, text in zip(("human", "gpt"), turn[:2], strict=True)]
     said[0]["value"] = f"{IMAGE_TOKEN}\n{said[0]['value']}"
     return {"id": name, "image": image, "conversations": said, "kinds": [kind for *_, kind in turns]}
 

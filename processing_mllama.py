@@ -324,13 +324,17 @@ class MllamaImageProcessor:
         if not learn:
             del batch["labels"]
         if pictures := [image for row in shared for image in row]:
-            settings = self.image_size, self.resample, self.image_mean, self.image_std, self.do_pad_square, fast
-            batch["pixel_values"] = process_images(pictures, *settings)
+            batch["pixel_values"] = self.pixel_values(pictures, fast)
         return batch
 
     def conversation(self, conversation, images=None, **options) -> dict[str, torch.Tensor]:
         """A batch of one conversation, with its image or list of images."""
         return self(None, images, [conversation], **options)
+
+    def pixel_values(self, images: Sequence, fast: bool = False) -> torch.Tensor:
+        """I images as the model sees them; see process_images."""
+        settings = self.image_size, self.resample, self.image_mean, self.image_std, self.do_pad_square
+        return process_images(images, *settings, fast)
 
     def encode(self, conversation, num_images: int, add_generation_prompt: bool = False) -> tuple[list[int], list[int]]:
         """Ids of a conversation (see to_messages) about so many pictures, and a mask: 1 on its answers and the token that

@@ -336,8 +336,9 @@ def _from_hub(name: str) -> tuple[dict, dict]:
 # --- training ---
 
 
-def _learn_merges(words: Counter[str], names: list[str], vocab_size: int) -> list[tuple[str, str]]:
-    """Join the most frequent pair, again and again, until `names` (extended in place) holds `vocab_size` tokens.
+def _learn_merges(words: Counter[str], names: list[str], vocab_size: int, at_most: bool) -> list[tuple[str, str]]:
+    """Join the most frequent pair, again and again, until `names` (extended in place) holds `vocab_size` tokens, or, if
+    at_most, until no pair is left.
 
     Of equally frequent pairs the one with the smaller ids is first, which makes the merges those of `tokenizers`.
     Pair counts are kept up to date; a heap entry whose count went stale goes back in with the present one.
@@ -353,6 +354,8 @@ def _learn_merges(words: Counter[str], names: list[str], vocab_size: int) -> lis
     heapq.heapify(heap)
     while len(names) < vocab_size:
         negative, pair, at = heapq.heappop(heap) if heap else (0, None, None)
+        if at_most and negative == 0:
+            break
         _need(negative < 0, "train", f"vocab_size {vocab_size} is too large: this corpus gives at most {len(names)}")
         if -negative != count[pair]:
             heapq.heappush(heap, (-count[pair], pair, at))
@@ -490,12 +493,14 @@ class BPETokenizer:
             raise ValueError(f"{source}: malformed tokenizer ({type(error).__name__}: {error})") from error
 
     @classmethod
-    def train(cls, corpus, vocab_size: int, special_tokens: Iterable[str] = (), pattern: str = "gpt2") -> BPETokenizer:
+    def train(cls, corpus, vocab_size: int, special_tokens: Iterable[str] = (), pattern: str = "gpt2",
+              at_most: bool = False) -> BPETokenizer:
         """Learn a vocabulary of special tokens (ids from 0), the 256 bytes and merges, in this order.
 
         corpus: a text, a path (os.PathLike) of a UTF-8 file, or an iterable of both. pattern: a name in PRE_TOKENIZERS
         or a regex. eos_token and pad_token become the special token known to end a turn, or else a text.
-        Raises ValueError if vocab_size does not hold bytes and special tokens, or is more than the corpus can give.
+        Raises ValueError if vocab_size does not hold bytes and special tokens, or is more than the corpus can give; at_most:
+        then take what it gives.
         """
         special = list(dict.fromkeys(special_tokens))
         least, names = 256 + len(special), special + sorted(BYTE_OF)
@@ -508,7 +513,7 @@ class BPETokenizer:
             _need(isinstance(text, str), "train", f"the corpus holds a {type(text).__name__}, not text or a path")
             words.update(cutter._pieces(text))
         spelled = Counter({"".join(map(CHAR_OF.__getitem__, piece)): n for piece, n in words.items()})
-        merges = [list(pair) for pair in _learn_merges(spelled, names, vocab_size)]
+        merges = [list(pair) for pair in _learn_merges(spelled, names, vocab_size, at_most)]
         ends = [end for end in ("<|im_end|>", "<|eot_id|>", "<|endoftext|>", "<|end_of_text|>") if end in special]
         spec = _make_spec({name: i for i, name in enumerate(names)}, merges, pattern, added)
         return cls(spec, {"eos_token": ends[0], "pad_token": ends[0]} if ends else {}, "train")
@@ -771,3 +776,9 @@ class BPETokenizer:
 def _to_ints(ids) -> list[int]:
     ids = ids.tolist() if hasattr(ids, "tolist") else ids
     return [ids] if isinstance(ids, int) else [int(i) for i in ids]
+
+
+def stop_tokens(tokenizer) -> set[int]:
+    """Ids that end an answer: the tokenizer's eos_token and the ends of turn of known chat templates."""
+    ends = [tokenizer.convert_tokens_to_ids(token) for token in (*(f.end for f in CHAT_FORMATS.values()), "<|endoftext|>")]
+    return ({*ends} - {None, tokenizer.unk_token_id} | {tokenizer.eos_token_id}) - {None}

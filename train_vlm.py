@@ -35,7 +35,6 @@ from answers import (
     row_items,
     scene_items,
     score,
-    stop_tokens,
 )
 from attention_maps import group_into_words, where_it_looks
 from checkpoint import find_source, from_pretrained, read_json, save_lora, save_pretrained, write_json
@@ -59,7 +58,7 @@ from processing_mllama import (
 )
 from scenes import COLOURS, HELD_OUT, IGNORE, PLACES, SLOTS, SceneConfig, Scenes, SceneStream, corpus, make_scenes
 from siglip import SiglipModel, SiglipTwoTower, SiglipVisionConfig
-from tokenizer import BPETokenizer
+from tokenizer import BPETokenizer, stop_tokens
 from training import (
     Run,
     Trainer,
@@ -166,16 +165,7 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> BPETokenizer:
     """As large as the texts allow, up to vocab_size."""
     special = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
     roles = ["user\n", "assistant\n", "system\n"] * 100  # what the chat template writes, in few tokens
-    least, found = 256 + len(special), None
-    sizes = range(least, vocab_size + 1)
-    while sizes:  # usually once: only a corpus of few words cannot give them all
-        size = sizes[-1] if found is None and sizes[-1] == vocab_size else sizes[len(sizes) // 2]
-        try:
-            found = BPETokenizer.train([*texts, *roles], size, special)
-            sizes = range(size + 1, sizes.stop)
-        except ValueError:
-            sizes = range(sizes.start, size)
-    return found
+    return BPETokenizer.train([*texts, *roles], vocab_size, special, at_most=True)
 
 
 def build(args, texts: list[str], mean, std) -> tuple[MllamaForConditionalGeneration, MllamaImageProcessor]:
@@ -232,14 +222,6 @@ class Learner(nn.Module):
         super().__init__()
         self.model = model
         self.reader = nn.Linear(model.config.vision_config.hidden_size, sum(READ))
-
-    @property
-    def grad_checkpoint(self) -> bool:
-        return self.model.grad_checkpoint
-
-    @grad_checkpoint.setter
-    def grad_checkpoint(self, on: bool):
-        self.model.grad_checkpoint = on
 
     def forward(self, scenes: Scenes | None = None, **batch) -> torch.Tensor:
         if scenes is None:

@@ -266,7 +266,8 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonal(x: torch.Tensor) -> torch.Tensor:
-    """[K, out, in]: each matrix with its singular values, whatever they were, brought to within 0.7 to 1.2."""
+    """[K, out, in]: each matrix with its singular values brought to about 0.7 to 1.2, unless they were some hundred times
+    smaller than its norm."""
     tall = x.shape[1] > x.shape[2]
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
     x = x.mT if tall else x
@@ -349,16 +350,12 @@ class Trainer:
         stage: str = "", before: "Trainer | None" = None, max_seconds: float | None = None, batch_size: int | None = None,
     ):  # fmt: skip
         args = run.args
-        self.run, self.raw, self.total_steps, self.batches, self.unit, self.stage = (
-            run,
-            model,
-            total_steps,
-            batches,
-            unit,
-            stage,
-        )
+        self.run, self.raw, self.total_steps = run, model, total_steps
+        self.batches, self.unit, self.stage = batches, unit, stage
         self.max_seconds, self.batch_size = max_seconds or args.max_seconds, batch_size or args.batch_size
-        model.grad_checkpoint = args.grad_checkpoint
+        for module in model.modules():
+            if hasattr(module, "grad_checkpoint"):
+                module.grad_checkpoint = args.grad_checkpoint
         self.optimizers, self.peaks = make_optimizers(groups), [group["lr"] for group in groups]
         self.scaler = torch.amp.GradScaler(run.device.type, enabled=run.dtype == torch.float16)
         self.ema = EMA(model, args.ema) if args.ema else None

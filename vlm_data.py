@@ -7,6 +7,7 @@
 Both can stop anywhere and go on with the very batch that was to follow (state_dict, load_state_dict).
 """
 
+import functools
 import hashlib
 import math
 from collections.abc import Sequence
@@ -21,7 +22,7 @@ from checkpoint import read_json, write_atomic, write_json
 from data import Batches
 from llava_json import LlavaRows, PictureCache, Row, isolated_turns
 from packing import Sample, encode_row, encode_sample, pack, share_beginning
-from processing_mllama import normalize, process_images, rescale
+from processing_mllama import normalize, rescale
 from scenes import MIX, Scenes, SceneStream, questions
 
 TRAIN_MIX = {**MIX, "left_of": 5, "above": 5, "describe": 3}
@@ -80,8 +81,7 @@ def scene_parts(scenes: Scenes, parts: int) -> list[Scenes]:
 def scene_pixels(processor, scenes: Scenes) -> torch.Tensor:
     """pixel_values [N, 3, S, S], as the processor makes them."""
     if tuple(scenes.images.shape[-2:]) != processor.image_size:
-        settings = processor.image_size, processor.resample, processor.image_mean, processor.image_std, processor.do_pad_square
-        return process_images(list(scenes.images), *settings)
+        return processor.pixel_values(list(scenes.images))
     return normalize(rescale(scenes.images), processor.image_mean, processor.image_std)
 
 
@@ -90,8 +90,8 @@ class LlavaBatches:
 
     isolated: every question of a row is asked alone, so that no answer helps with the next; else a row is one conversation.
     length: of packed rows, tokens, and context: of the model, for each conversation; what is longer is left out and counted
-    in `too_long`. A row whose picture
-    cannot be read (any more) is left out too; pictures.unreadable has the reason. features: see FrozenFeatures.
+    in `too_long`. A row whose picture cannot be read (any more) is left out too; pictures.unreadable has the reason.
+    features: see FrozenFeatures.
     """
 
     def __init__(
@@ -155,13 +155,17 @@ class LlavaBatches:
     def fraction(self) -> float:
         return self.indices.fraction
 
-    def state_dict(self) -> dict:
+    @functools.cached_property
+    def _rows_hash(self) -> str:
         rows = [([path.name for path in row.images], row.messages) for row in self.rows]
-        return {"rows": hashlib.sha256(repr(rows).encode()).hexdigest(), **self.indices.state_dict()}
+        return hashlib.sha256(repr(rows).encode()).hexdigest()
+
+    def state_dict(self) -> dict:
+        return {"rows": self._rows_hash, **self.indices.state_dict()}
 
     def load_state_dict(self, state: dict) -> None:
         """Raises ValueError if the state is that of other rows."""
-        if state["rows"] != self.state_dict()["rows"]:
+        if state["rows"] != self._rows_hash:
             raise ValueError(f"cannot resume: {self.rows.source} holds other rows now than when the run was started")
         self.indices.load_state_dict(state)
 
