@@ -88,6 +88,8 @@ SIZES = {
 SHARES = {"vision": 0.4, "projector": 0.02, "language": 0.58}  # of --max-seconds
 READ = 11, len(COLOURS) + 1, len(PLACES[3])  # digits and colours, each with "nothing", and places
 VISION_BATCH = 64  # scenes a step of stage 1
+FULL_SCENES = SceneConfig(digits=(SLOTS, SLOTS), variants=64, rotate=12.0, shear=0.15)  # of stage 1: as many digits as can be
+READ_WEIGHTS = 1.0, 0.5, 0.2  # digits are hardest; where places weigh more, digits show less in the features
 LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -115,8 +117,8 @@ def parse_args(argv=None):
     add("--lr-pretrained", type=positive_float, default=1e-4, help="peak learning rate of what comes trained, LoRA apart")
     add("--muon-lr", type=not_negative_float, default=0.02, help="Muon's, for matrices that start untrained; 0: AdamW for all")
     add("--vision-steps", type=not_negative_int, default=1050, help="of stage 1 (scenes)")
-    add("--projector-steps", type=not_negative_int, help="of stage 2; default: 40, or a tenth of stage 3")
-    add("--steps", type=positive_int, help="of stage 3, in place of --epochs; default for scenes 1000")
+    add("--projector-steps", type=not_negative_int, help="of stage 2; default: 20, or a tenth of stage 3")
+    add("--steps", type=positive_int, help="of stage 3, in place of --epochs; default for scenes 1100")
     add("--per-scene", type=positive_int, default=12, help="questions about each scene")
     add("--isolated", action="store_true", help="each question of a row is asked alone, without those before it")
     add("--max-length", type=positive_int, default=1024, help="tokens of a packed row, for --dataset llava")
@@ -245,7 +247,8 @@ def scene_loss(logits: torch.Tensor, scenes: Scenes) -> torch.Tensor:
         never[COLOURS.index(colour), digit] = True
     digits, *others = logits.flatten(0, 1).float().split(READ, dim=1)
     digits = digits.masked_fill(never[labels[1].clamp(min=0)], -1e4)
-    return sum(F.cross_entropy(x, y, ignore_index=IGNORE) for x, y in zip((digits, *others), labels, strict=True))
+    read = zip(READ_WEIGHTS, (digits, *others), labels, strict=True)
+    return sum(weight * F.cross_entropy(x, y, ignore_index=IGNORE) for weight, x, y in read)
 
 
 # ---- stages ----------------------------------------------------------------------------------------------------------
@@ -268,13 +271,13 @@ def frozen_towers(args) -> set[str]:
 
 def stages(args, epoch: int | None) -> list[Stage]:
     """What this run goes through. epoch: steps of one pass over the rows; None for scenes, of which there is no end."""
-    steps = args.steps or (1000 if epoch is None else max(1, round((args.epochs or 3) * epoch)))
+    steps = args.steps or (1100 if epoch is None else max(1, round((args.epochs or 3) * epoch)))
     frozen, found, first = frozen_towers(args), [], args.projector_steps
     if epoch is None and args.vision_steps and not (args.vision or args.blind or "vision" in (args.freeze or ())):
         why = "digit, colour and place of each patch, from the generator's labels: there must be something to talk about"
         found.append(Stage("vision", why, args.vision_steps, ("model.vision_tower", "reader")))
     if first is None:  # where both towers come trained, or nearly so
-        first = 40 if epoch is None else steps // 10 if args.vision and args.lm else 0
+        first = 20 if epoch is None else steps // 10 if args.vision and args.lm else 0
     if args.fusion == "cross":  # its gates are closed at first, and let no gradient through to the projector
         if "lm" in frozen and not args.lora:
             raise ValueError("--fusion cross --freeze lm: the language model holds the layers that look: add --lora")
@@ -454,10 +457,10 @@ def train_stage(run: Run, learner: Learner, stage: Stage, batches, before, tests
     groups = choose_parameters(learner, stage, args)
     trained = sum(p.numel() for p in learner.parameters() if p.requires_grad)
     size = args.batch_size
-    if stage.name == "vision":  # as many digits as there can be
+    if stage.name == "vision":
         unit, ranks = run.world_size * args.grad_accum, {"rank": run.rank, "world_size": run.world_size}
         size = max(1, round(VISION_BATCH / unit)) * unit
-        batches = SceneStream("train", size // run.world_size, args.seed, SceneConfig(digits=(SLOTS, SLOTS)), **ranks)
+        batches = SceneStream("train", size // run.world_size, args.seed, FULL_SCENES, **ranks)
     run.print(f"stage {stage.name}: {stage.why}\n  {trained:,} parameters, {stage.steps:,} steps of {size}")
     trainer = Trainer(run, learner, stage.steps, groups, batches, "samples", stage.name, before, seconds, size)
 
