@@ -45,11 +45,9 @@ from processing_mllama import (
     MAX_ASPECT,
     RESAMPLE,
     ROLES,
+    fit,
     normalize,
-    pad_square,
     rescale,
-    resize,
-    to_picture,
 )
 from training import not_negative_int, positive_int, run_cli
 from vit_scratch import pair
@@ -432,15 +430,11 @@ class PictureCache:
         if path in self._kept or path in self.unreadable:
             return self._kept.get(path)
         try:
-            picture = to_picture(path)
-            if problem := size_problem(*picture.size):
-                raise ValueError(problem)
-            picture = pad_square(picture, self.image_mean) if self.do_pad_square else picture
+            pixels = fit(path, self.image_size, self.resample, self.image_mean, self.do_pad_square)
         except (ValueError, OSError) as error:
             self.unreadable[path] = one_line(error)
             return None
-        pixels = np.asarray(resize(picture, self.image_size, self.resample)).transpose(2, 0, 1)
-        pixels = torch.from_numpy(np.ascontiguousarray(pixels))
+        pixels = torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
         with self._lock:
             if path not in self._kept and pixels.nbytes <= self.room:
                 self._kept[path] = pixels

@@ -108,6 +108,14 @@ def normalize(pixels: torch.Tensor, mean: Sequence[float], std: Sequence[float])
     return (pixels - mean).div_(std)
 
 
+def fit(image, size: tuple[int, int], resample: str, mean: Sequence[float], do_pad_square: bool, fast=False) -> np.ndarray:
+    """One picture (see to_picture) as uint8 [height, width, 3]; see process_images. Raises ValueError for a thin strip."""
+    picture = to_picture(image, max(size) if fast else None)
+    if max(picture.size) > MAX_ASPECT * min(picture.size):
+        raise ValueError(f"{picture.width}x{picture.height} is too thin a strip (over {MAX_ASPECT} to 1): crop it")
+    return np.asarray(resize(pad_square(picture, mean) if do_pad_square else picture, size, resample))
+
+
 def process_images(
     images: Sequence, size: tuple[int, int], resample: str = "bicubic", mean: Sequence[float] = IMAGENET_STANDARD_MEAN,
     std: Sequence[float] = IMAGENET_STANDARD_STD, do_pad_square: bool = False, fast: bool = False,
@@ -122,14 +130,10 @@ def process_images(
     resized = []
     for number, image in enumerate(images):
         try:
-            picture = to_picture(image, max(size) if fast else None)
-            if max(picture.size) > MAX_ASPECT * min(picture.size):
-                raise ValueError(f"{picture.width}x{picture.height} is too thin a strip (over {MAX_ASPECT} to 1): crop it")
-            picture = pad_square(picture, mean) if do_pad_square else picture
+            resized.append(fit(image, size, resample, mean, do_pad_square, fast))
         except ValueError as error:
             path = f" ({os.fspath(image)})" if isinstance(image, (str, os.PathLike)) else ""
             raise ValueError(f"image {number}{path}: {error}") from None
-        resized.append(np.asarray(resize(picture, size, resample)))
     # Bytes are cheap to move: one stacked tensor, then the arithmetic on all of it at once.
     return normalize(rescale(torch.from_numpy(np.stack(resized)).permute(0, 3, 1, 2).contiguous()), mean, std)
 

@@ -16,6 +16,7 @@ metrics.jsonl, curves.png, samples.png, attention.png, result.json. The last lin
 
 import json
 import math
+import random
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -37,6 +38,7 @@ from answers import (
     score,
 )
 from attention_maps import group_into_words, where_it_looks
+from augment import GEOMETRY, warp
 from checkpoint import find_source, from_pretrained, read_json, save_lora, save_pretrained, write_json
 from llava_json import LlavaRows, PictureCache
 from model import (
@@ -90,6 +92,7 @@ READ = 11, len(COLOURS) + 1, len(PLACES[3])  # digits and colours, each with "no
 VISION_BATCH = 64  # scenes a step of stage 1
 FULL_SCENES = SceneConfig(digits=(SLOTS, SLOTS), variants=64, rotate=12.0, shear=0.15)  # of stage 1: as many digits as can be
 READ_WEIGHTS = 1.0, 0.5, 0.2  # digits are hardest; where places weigh more, digits show less in the features
+QUICK = 600  # questions of each split, the first of its test questions, asked every --eval-every steps
 LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -116,10 +119,12 @@ def parse_args(argv=None):
     add("--lora-alpha", type=positive_float, help="default: twice the rank")
     add("--lr-pretrained", type=positive_float, default=1e-4, help="peak learning rate of what comes trained, LoRA apart")
     add("--muon-lr", type=not_negative_float, default=0.02, help="Muon's, for matrices that start untrained; 0: AdamW for all")
-    add("--vision-steps", type=not_negative_int, default=1050, help="of stage 1 (scenes)")
+    add("--vision-steps", type=not_negative_int, default=950, help="of stage 1 (scenes)")
     add("--projector-steps", type=not_negative_int, help="of stage 2; default: 20, or a tenth of stage 3")
-    add("--steps", type=positive_int, help="of stage 3, in place of --epochs; default for scenes 1100")
+    add("--steps", type=positive_int, help="of stage 3, in place of --epochs; default for scenes 950")
     add("--per-scene", type=positive_int, default=12, help="questions about each scene")
+    add("--shift", type=not_negative_float, default=0.0, help="move training pictures by up to this part of their side, for "
+        "--dataset llava with a tower that trains")  # fmt: skip
     add("--isolated", action="store_true", help="each question of a row is asked alone, without those before it")
     add("--max-length", type=positive_int, default=1024, help="tokens of a packed row, for --dataset llava")
     add("--cache-features", nargs="?", const="", metavar="FILE", help="keep a frozen tower's features; default in --out")
@@ -135,6 +140,8 @@ def parse_args(argv=None):
         parser.error("--pixel-shuffle goes with --projector linear: no published layout has it with an mlp")
     if args.dataset == "scenes" and args.cache_features is not None:
         parser.error("--cache-features: scenes are new at every step, there is nothing to keep; it is for --dataset llava")
+    if args.shift and (args.dataset == "scenes" or args.cache_features is not None):
+        parser.error("--shift is for --dataset llava, without --cache-features: scenes wander by themselves")
     return args
 
 
@@ -271,7 +278,7 @@ def frozen_towers(args) -> set[str]:
 
 def stages(args, epoch: int | None) -> list[Stage]:
     """What this run goes through. epoch: steps of one pass over the rows; None for scenes, of which there is no end."""
-    steps = args.steps or (1100 if epoch is None else max(1, round((args.epochs or 3) * epoch)))
+    steps = args.steps or (950 if epoch is None else max(1, round((args.epochs or 3) * epoch)))
     frozen, found, first = frozen_towers(args), [], args.projector_steps
     if epoch is None and args.vision_steps and not (args.vision or args.blind or "vision" in (args.freeze or ())):
         why = "digit, colour and place of each patch, from the generator's labels: there must be something to talk about"
@@ -336,9 +343,16 @@ def load_rows(args, run: Run) -> tuple[LlavaRows, LlavaRows]:
     return rows.split(args.test_part, args.seed)
 
 
-def evenly(rows: LlavaRows, count: int) -> LlavaRows:
-    """Up to `count` of the rows, from all over the file."""
-    return rows.subset(range(0, len(rows), max(1, -(-len(rows) // count))))
+def shifted(pixel_values: torch.Tensor, most: float, generator: torch.Generator) -> torch.Tensor:
+    """[I, 3, S, S], each moved by up to `most` of its side, either way; its border is repeated."""
+    geometry = torch.zeros(len(pixel_values), len(GEOMETRY))
+    geometry[:, 1:3] = (torch.rand(len(pixel_values), 2, generator=generator, device=generator.device).cpu() * 2 - 1) * most
+    return warp(pixel_values, geometry.to(pixel_values), "border")
+
+
+def some(rows: LlavaRows, count: int) -> LlavaRows:
+    """Up to `count` of the rows, in random order, the same each time: the first few of them stand for all."""
+    return rows.subset(random.Random(0).sample(range(len(rows)), min(count, len(rows))))
 
 
 # ---- what the run leaves -----------------------------------------------------------------------------------------------
@@ -429,6 +443,8 @@ class Data:
             raise ValueError("--cache-features: the vision tower is trained, so its features change: add --freeze vision")
         if frozen and (run.device.type == "cpu" or args.cache_features is not None):
             features = FrozenFeatures(model, pictures, args.blind)
+        if args.shift and features:
+            raise ValueError("--shift: the vision tower is frozen and looks at each picture once: add --freeze none")
         if args.cache_features is not None:
             paths = [path for row in self.rows for path in row.images]
             features.keep(Path(args.cache_features or run.folder / "features.npy"), paths, args.workers, run.is_main)
@@ -440,7 +456,7 @@ class Data:
         """Questions about so many test pictures, by split; without those that could not be asked."""
         if self.rows is None:
             return {split: scene_items(split, count, seed=0) for split in ("test", "compositional")}
-        items = row_items(evenly(self.test_rows, count), self.args.isolated)
+        items = row_items(some(self.test_rows, count), self.args.isolated)
         pictures, limit = PictureCache(processor.image_size, most_bytes=0), model.config.text_config.context_length
         bad = {path for item in items for path in item.images if not self.args.blind and pictures[path] is None}
         fit = [item for item in items if not bad & {*item.images} and len(prompt_ids(processor, item, True)[0]) < limit]
@@ -465,7 +481,7 @@ def train_stage(run: Run, learner: Learner, stage: Stage, batches, before, tests
     trainer = Trainer(run, learner, stage.steps, groups, batches, "samples", stage.name, before, seconds, size)
 
     def losses(step: int):
-        run.seed_step(step)
+        generator = run.seed_step(step)
         if stage.name == "vision":
             for scenes in scene_parts(next(batches), args.grad_accum):
                 pixels = scene_pixels(processor, scenes).to(run.device)
@@ -473,8 +489,11 @@ def train_stage(run: Run, learner: Learner, stage: Stage, batches, before, tests
                     yield trainer.model(scenes, pixel_values=pixels)
         else:
             for batch in next(batches):
+                batch = {key: value.to(run.device) for key, value in batch.items()}
+                if args.shift and "pixel_values" in batch:
+                    batch["pixel_values"] = shifted(batch["pixel_values"], args.shift, generator)
                 with run.autocast():
-                    yield trainer.model(**{key: value.to(run.device) for key, value in batch.items()})
+                    yield trainer.model(**batch)
 
     learner.train()
     while not trainer.done():
@@ -496,7 +515,8 @@ def main(argv=None) -> None:
         convert_linears_to_lora(model.language_model, args.lora, args.lora_alpha or 2 * args.lora, targets=LORA_TARGETS)
     learner = Learner(model).to(run.device)
     batches = data.batches(model, processor)
-    quick, tests = (data.tests(count, model, processor) for count in (60, args.eval_count))
+    tests = data.tests(args.eval_count, model, processor)
+    quick = {split: items[:QUICK] for split, items in tests.items()}
     plan = stages(args, None if data.rows is None else len(batches))
     parts = {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()}
     run.print(f"{args.dataset} on {run.device} in {run.dtype} -> {run.folder}; "

@@ -25,7 +25,7 @@ from packing import Sample, encode_row, encode_sample, pack, share_beginning
 from processing_mllama import normalize, rescale
 from scenes import MIX, Scenes, SceneStream, questions
 
-TRAIN_MIX = {**MIX, "left_of": 5, "above": 5, "describe": 3}
+TRAIN_MIX = {**MIX, "left_of": 5, "above": 5, "sum": 3, "describe": 3}
 
 
 class SceneBatches:

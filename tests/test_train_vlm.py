@@ -146,6 +146,7 @@ VARIANTS = {
     "nothing frozen": ([*SCENES, "--freeze", "none", "--blind", "--pixel-shuffle", 1], [("term", 2), ("kill", 6)]),
     "photos": ([*LLAVA, "--isolated"], [("term", 2), ("between", 3), ("kill", 6)]),
     "LoRA": ([*LLAVA, "--vision", "RUN", "--lm", "RUN", "--lora", 2], [("term", 2), ("kill", 5), ("term", 6)]),
+    "shifted": ([*LLAVA, "--shift", 0.1], [("term", 2), ("kill", 5), ("term", 6)]),
     "cached": ([*LLAVA, "--vision", "RUN", "--cache-features"], [("term", 1), ("term", 3), ("kill", 7)]),
 }
 
@@ -641,6 +642,15 @@ def test_rows_without_a_picture_can_fill_a_batch_in_every_stage(runs, photos):
     assert train(*LLAVA, *flags, "--data", folder / "scenes.json", "--out", runs / "mixed run")["steps"] == 13
 
 
+def test_a_shift_moves_each_picture_by_itself_and_repeats_its_border():
+    x = torch.randn(64, 1, 1, 1) + torch.arange(20.0) * torch.ones(64, 3, 20, 20)  # a slope to the right
+    moved = train_vlm.shifted(x, 0.2, torch.Generator().manual_seed(0)) - x
+    middle = moved[:, 0, 4:-4, 4:-4].flatten(1)
+    assert torch.allclose(middle, middle[:, :1].expand_as(middle), atol=1e-4), "all of a picture moves alike"
+    assert middle[:, 0].abs().max() <= 4.001 and middle[:, 0].std() > 1 and middle[:, 0].mean().abs() < 1
+    assert (moved[:, 0] + x[:, 0]).amin() >= x.amin() - 1e-4, "nothing comes in that was not in the picture"
+
+
 # ---- what is refused ---------------------------------------------------------------------------------------------------------
 
 
@@ -673,6 +683,8 @@ REFUSED = [
     ("--freeze eyes", "--freeze eyes: it takes vision, lm"),
     ("--lora 0", "argument --lora"),
     ("--cache-features", "--cache-features: scenes are new at every step"),
+    ("--shift 0.1", "--shift is for --dataset llava"),
+    ("--dataset llava --data DATA --freeze vision --shift 0.1", "--shift: the vision tower is frozen"),
     ("--dataset llava", "--dataset llava needs --data FILE.json"),
     ("--dataset llava --data /nowhere.json", "/nowhere.json does not exist"),
     ("--dataset llava --data OBJECT", "not a list of rows"),
