@@ -6,6 +6,7 @@
     python bench.py decode --source model.gguf     one token after another, against transformers' generate
     python bench.py loss                           memory of the training loss: chunks against all logits at once
     python bench.py vlm                            training SigLIP-B/16 + SmolLM2-135M, whole or in part, against Idefics3
+    python bench.py quant --source model.gguf      4-bit layers against floats: time, memory, perplexity on --text FILE
 
 Every figure is a ratio to the peer in the same run, since a machine's own speed drifts. Time: the median over rounds in
 which the two take turns. Memory: the peak of what torch allocates in one step, beyond what lay there before, counted
@@ -17,11 +18,13 @@ import argparse
 import copy
 import gc
 import json
+import math
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -38,7 +41,9 @@ from model import (
     chunked_cross_entropy,
     convert_linears_to_lora,
 )
+from quant import Linear4bit, bytes_of, quantised_memory, quantize_
 from siglip import SiglipVisionConfig
+from tokenizer import BPETokenizer
 from training import find_device, positive_int, run_cli
 from vit_scratch import ViTConfig, ViTModel, pair
 
@@ -214,6 +219,68 @@ def bench_loss(args, device: torch.device) -> list[dict]:
     return rows
 
 
+# ---- four bits a weight ----------------------------------------------------------------------------------------------
+
+TEXT_LENGTH, WINDOW = 2048, 512  # tokens of a text that are read, at a time
+
+
+def bench_quant(args, device: torch.device) -> list[dict]:
+    """Linear4bit against nn.Linear of SmolLM2-135M's MLP in forward and backward; and, where --source is given, that language
+    model with all linear layers but the head in 4 bits against itself, reading a text."""
+    torch.manual_seed(args.seed)
+    floats = nn.Linear(576, 1536, bias=False, device=device).requires_grad_(False)
+    ours, rows = Linear4bit.from_linear(floats), []
+    for batch in args.batch:
+        x = torch.randn(batch, 576, device=device, requires_grad=True)
+        steps = {"ours": partial(input_gradient, ours, x), "nn.Linear": partial(input_gradient, floats, x)}
+        rows.append(compare("linear, forward + backward", steps, batch, args.rounds, device, size="576x1536", batch=batch))
+        steps = {"ours": partial(forward_only, ours, x), "nn.Linear": partial(forward_only, floats, x)}
+        rows.append(compare("linear, forward", steps, batch, args.rounds, device, size="576x1536", batch=batch))
+    return rows + ([bench_quantised_model(args, device)] if args.source else [])
+
+
+def input_gradient(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    return torch.autograd.grad(layer(x).sum(), x)[0]
+
+
+@torch.no_grad()
+def forward_only(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    return layer(x)
+
+
+@torch.no_grad()
+def perplexity(model: nn.Module, ids: torch.Tensor) -> float:
+    """Of a language model on one text, ids [T], read in windows: exp of the mean loss of all tokens but each window's first."""
+    windows = ids.split(WINDOW)
+    losses = [model(window[None], labels=window[None])["loss"].item() * (len(window) - 1) for window in windows]
+    return math.exp(sum(losses) / (len(ids) - len(windows)))
+
+
+def bench_quantised_model(args, device: torch.device) -> dict:
+    floats = from_pretrained(args.source, device=device)
+    if not isinstance(floats, Llama3ForCausalLM):
+        raise ValueError(f"--source {args.source} is a {type(floats).__name__}: quant reads a text with a language model")
+    file = Path(args.text or Path(__file__).with_name("README.md"))
+    ids = BPETokenizer.from_pretrained(args.source).encode(file.read_text(encoding="utf-8", errors="replace"))
+    if len(ids) < 2:
+        raise ValueError(f"{file} holds {len(ids)} tokens: give a --text of some hundred words")
+    ids = torch.tensor(ids[:TEXT_LENGTH], device=device)
+    ours = copy.deepcopy(floats)
+    start = time.perf_counter()
+    quantize_(ours)
+    seconds = time.perf_counter() - start
+    found = {name: perplexity(model, ids) for name, model in (("ours", ours), ("floats", floats))}
+    steps = {"ours": partial(perplexity, ours, ids[:WINDOW]), "floats": partial(perplexity, floats, ids[:WINDOW])}
+    row = compare("reading a text", steps, len(ids[:WINDOW]), args.rounds, device, size=Path(args.source).name, batch=1)
+    weights = {name: bytes_of([*m.parameters(), *m.buffers()]) / 2**20 for name, m in (("ours", ours), ("floats", floats))}
+    return {
+        **row,
+        **{"tokens": len(ids), "perplexity": round(found["ours"], 3), "perplexity_floats": round(found["floats"], 3)},
+        **{"weights_mib": round(weights["ours"], 1), "weights_floats_mib": round(weights["floats"], 1)},
+        **{"quantising_seconds": round(seconds, 2), **quantised_memory(ours)},
+    }
+
+
 # ---- a training step of a VLM ----------------------------------------------------------------------------------------
 
 VLM_SIZES = {"222m": ("base-p16-224", "smollm2-135m"), "tiny": ("tiny", "tiny")}  # presets of the tower and of the decoder
@@ -365,6 +432,13 @@ def notes(row: dict) -> list[str]:
     if "share_of_bound" in row:
         equal, share = row["equal_tokens"], row["share_of_bound"]
         return [f"batch {row['batch']}: {equal:.1%} of the tokens are equal; {share:.0%} of the bound (see bench_decode)"]
+    if "bytes_per_weight" in row:
+        before, after, each = row["perplexity_floats"], row["perplexity"], row["bytes_per_weight"]
+        return [
+            f"perplexity on {row['tokens']} tokens: {before:.2f} in floats, {after:.2f} in 4 bits ({after / before - 1:+.1%})",
+            f"{row['layers']} layers of {row['weights'] / 1e6:.1f}M weights, {each:.4f} bytes each; the whole model: "
+            f"{row['weights_floats_mib']} -> {row['weights_mib']} MiB in {row['quantising_seconds']} s",
+        ]
     if "peak_total_mib" in row:
         size, ours, theirs = row["parameters"] / 1e6, row["peak_total_mib"], row["peer_peak_total_mib"]
         trained = f"{row['what']}, batch {row['batch']}, {row['dtype']}: {row['trained'] / 1e6:.1f}M of {size:.1f}M parameters"
@@ -377,9 +451,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("work", choices=list(WORK), help="what to measure")
     sizes = f"vit: {', '.join(ViTConfig.PRESETS)}; vlm: {', '.join(VLM_SIZES)}; default: vit-s16, 222m"
     parser.add_argument("--size", help=sizes)
-    parser.add_argument("--source", help="decode: the LLaMA checkpoint; default SmolLM2-135M's shape with random weights")
+    parser.add_argument("--source", help="decode, quant: a LLaMA checkpoint; decode's default: SmolLM2-135M's shape, random")
+    parser.add_argument("--text", metavar="FILE", help="quant: what --source reads, its first 2,048 tokens; default README.md")
     parser.add_argument("--new-tokens", type=positive_int, default=64, help="decode: tokens per prompt")
-    parser.add_argument("--batch", type=positive_int, nargs="+", help="default: 8 and 64 pictures, 1 and 16 prompts; vlm: 2")
+    parser.add_argument("--batch", type=positive_int, nargs="+", help="default: vit 8 64, decode 1 16, vlm 2, quant 1 256")
     parser.add_argument("--rounds", type=positive_int, default=7, help="turns of each; their median counts")
     parser.add_argument("--device", help="cpu, cuda, mps; default: the best there is")
     parser.add_argument("--dtype", choices=DTYPES, help="vlm: of the matrix products; default fp16 on CUDA, else fp32")
@@ -387,7 +462,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--json", action="store_true", help="one JSON object a line in place of the table")
     args = parser.parse_args(argv)
     device = find_device(args.device)
-    args.batch = args.batch or {"vit": [8, 64], "vlm": [2]}.get(args.work, [1, 16])
+    args.batch = args.batch or {"vit": [8, 64], "vlm": [2], "quant": [1, 256]}.get(args.work, [1, 16])
     args.size = args.size or {"vit": "vit-s16", "vlm": "222m"}.get(args.work)
     rows = WORK[args.work](args, device)
     where = {"device": str(device), "threads": torch.get_num_threads(), "torch": torch.__version__, "seed": args.seed}
@@ -401,7 +476,7 @@ def main(argv: list[str] | None = None) -> None:
             print(line)
 
 
-WORK = {"vit": bench_vit, "decode": bench_decode, "loss": bench_loss, "vlm": bench_vlm}
+WORK = {"vit": bench_vit, "decode": bench_decode, "loss": bench_loss, "vlm": bench_vlm, "quant": bench_quant}
 
 if __name__ == "__main__":
     run_cli(main)

@@ -5,6 +5,7 @@
     save_lora(model, "my-lora"), load_lora(model, "my-lora")      # adapters as PEFT keeps them
     python checkpoint.py show SOURCE                # its tensors as a tree, parameters by part
     python checkpoint.py convert SOURCE FOLDER --dtype fp16
+    python checkpoint.py merge-lora SOURCE FOLDER --adapter DIR   # default: the run's own adapter, SOURCE/lora
 
 Loading is a name map plus set algebra: each of our parameters says which published tensors it is made of (the maps are in
 layouts.py), every shape is checked, and a tensor that is missing, left over or misshapen is an error that names it. Nothing
@@ -31,7 +32,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from layouts import LAYOUTS, TOKEN_IDS, Layout, Name, renamed, with_defaults
-from model import Linear_LORA, convert_linears_to_lora
+from model import Linear_LORA, convert_linears_to_lora, merge_lora
+from quant import STATE, SUFFIXES, Linear4bit, is_nf4, linear_from_file, quantization_config, weight_to_file
 
 # ---- files -----------------------------------------------------------------------------------------------------------
 
@@ -191,8 +193,11 @@ def build(path: Path, published: dict, read_tensors: Callable, dtype: torch.dtyp
     where = path if path.suffix == ".gguf" else path / "config.json"
     if layout is None:
         raise ValueError(f"{where} has model_type {kind!r}: known are {', '.join(LAYOUTS)}")
-    if published.get("quantization_config"):
-        raise ValueError(f"{where} has a quantization_config: get the weights in full precision, or as .gguf")
+    quantised = published.get("quantization_config")
+    if quantised and not is_nf4(quantised):
+        raise ValueError(f"{where} has a quantization_config that is not NF4: get the weights in full precision, or as .gguf")
+    if quantised and layout.modules is None:
+        raise ValueError(f"{where} is a {kind} in 4 bits: only LLaMA and VLMs are implemented so")
     try:
         config = layout.read_config(published)
     except (AttributeError, KeyError, TypeError) as error:
@@ -201,7 +206,10 @@ def build(path: Path, published: dict, read_tensors: Callable, dtype: torch.dtyp
         raise ValueError(f"{where}: {error}") from None
     with torch.device("meta"):
         model = layout.model(config)
-    load_tensors(model, layout.clean(read_tensors(dtype)), layout.names(model), str(path), dtype)
+    tensors, names = layout.clean(read_tensors(dtype)), layout.names(model)
+    if quantised:
+        names = place_quantised(model, tensors, names, str(path), dtype)
+    load_tensors(model, tensors, names, str(path), dtype)
     return model
 
 
@@ -216,17 +224,24 @@ def save_pretrained(
     """Write config.json and the weights, each file atomically; the model_type written is returned.
 
     layout: None for a published one where the model fits one and our own elsewhere; "published", or a model_type, to be told
-    (ValueError) why it does not fit. dtype: None keeps the model's. LoRA layers are written merged; the model stays as it
-    is. extra_config goes into config.json, token ids (bos_token_id, ...) to where transformers looks for them.
+    (ValueError) why it does not fit. dtype: None keeps the model's. LoRA layers are written merged, which makes floats of
+    their 4-bit bases; other 4-bit layers are written as bitsandbytes keeps them. The model stays as it is. extra_config goes
+    into config.json, token ids (bos_token_id, ...) to where transformers looks for them.
     """
     kind, chosen = choose_layout(model, layout)
+    quantised = {name: m for name, m in model.named_modules() if isinstance(m, Linear4bit) and not name.endswith(".base")}
+    if quantised and chosen.modules is None:
+        raise ValueError(f"4-bit layers of a {type(model).__name__} have no layout: only those of LLaMA and VLMs do")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with torch.device("meta"):
         names = chosen.names(chosen.model(model.config))
-    tensors = published_tensors(plain_state(model), names, dtype)
-    stored = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
-    config = {"model_type": kind, **chosen.write_config(model.config), "dtype": stored}
+    state = {**plain_state(model), **{f"{name}.weight": layer for name, layer in quantised.items()}}
+    tensors = published_tensors(state, names, dtype)
+    stored = next(tensor.dtype for tensor in tensors.values() if tensor.is_floating_point())
+    config = {"model_type": kind, **chosen.write_config(model.config), "dtype": str(stored).removeprefix("torch.")}
+    if quantised:
+        config["quantization_config"] = quantization_config(parts_in_floats(model, quantised, chosen))
     text = config.get("text_config", config) if is_published(kind) else config
     text.update({key: extra_config.pop(key) for key in TOKEN_IDS if key in extra_config})
     write_safetensors(folder, tensors, max_shard_bytes)
@@ -277,7 +292,8 @@ def load_tensors(
         wrong = {"missing": missing, "left over": left_over}
         lists = "; ".join(f"{what}: {shorten(which)}" for what, which in wrong.items() if which)
         raise ValueError(f"{source} does not fit its config.json: {lists}")
-    expected, state = model.state_dict(), {}
+    expected = model.state_dict()
+    state = {name: tensor for name, tensor in expected.items() if not tensor.is_meta}  # 4-bit layers are there already
     for name in names:
         parts = [tensors[theirs].T if name.transpose else tensors[theirs] for theirs in name.theirs]
         shape = expected[name.ours].shape
@@ -294,6 +310,42 @@ def load_tensors(
         model.tie_weights()
     for parameter in model.parameters():
         parameter.requires_grad_(True)
+
+
+def place_quantised(model: nn.Module, tensors: dict, names: list[Name], source: str, dtype: torch.dtype | None) -> list[Name]:
+    """Move the 4-bit weights out of `tensors` into a model on the meta device, as Linear4bit; the names of all others."""
+    others = []
+    for name in names:
+        theirs = name.theirs[0]
+        if theirs + STATE not in tensors:
+            others.append(name)
+            continue
+        path = name.ours.removesuffix(".weight")
+        linear, parts = model.get_submodule(path), {suffix: theirs + suffix for suffix in SUFFIXES}
+        if not isinstance(linear, nn.Linear):
+            raise ValueError(f"{source}: {theirs} is in 4 bits, which is implemented for linear layers alone")
+        found = {suffix: tensors.pop(part) for suffix, part in parts.items() if part in tensors}
+        try:
+            layer = linear_from_file(found, linear.weight.shape, linear.bias, dtype)
+        except ValueError as error:
+            raise ValueError(f"{source}: {theirs}: {error}") from None
+        parent, _, child = path.rpartition(".")
+        setattr(model.get_submodule(parent), child, layer)
+    return others
+
+
+def parts_in_floats(model: nn.Module, quantised: Iterable[str], layout: Layout) -> list[str]:
+    """The largest parts of a model, under the names that transformers has for them, without a 4-bit layer and with a linear
+    one."""
+    prefixes = layout.modules or {}
+    in_bits = [f"{renamed(name, prefixes)}." for name in quantised]
+    found = {}  # as an ordered set
+    for name, layer in model.named_modules():
+        if isinstance(layer, nn.Linear):
+            parts = renamed(name, prefixes).split(".")
+            paths = (".".join(parts[:i]) for i in range(1, len(parts) + 1))
+            found[next(path for path in paths if not any(other.startswith(f"{path}.") for other in in_bits))] = None
+    return list(found)
 
 
 def plain_state(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -317,8 +369,13 @@ def published_tensors(
     for name in names:
         if name.ours not in state:
             raise ValueError(f"the model has no plain {name.ours} to save: are its weights quantised or its layers replaced?")
-        if name.repeat is None:
-            whole = state[name.ours].detach().cpu()
+        if name.repeat is not None:
+            continue
+        whole = state[name.ours]
+        if isinstance(whole, Linear4bit):
+            tensors |= {name.theirs[0] + suffix: tensor for suffix, tensor in weight_to_file(whole).items()}
+        else:
+            whole = whole.detach().cpu()
             for theirs, part in zip(name.theirs, whole.chunk(len(name.theirs)), strict=True):
                 tensors[theirs] = (part.T if name.transpose else part).to(dtype or part.dtype, copy=True).contiguous()
     return tensors
@@ -489,9 +546,13 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 def convert(source: str, folder: str | Path, dtype: torch.dtype | None = None) -> str:
     """Read a checkpoint and write it as a folder, with its tokenizer; the model_type written is returned."""
-    path, folder = find_source(source), Path(folder)
+    path = find_source(source)
     published, read_tensors = open_source(path)
-    model = build(path, published, read_tensors, dtype)
+    return write_folder(build(path, published, read_tensors, dtype), path, published, Path(folder))
+
+
+def write_folder(model: nn.Module, path: Path, published: dict, folder: Path) -> str:
+    """A model that was read from `path`, with what stands beside it there; the model_type written is returned."""
     if path.suffix == ".gguf":
         from tokenizer import BPETokenizer
 
@@ -502,6 +563,41 @@ def convert(source: str, folder: str | Path, dtype: torch.dtype | None = None) -
         if (path / name).is_file() and path.resolve() != folder.resolve():
             write_atomic(folder / name, partial(shutil.copyfile, path / name))
     return kind
+
+
+def put_adapter(model: nn.Module, source: str | Path, adapter: str | Path) -> str:
+    """Merge an adapter of save_lora or PEFT into a model that was read from `source`, in place; a line about it is returned.
+
+    The weights of a run hold its own adapter, which lies in its folder lora/: that is taken out first, to rounding. 4-bit
+    layers keep the adapter beside them. Raises ValueError and OSError as load_lora does, the model then being of no use.
+    """
+    adapter, own = Path(adapter), find_source(source) / "lora"
+    held, in_bits = own.is_dir(), [m for m in model.modules() if isinstance(m, Linear4bit)]
+    total = sum(p.numel() for p in model.parameters()) + sum(m.in_features * m.out_features for m in in_bits)
+    same = held and adapter.resolve() == own.resolve()
+    if held and not same:
+        load_lora(model, own)
+        for layer in lora_layers(model).values():
+            layer.lora_b.data.neg_()
+        merge_lora(model)
+    layers = [model.get_submodule(name) for name in load_lora(model, adapter)]
+    trainable = sum(layer.lora_a.numel() + layer.lora_b.numel() for layer in layers)
+    for layer in layers:
+        layer.merged = same
+    if not in_bits:
+        merge_lora(model)
+    where = ", which the weights held already" if same else ", in place of the run's own" if held else ""
+    return f"LoRA in {len(layers)} layers, {trainable:,} trainable parameters, {trainable / total:.2%} of {total:,}{where}"
+
+
+def merge_adapter(source: str, folder: str | Path, adapter: str | None = None) -> tuple[str, str]:
+    """Write a checkpoint with an adapter (a run's own unless given) merged into it; the model_type written and put_adapter's
+    line are returned."""
+    path = find_source(source)
+    published, read_tensors = open_source(path)
+    model = build(path, published, read_tensors, None)
+    about = put_adapter(model, source, adapter or path / "lora")
+    return write_folder(model, path, published, Path(folder)), about
 
 
 def list_tensors(path: Path) -> list[tuple[str, tuple[int, ...], str]]:
@@ -566,9 +662,16 @@ def main() -> None:
     to.add_argument("source", **source)
     to.add_argument("folder", metavar="FOLDER", help="where to write config.json and the weights")
     to.add_argument("--dtype", choices=DTYPES, help="precision to write; default: as stored (quantised .gguf: fp32)")
+    merge = commands.add_parser("merge-lora", help="write it with a LoRA adapter merged into its weights")
+    merge.add_argument("source", **source)
+    merge.add_argument("folder", metavar="FOLDER", help="where to write config.json and the weights")
+    merge.add_argument("--adapter", metavar="DIR", help="PEFT's or ours; default: the run's own, its folder lora/")
     args = parser.parse_args()
     if args.command == "show":
         print("\n".join(show(args.source)))
+    elif args.command == "merge-lora":
+        kind, about = merge_adapter(args.source, args.folder, args.adapter)
+        print(f"{about}\n{args.folder} holds a {kind} now, without LoRA layers")
     else:
         kind = convert(args.source, args.folder, DTYPES.get(args.dtype))
         print(f"{args.folder} holds a {kind} now" + ("" if is_published(kind) else ", which only this project opens"))

@@ -738,21 +738,23 @@ class Linear_LORA(nn.Module):
     @torch.no_grad()
     def _add(self, sign: int):
         weight = getattr(self.base, "weight", None)
-        if weight is None or not weight.is_floating_point() or tuple(weight.shape) != (self.out_features, self.in_features):
+        # a quantised base unpacks its weight into a new tensor each time: what is added there is lost
+        shape = (self.out_features, self.in_features)
+        if not isinstance(weight, nn.Parameter) or not weight.is_floating_point() or tuple(weight.shape) != shape:
             raise ValueError(f"a {type(self.base).__name__} has no plain weight to merge LoRA into: dequantise it first")
         if self.merged != (sign > 0):
             weight.copy_(weight.float() + sign * self.delta().float())
             self.merged = sign > 0
 
 
-def convert_linears_to_lora(
-    module: nn.Module, rank: int, alpha: float, dropout: float = 0.0, targets: Sequence[str] | str | None = None
-) -> list[str]:
-    """Wrap the linear layers that `targets` names in Linear_LORA, in place; their names are returned.
+def find_linears(
+    module: nn.Module, targets: Sequence[str] | str | None = None, kind: type[nn.Module] = nn.Module
+) -> dict[str, nn.Module]:
+    """The linear layers of this kind, by name, that have no LoRA yet and that `targets` names.
 
     targets: a list of name endings (["q_proj", "mlp.up_proj"]), one regular expression for the whole name, or None for all
-    but lm_head. All other parameters stay as trainable as they are: freeze them with requires_grad_(False) beforehand.
-    Raises ValueError where nothing fits, and for a head that is tied to the embedding, which would be changed with it.
+    but lm_head. Raises ValueError where nothing fits, and for a head that is tied to the embedding, which would be changed
+    with it.
     """
 
     def wanted(name: str) -> bool:
@@ -765,14 +767,27 @@ def convert_linears_to_lora(
     linears = {}
     for name, layer in module.named_modules():
         wrapped = isinstance(layer, Linear_LORA) or f".{name}".endswith(".base")
-        if hasattr(layer, "in_features") and hasattr(layer, "out_features") and not wrapped and wanted(name):
+        linear = isinstance(layer, kind) and hasattr(layer, "in_features") and hasattr(layer, "out_features")
+        if linear and not wrapped and wanted(name):
             linears[name] = layer
     if not linears:
-        raise ValueError(f"LoRA targets {targets!r} name no linear layer of this {type(module).__name__}")
+        raise ValueError(f"the targets {targets!r} name no linear layer of this {type(module).__name__}")
     embeddings = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
     for name, linear in linears.items():
-        if id(getattr(linear, "weight", None)) in embeddings:
-            raise ValueError(f"{name} shares its weight with the embedding: leave it out of the LoRA targets, or untie it")
+        if any(id(parameter) in embeddings for parameter in linear.parameters(recurse=False)):
+            raise ValueError(f"{name} shares its weight with the embedding: leave it out of the targets, or untie it")
+    return linears
+
+
+def convert_linears_to_lora(
+    module: nn.Module, rank: int, alpha: float, dropout: float = 0.0, targets: Sequence[str] | str | None = None
+) -> list[str]:
+    """Wrap the linear layers that `targets` names in Linear_LORA, in place; their names are returned.
+
+    targets: see find_linears. All other parameters stay as trainable as they are: freeze them with requires_grad_(False)
+    beforehand. Raises ValueError where nothing fits, and for a head that is tied to the embedding.
+    """
+    linears = find_linears(module, targets)
     for name, linear in linears.items():
         parent, _, child = name.rpartition(".")
         setattr(module.get_submodule(parent), child, Linear_LORA.from_linear(linear, rank, alpha, dropout))
@@ -785,8 +800,11 @@ def lora_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def merge_lora(module: nn.Module) -> None:
-    """Merge every correction and put the plain linear layers back, in place."""
+    """Merge every correction and put the plain linear layers back, in place. A quantised base (quant.py) becomes floats
+    again, and takes their memory: four bits cannot hold the sum."""
     for name, layer in [(n, m) for n, m in module.named_modules() if isinstance(m, Linear_LORA)]:
+        if hasattr(layer.base, "to_linear"):
+            layer.base = layer.base.to_linear()
         layer.merge()
         parent, _, child = name.rpartition(".")
         setattr(module.get_submodule(parent), child, layer.base)

@@ -58,7 +58,8 @@ from processing_mllama import (
     rescale,
     to_picture,
 )
-from scenes import COLOURS, HELD_OUT, IGNORE, PLACES, SLOTS, SceneConfig, Scenes, SceneStream, corpus, make_scenes
+from quant import quantize_
+from scenes import COLOURS, HELD_OUT, IGNORE, PLACES, Scenes, corpus, make_scenes
 from siglip import SiglipModel, SiglipTwoTower, SiglipVisionConfig
 from tokenizer import BPETokenizer, stop_tokens
 from training import (
@@ -73,7 +74,7 @@ from training import (
     run_cli,
 )
 from vit_scratch import sincos_positions
-from vlm_data import FrozenFeatures, LlavaBatches, SceneBatches, scene_parts, scene_pixels
+from vlm_data import CommonAnswers, FrozenFeatures, LabelledScenes, LlavaBatches, SceneBatches, common_questions
 
 # ---- settings --------------------------------------------------------------------------------------------------------
 
@@ -90,10 +91,10 @@ SIZES = {
 SHARES = {"vision": 0.4, "projector": 0.02, "language": 0.58}  # of --max-seconds
 READ = 11, len(COLOURS) + 1, len(PLACES[3])  # digits and colours, each with "nothing", and places
 VISION_BATCH = 64  # scenes a step of stage 1
-FULL_SCENES = SceneConfig(digits=(SLOTS, SLOTS), variants=64, rotate=12.0, shear=0.15)  # of stage 1: as many digits as can be
 READ_WEIGHTS = 1.0, 0.5, 0.2  # digits are hardest; where places weigh more, digits show less in the features
 QUICK = 600  # questions of each split, the first of its test questions, asked every --eval-every steps
 LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+KEPT_IN_BITS = rf"(?!.*cross_layers).*({'|'.join(LORA_TARGETS)})"  # what --qlora packs: not layers that start untrained
 
 
 def parse_args(argv=None):
@@ -116,12 +117,13 @@ def parse_args(argv=None):
     add("--freeze", default=None, metavar="vision,lm", help="what never trains; default: a tower that comes trained, and with "
         "--lora the rest of the language model; none: nothing")  # fmt: skip
     add("--lora", type=positive_int, metavar="RANK", help="train low-rank corrections of the language model's matrices")
+    add("--qlora", type=positive_int, metavar="RANK", help="the same over matrices of four bits a weight (quant.py)")
     add("--lora-alpha", type=positive_float, help="default: twice the rank")
     add("--lr-pretrained", type=positive_float, default=1e-4, help="peak learning rate of what comes trained, LoRA apart")
     add("--muon-lr", type=not_negative_float, default=0.02, help="Muon's, for matrices that start untrained; 0: AdamW for all")
-    add("--vision-steps", type=not_negative_int, default=950, help="of stage 1 (scenes)")
+    add("--vision-steps", type=not_negative_int, help="of stage 1; default: 900, with your own data 400")
     add("--projector-steps", type=not_negative_int, help="of stage 2; default: 20, or a tenth of stage 3")
-    add("--steps", type=positive_int, help="of stage 3, in place of --epochs; default for scenes 950")
+    add("--steps", type=positive_int, help="of stage 3, in place of --epochs; default for scenes 850")
     add("--per-scene", type=positive_int, default=12, help="questions about each scene")
     add("--shift", type=not_negative_float, default=0.0, help="move training pictures by up to this part of their side, for "
         "--dataset llava with a tower that trains")  # fmt: skip
@@ -136,6 +138,9 @@ def parse_args(argv=None):
     args.freeze = None if args.freeze is None else sorted(set(args.freeze.split(",")) - {"none", ""})
     if set(args.freeze or ()) - {"vision", "lm"}:
         parser.error(f"--freeze {','.join(args.freeze)}: it takes vision, lm, both with a comma, or none")
+    if args.lora and args.qlora:
+        parser.error("--lora and --qlora: choose one")
+    args.lora = args.lora or args.qlora
     if args.projector == "mlp" and args.pixel_shuffle > 1:
         parser.error("--pixel-shuffle goes with --projector linear: no published layout has it with an mlp")
     if args.dataset == "scenes" and args.cache_features is not None:
@@ -225,20 +230,31 @@ def build(args, texts: list[str], mean, std) -> tuple[MllamaForConditionalGenera
 
 
 class Learner(nn.Module):
-    """What is trained, in whichever stage: the model and, for stage 1, a linear reader of digit, colour and place."""
+    """What is trained, in whichever stage: the model and, for stage 1, a linear reader of what the tower sees. sizes: of how
+    many answers to each question it chooses one."""
 
-    def __init__(self, model: MllamaForConditionalGeneration):
+    def __init__(self, model: MllamaForConditionalGeneration, sizes: tuple[int, ...] = READ):
         super().__init__()
-        self.model = model
-        self.reader = nn.Linear(model.config.vision_config.hidden_size, sum(READ))
+        self.model, self.sizes = model, sizes
+        self.reader = nn.Linear(model.config.vision_config.hidden_size, sum(sizes))
 
-    def forward(self, scenes: Scenes | None = None, **batch) -> torch.Tensor:
-        if scenes is None:
+    def forward(self, seen: Scenes | torch.Tensor | None = None, **batch) -> torch.Tensor:
+        if seen is None:
             loss = self.model(**batch)["loss"]
             if "pixel_values" in batch or "vision_features" in batch:
                 return loss
             return loss + sum(p.sum() for p in self.parameters() if p.requires_grad) * 0  # what sees has a gradient: none
-        return scene_loss(self.reader(self.model.vision_features(batch["pixel_values"])), scenes)
+        features = self.model.vision_features(batch["pixel_values"])
+        if isinstance(seen, Scenes):
+            return scene_loss(self.reader(features), seen)
+        return common_loss(self.reader(features.mean(dim=1)).float().split(self.sizes, dim=1), seen.to(features.device))
+
+
+def common_loss(logits: tuple[torch.Tensor, ...], seen: torch.Tensor) -> torch.Tensor:
+    """Of each question [N, answers] against `seen` (see CommonAnswers): the mean over all that was asked."""
+    each = zip(logits, seen.unbind(dim=1), strict=True)
+    losses = [F.cross_entropy(x, y, ignore_index=IGNORE, reduction="sum") for x, y in each]
+    return sum(losses) / (seen != IGNORE).sum()
 
 
 def scene_loss(logits: torch.Tensor, scenes: Scenes) -> torch.Tensor:
@@ -269,22 +285,31 @@ class Stage:
     parts: tuple[str, ...]  # of the learner, that train
 
 
-def frozen_towers(args) -> set[str]:
+def looks_first(args, common) -> bool:
+    """Whether the tower is trained by itself: if it starts untrained and there is what to name."""
+    untrained = not (args.vision or args.blind or "vision" in (args.freeze or ()))
+    return untrained and args.vision_steps != 0 and (args.dataset == "scenes" or bool(common))
+
+
+def frozen_towers(args, common=()) -> set[str]:
     """What never trains in the last stage. A tower that can see already is about as good frozen, and cheaper."""
     if args.freeze is not None:
         return set(args.freeze)
-    return {"vision"} if args.vision or args.blind or args.dataset == "scenes" else set()
+    return {"vision"} if args.vision or args.blind or looks_first(args, common) else set()
 
 
-def stages(args, epoch: int | None) -> list[Stage]:
-    """What this run goes through. epoch: steps of one pass over the rows; None for scenes, of which there is no end."""
-    steps = args.steps or (950 if epoch is None else max(1, round((args.epochs or 3) * epoch)))
-    frozen, found, first = frozen_towers(args), [], args.projector_steps
-    if epoch is None and args.vision_steps and not (args.vision or args.blind or "vision" in (args.freeze or ())):
+def stages(args, epoch: int | None, common=()) -> list[Stage]:
+    """What this run goes through. epoch: steps of one pass over the rows; None for scenes, of which there is no end. common:
+    see common_questions."""
+    steps = args.steps or (850 if epoch is None else max(1, round((args.epochs or 3) * epoch)))
+    frozen, found, first = frozen_towers(args, common), [], args.projector_steps
+    if looks_first(args, common):
         why = "digit, colour and place of each patch, from the generator's labels: there must be something to talk about"
-        found.append(Stage("vision", why, args.vision_steps, ("model.vision_tower", "reader")))
+        if common:
+            why = f"the answers to {len(common)} common questions, by a linear reader: there must be something to talk about"
+        found.append(Stage("vision", why, args.vision_steps or (400 if common else 900), ("model.vision_tower", "reader")))
     if first is None:  # where both towers come trained, or nearly so
-        first = 20 if epoch is None else steps // 10 if args.vision and args.lm else 0
+        first = 20 if found or epoch is None else steps // 10 if args.vision and args.lm else 0
     if args.fusion == "cross":  # its gates are closed at first, and let no gradient through to the projector
         if "lm" in frozen and not args.lora:
             raise ValueError("--fusion cross --freeze lm: the language model holds the layers that look: add --lora")
@@ -424,11 +449,12 @@ class Data:
         if args.dataset == "scenes":
             pixels = rescale(make_scenes("train", 500, seed=args.seed).images)
             self.mean, self.std = (f(pixels, dim=(0, 2, 3)).tolist() for f in (torch.mean, torch.std))
-            self.texts = corpus()
+            self.texts, self.common = corpus(), {}
         else:
             self.rows, self.test_rows = load_rows(args, run)
             self.mean, self.std = IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD
             self.texts = [message["content"] for row in self.rows for message in row.messages]
+            self.common = common_questions(self.rows)
 
     def batches(self, model, processor):
         args, run = self.args, self.run
@@ -438,19 +464,31 @@ class Data:
             return SceneBatches(processor, size, args.seed, args.per_scene, **ranks)
         pixels = processor.image_size, processor.image_mean, processor.image_std, processor.resample, processor.do_pad_square
         pictures, features = PictureCache(*pixels), None
-        frozen = "vision" in frozen_towers(args)
+        frozen = "vision" in frozen_towers(args, self.common)
         if args.cache_features is not None and not frozen:
             raise ValueError("--cache-features: the vision tower is trained, so its features change: add --freeze vision")
         if frozen and (run.device.type == "cpu" or args.cache_features is not None):
             features = FrozenFeatures(model, pictures, args.blind)
-        if args.shift and features:
+        if args.shift and features and not args.blind and not looks_first(args, self.common):
             raise ValueError("--shift: the vision tower is frozen and looks at each picture once: add --freeze none")
-        if args.cache_features is not None:
-            paths = [path for row in self.rows for path in row.images]
-            features.keep(Path(args.cache_features or run.folder / "features.npy"), paths, args.workers, run.is_main)
         ranks |= {"workers": args.workers, "features": features, "isolated": args.isolated}
         ranks["context"] = model.config.text_config.context_length
         return LlavaBatches(self.rows, processor, pictures, size, args.seed, args.max_length, **ranks)
+
+    def keep_features(self, batches) -> None:
+        """Of a tower that will not train any more, if that was asked for."""
+        if self.args.cache_features is not None:
+            paths = [path for row in self.rows for path in row.images]
+            file = Path(self.args.cache_features or self.run.folder / "features.npy")
+            batches.features.keep(file, paths, self.args.workers, self.run.is_main)
+
+    def to_look_at(self, processor, pictures: PictureCache, batch_size: int):
+        """Batches for stage 1."""
+        args, run = self.args, self.run
+        ranks = {"grad_accum": args.grad_accum, "rank": run.rank, "world_size": run.world_size}
+        if self.rows is None:
+            return LabelledScenes(processor, batch_size, args.seed, **ranks)
+        return CommonAnswers(self.rows, self.common, pictures, batch_size, args.seed, workers=args.workers, **ranks)
 
     def tests(self, count: int, model, processor) -> dict[str, list[Item]]:
         """Questions about so many test pictures, by split; without those that could not be asked."""
@@ -466,7 +504,7 @@ class Data:
         return {"test": fit}
 
 
-def train_stage(run: Run, learner: Learner, stage: Stage, batches, before, tests, processor, share: float) -> Trainer:
+def train_stage(run: Run, learner: Learner, stage: Stage, data: Data, batches, before, tests, processor, share) -> Trainer:
     """One stage from its beginning, or from where it stopped, to its end."""
     args = run.args
     seconds = args.max_seconds * share if args.max_seconds else None
@@ -474,26 +512,22 @@ def train_stage(run: Run, learner: Learner, stage: Stage, batches, before, tests
     trained = sum(p.numel() for p in learner.parameters() if p.requires_grad)
     size = args.batch_size
     if stage.name == "vision":
-        unit, ranks = run.world_size * args.grad_accum, {"rank": run.rank, "world_size": run.world_size}
+        unit = run.world_size * args.grad_accum
         size = max(1, round(VISION_BATCH / unit)) * unit
-        batches = SceneStream("train", size // run.world_size, args.seed, FULL_SCENES, **ranks)
+        batches = data.to_look_at(processor, getattr(batches, "pictures", None), size // run.world_size)
+    else:
+        data.keep_features(batches)
     run.print(f"stage {stage.name}: {stage.why}\n  {trained:,} parameters, {stage.steps:,} steps of {size}")
     trainer = Trainer(run, learner, stage.steps, groups, batches, "samples", stage.name, before, seconds, size)
 
     def losses(step: int):
         generator = run.seed_step(step)
-        if stage.name == "vision":
-            for scenes in scene_parts(next(batches), args.grad_accum):
-                pixels = scene_pixels(processor, scenes).to(run.device)
-                with run.autocast():
-                    yield trainer.model(scenes, pixel_values=pixels)
-        else:
-            for batch in next(batches):
-                batch = {key: value.to(run.device) for key, value in batch.items()}
-                if args.shift and "pixel_values" in batch:
-                    batch["pixel_values"] = shifted(batch["pixel_values"], args.shift, generator)
-                with run.autocast():
-                    yield trainer.model(**batch)
+        for batch in next(batches):
+            batch = {key: value.to(run.device) if torch.is_tensor(value) else value for key, value in batch.items()}
+            if args.shift and "pixel_values" in batch:
+                batch["pixel_values"] = shifted(batch["pixel_values"], args.shift, generator)
+            with run.autocast():
+                yield trainer.model(**batch)
 
     learner.train()
     while not trainer.done():
@@ -511,13 +545,15 @@ def main(argv=None) -> None:
     run = Run(args)
     data = Data(args, run)
     model, processor = build(args, data.texts, data.mean, data.std)
+    if args.qlora:
+        quantize_(model.language_model, KEPT_IN_BITS)
     if args.lora:
         convert_linears_to_lora(model.language_model, args.lora, args.lora_alpha or 2 * args.lora, targets=LORA_TARGETS)
-    learner = Learner(model).to(run.device)
+    learner = Learner(model, tuple(map(len, data.common.values())) or READ).to(run.device)
     batches = data.batches(model, processor)
     tests = data.tests(args.eval_count, model, processor)
     quick = {split: items[:QUICK] for split, items in tests.items()}
-    plan = stages(args, None if data.rows is None else len(batches))
+    plan = stages(args, None if data.rows is None else len(batches), data.common)
     parts = {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()}
     run.print(f"{args.dataset} on {run.device} in {run.dtype} -> {run.folder}; "
               + ", ".join(f"{name} {count:,}" for name, count in parts.items()) + " parameters")  # fmt: skip
@@ -526,7 +562,7 @@ def main(argv=None) -> None:
     first = names.index(run.state["stage"]) if run.state else 0
     for stage in plan[first:]:
         share = SHARES[stage.name] / sum(SHARES[name] for name in names)
-        trainer = train_stage(run, learner, stage, batches, trainer, quick, processor, share)
+        trainer = train_stage(run, learner, stage, data, batches, trainer, quick, processor, share)
 
     if run.is_main:
         finish(run, trainer, model, processor, tests, batches)

@@ -2,14 +2,16 @@
 
     batches = SceneBatches(processor, batch_size=64, seed=0)          # endless, fresh scenes with their questions
     batches = LlavaBatches(rows, processor, batch_size=16, seed=0)    # each row once an epoch
+    batches = LabelledScenes(...), CommonAnswers(...)                 # for a vision tower alone: what there is to be seen
     model(**next(batches)[0])                                         # a list: one part for each of grad_accum
 
-Both can stop anywhere and go on with the very batch that was to follow (state_dict, load_state_dict).
+All can stop anywhere and go on with the very batch that was to follow (state_dict, load_state_dict).
 """
 
 import functools
 import hashlib
 import math
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,9 +24,11 @@ from checkpoint import read_json, write_atomic, write_json
 from data import Batches
 from llava_json import LlavaRows, PictureCache, Row, isolated_turns
 from packing import Sample, encode_row, encode_sample, pack, share_beginning
-from processing_mllama import normalize, rescale
-from scenes import MIX, Scenes, SceneStream, questions
+from processing_mllama import IMAGE_TOKEN, normalize, rescale
+from scenes import IGNORE, MIX, SLOTS, SceneConfig, Scenes, SceneStream, questions
 
+# As many digits as can be, and more handwritings than in the questions' scenes.
+FULL_SCENES = SceneConfig(digits=(SLOTS, SLOTS), variants=64, rotate=12.0, shear=0.15)
 TRAIN_MIX = {**MIX, "left_of": 5, "above": 5, "sum": 3, "describe": 3}
 
 
@@ -72,6 +76,18 @@ class SceneBatches:
 
     def load_state_dict(self, state: dict) -> None:
         self.stream.load_state_dict(state)
+
+
+class LabelledScenes(SceneStream):
+    """Full scenes, for a vision tower that learns to name what is in each patch (Scenes.dense_labels)."""
+
+    def __init__(self, processor, batch_size: int, seed: int, grad_accum: int = 1, rank: int = 0, world_size: int = 1):
+        super().__init__("train", batch_size, seed, FULL_SCENES, rank, world_size)
+        self.processor, self.grad_accum = processor, grad_accum
+
+    def __next__(self) -> list[dict]:
+        parts = scene_parts(super().__next__(), self.grad_accum)
+        return [{"seen": scenes, "pixel_values": scene_pixels(self.processor, scenes)} for scenes in parts]
 
 
 def scene_parts(scenes: Scenes, parts: int) -> list[Scenes]:
@@ -170,25 +186,100 @@ class LlavaBatches:
         self.indices.load_state_dict(state)
 
 
+# What makes a question common: how many rows ask it, and how many different answers they give. At most so many questions.
+LEAST_ASKED, MOST_ANSWERS, MOST_COMMON = 100, 50, 200
+
+
+def questions_of(row: Row) -> list[tuple[str, str]]:
+    """(question, answer) of all turns of a row with one picture; of others none."""
+    if len(row.images) != 1:
+        return []
+    said = [message["content"].replace(IMAGE_TOKEN, "").strip() for message in row.messages if message["role"] != "system"]
+    return list(zip(said[::2], said[1::2], strict=True))
+
+
+def common_questions(rows: LlavaRows) -> dict[str, dict[str, int]]:
+    """Those that many rows ask and few answers settle, such as "What shape is it?": question -> {answer: its number}."""
+    found: dict[str, Counter] = {}
+    for row in rows:
+        for question, said in questions_of(row):
+            found.setdefault(question, Counter())[said] += 1
+    common = [q for q, n in found.items() if n.total() >= LEAST_ASKED and 2 <= len(n) <= MOST_ANSWERS]
+    common = sorted(common, key=lambda question: -found[question].total())[:MOST_COMMON]
+    return {question: {said: i for i, said in enumerate(sorted(found[question]))} for question in common}
+
+
+class CommonAnswers:
+    """Pictures with the answers to common questions about them: what a vision tower can learn to see, without a language model,
+    from nothing but conversations. Batches of rows that have such answers, each once an epoch.
+
+    `seen`: int64 [N, questions], the answer's number, or IGNORE where a question was not asked.
+    """
+
+    def __init__(
+        self, rows: LlavaRows, common: dict[str, dict[str, int]], pictures: PictureCache, batch_size: int, seed: int,
+        grad_accum: int = 1, workers: int = 1, rank: int = 0, world_size: int = 1,
+    ):  # fmt: skip
+        self.pictures, self.grad_accum, self.workers = pictures, grad_accum, workers
+        self.columns = {question: column for column, question in enumerate(common)}
+        self.common, self.rows = common, [row for row in rows if not common.keys().isdisjoint(dict(questions_of(row)))]
+        self.indices = Batches(len(self.rows), batch_size, seed, rank=rank, world_size=world_size)
+
+    def __next__(self) -> list[dict]:
+        """Raises ValueError where no picture of a whole epoch can be read."""
+        for _ in range(len(self.indices) + 1):
+            rows = [self.rows[i] for i in next(self.indices).tolist()]
+            self.pictures.load([row.images[0] for row in rows], self.workers)
+            rows = [(row, pixels) for row in rows if (pixels := self.pictures[row.images[0]]) is not None]
+            if len(rows) >= self.grad_accum:
+                return [self.part(rows[k :: self.grad_accum]) for k in range(self.grad_accum)]
+        raise ValueError(f"no batch is left: {len(self.pictures.unreadable)} pictures cannot be read")
+
+    def part(self, rows: list[tuple[Row, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        seen = torch.full((len(rows), len(self.common)), IGNORE)
+        for number, (row, _) in enumerate(rows):
+            for question, said in questions_of(row):
+                if question in self.common:
+                    seen[number, self.columns[question]] = self.common[question][said]
+        return {"seen": seen, "pixel_values": torch.stack([pixels for _, pixels in rows])}
+
+    @property
+    def fraction(self) -> float:
+        return self.indices.fraction
+
+    def state_dict(self) -> dict:
+        return self.indices.state_dict()
+
+    def load_state_dict(self, state: dict) -> None:
+        self.indices.load_state_dict(state)
+
+
 class FrozenFeatures:
     """What a frozen vision tower makes of each picture, [N, Dv]: computed when asked for, or once for all and kept in a file.
+    It must not train any more.
 
     Pictures go through the tower one by one, since matrix products round differently in batches of other sizes: so training
     with the file and without it is the same to the last bit. The file is a numpy array [pictures, N, Dv], with a .json beside
     it that names them and says by which weights and settings it was made; one that was made by others is made anew.
     """
 
-    def __init__(self, model, pictures: PictureCache, blind: bool = False):
-        self.model, self.pictures, self.blind = model, pictures, blind
+    def __init__(self, model, pictures: PictureCache, blind: bool = False, most_bytes: int = 2**30):
+        self.model, self.pictures, self.blind, self.room = model, pictures, blind, most_bytes
         self.device = next(model.vision_tower.parameters()).device
         self._places: dict[Path, int] = {}
+        self._kept: dict[Path, torch.Tensor] = {}
 
     def __getitem__(self, path: Path) -> torch.Tensor | None:
         """None for a picture that cannot be read."""
         if path in self._places:
             return torch.from_numpy(self._table[self._places[path]].copy())
-        pixels = self.pictures[path]
-        return None if pixels is None else self._look(pixels)
+        if path not in self._kept and (pixels := self.pictures[path]) is not None:
+            features = self._look(pixels)
+            if features.nbytes > self.room:
+                return features
+            self.room -= features.nbytes
+            self._kept[path] = features
+        return self._kept.get(path)
 
     @torch.no_grad()
     def _look(self, pixels: torch.Tensor) -> torch.Tensor:

@@ -17,8 +17,8 @@ from packing import encode_row
 from processing_mllama import IDEFICS3_AROUND, MllamaImageProcessor
 from scenes import COLOURS, HELD_OUT, IGNORE, corpus, make_scenes
 from tokenizer import BPETokenizer
-from train_vlm import READ, scene_loss
-from vlm_data import FrozenFeatures, LlavaBatches, SceneBatches
+from train_vlm import READ, READ_WEIGHTS, common_loss, scene_loss
+from vlm_data import CommonAnswers, FrozenFeatures, LlavaBatches, SceneBatches, common_questions, questions_of
 
 EYES = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 32, "patch_size": 16}
 WORDS = {"hidden_size": 48, "n_heads": 4, "n_kv_groups": 2, "n_layers": 2, "hidden_dim": 64, "initializer_range": 0.2}
@@ -247,7 +247,7 @@ def test_kept_features_are_those_that_are_looked_at(tmp_path, processor, picture
     again, fresh = kept(model, tmp_path / "f.npy", pictures[:10]), FrozenFeatures(model, PictureCache(32))
     for features in (first, again):
         assert all(torch.equal(features[path], fresh[path]) for path in pictures[:10] if path != pictures[3])
-    assert len(looks) == 2 * 9  # fresh ones, each time
+    assert len(looks) == 9  # fresh ones, and they stay in memory
     looks.clear()
     assert again[pictures[11]].shape == again[pictures[0]].shape and len(looks) == 1 and again[pictures[3]] is None
 
@@ -387,7 +387,8 @@ def test_the_loss_of_squares_is_their_mean_one_by_one(grid):
             losses["colour"].append(F.cross_entropy(logits[n, square, 11:20], torch.tensor(colour)))
             if digit < 10:  # nothing is nowhere
                 losses["place"].append(F.cross_entropy(logits[n, square, 20:], places[n].flatten()[square]))
-    expected = sum(torch.stack(each).mean() for each in losses.values())
+    weights = dict(zip(("digit", "colour", "place"), READ_WEIGHTS, strict=True))
+    expected = sum(weights[name] * torch.stack(each).mean() for name, each in losses.items())
     torch.testing.assert_close(scene_loss(logits, scenes), expected, atol=1e-5, rtol=1e-5)
 
 
@@ -402,3 +403,68 @@ def test_no_square_teaches_that_its_colour_is_never_that_digits():
         assert squares.any() and not logits.grad[..., digit][squares].any()
     nothing = colours.flatten(1) == len(COLOURS)
     assert (logits.grad[..., :11][nothing] != 0).all()
+
+
+# ---- common questions ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def closed(tmp_path, monkeypatch):
+    """Rows of which two questions are asked often and answered in few ways; one never, one always in the same way, one in too
+    many ways."""
+    monkeypatch.setattr(vlm_data, "LEAST_ASKED", 4)
+    monkeypatch.setattr(vlm_data, "MOST_ANSWERS", 4)
+    rows = []
+    for k in range(12):
+        said = ["Is it odd?", "yes" if k % 2 else "no", "Is it a picture?", "yes", "Which one?", f"number {k}"]
+        rows.append(about([k], *said, *(["What is left over?", f"{k % 3}"] if k > 4 else [])))
+    rows += [about([1], f"Is it number {k}?", "yes" if k == 1 else "no") for k in range(3)]  # each once
+    rows += [about([1, 2], "Is it odd?", "both")] * 5  # not about one picture
+    return write(tmp_path, rows)
+
+
+def test_common_questions_are_those_that_many_ask_and_few_answers_settle(closed):
+    assert common_questions(closed) == {"Is it odd?": {"no": 0, "yes": 1}, "What is left over?": {"0": 0, "1": 1, "2": 2}}
+
+
+def test_each_picture_comes_with_its_answers_once_an_epoch(closed):
+    pictures, common = PictureCache(32), common_questions(closed)
+    batches = CommonAnswers(closed, common, pictures, 4, seed=0, grad_accum=2)
+    found = {}
+    for _ in range(3):
+        for part in next(batches):
+            for seen, pixels in zip(part["seen"].tolist(), part["pixel_values"], strict=True):
+                (number,) = [k for k in range(12) if torch.equal(pixels, pictures[closed[k].images[0]])]
+                found[number] = seen
+    assert found == {k: [k % 2, k % 3 if k > 4 else IGNORE] for k in range(12)} and batches.fraction == 1
+    again = CommonAnswers(closed, common, pictures, 4, seed=0, grad_accum=2)
+    next(again)
+    state = again.state_dict()
+    expected = next(again)
+    again = CommonAnswers(closed, common, pictures, 4, seed=0, grad_accum=2)
+    again.load_state_dict(state)
+    for part, other in zip(next(again), expected, strict=True):
+        assert all(torch.equal(part[key], other[key]) for key in part)
+
+
+def test_pictures_that_cannot_be_read_are_left_out_of_the_common_questions(closed):
+    for row in closed[:11]:
+        row.images[0].unlink()
+    batches = CommonAnswers(closed, common_questions(closed), PictureCache(32), 6, seed=0)
+    (part,) = next(batches)
+    assert part["seen"].tolist() == [[1, 2]]
+    closed[11].images[0].unlink()
+    batches = CommonAnswers(closed, common_questions(closed), PictureCache(32), 6, seed=0)
+    with pytest.raises(ValueError, match="12 pictures cannot be read"):
+        next(batches)
+
+
+def test_common_loss_is_the_mean_over_all_that_was_asked():
+    logits, seen = torch.randn(5, 5).split((2, 3), dim=1), torch.tensor([[0, IGNORE], [1, 2], [IGNORE, IGNORE], [IGNORE, 0], [1, 1]])
+    asked = [(n, q) for n in range(5) for q in range(2) if seen[n, q] != IGNORE]
+    each = [F.cross_entropy(logits[q][n], seen[n, q]) for n, q in asked]
+    torch.testing.assert_close(common_loss(logits, seen), torch.stack(each).mean())
+
+
+def test_questions_of_a_row_are_without_its_picture_mark(closed):
+    assert questions_of(closed[0])[0] == ("Is it odd?", "no") and questions_of(closed[-1]) == []
