@@ -197,3 +197,44 @@ def attention_overlay(
             if i == 0:
                 axes.set_title(f"{wrapped(words[k], 16, 2)}\n{float(maps[k].sum()):.0%}", fontsize=9, parse_math=False)
     return finish(figure, path)
+
+
+def word_grid(
+    images: torch.Tensor,
+    words: Sequence[Sequence[Sequence[str]]],
+    patch: tuple[int, int],
+    captions: Sequence[str],
+    path=None,
+    title: str = "",
+    columns: int = 4,
+    good=None,
+) -> Figure:
+    """Each patch with its word in it: images uint8 [N, C, H, W]; words of each picture, by row and column of its grid of
+    patches (height, width in pixels), which may reach over its edge; a caption over each picture, coloured by good as in
+    sheet."""
+    columns = max(1, min(columns, len(images)))
+    lines = max(1, math.ceil(len(images) / columns))
+    across = max((len(row) for grid in words for row in grid), default=1)
+    side = max(2.6, min(6.0, 0.72 * across))  # inches
+    shade = {"facecolor": "black", "alpha": 0.5, "edgecolor": "none", "pad": 0.8}
+    figure = Figure(figsize=(side * columns, (side + 0.3) * lines + 0.4), layout="constrained")
+    figure.suptitle(title, parse_math=False)
+    for i, (image, grid, caption) in enumerate(zip(images, words, captions, strict=True)):
+        axes = figure.add_subplot(lines, columns, i + 1)
+        (h, w), (H, W) = patch, (len(grid) * patch[0], len(grid[0]) * patch[1])
+        canvas = F.pad(image, (0, W - image.shape[2], 0, H - image.shape[1]))
+        axes.imshow(canvas.permute(1, 2, 0).expand(-1, -1, 3).numpy(), interpolation="nearest", extent=(0, W, H, 0))
+        axes.set_xticks(range(0, W + 1, w), [])
+        axes.set_yticks(range(0, H + 1, h), [])
+        axes.tick_params(length=0)
+        axes.grid(color=GREY, linewidth=0.5)
+        for row, inner in enumerate(grid):
+            for column, word in enumerate(inner):
+                size = min(9.0, 72 * side / across / (0.78 * max(1, len(word))))  # points, so that it fits into its patch
+                axes.text(
+                    (column + 0.5) * w, (row + 0.5) * h, wrapped(word, len(word) + 9, 1), color="white", fontsize=size,
+                    ha="center", va="center", parse_math=False, bbox=shade,
+                )  # fmt: skip
+        colour = "black" if good is None else (BLUE if good[i] else RED)
+        axes.set_title(caption, fontsize=9, color=colour, parse_math=False)
+    return finish(figure, path)

@@ -6,10 +6,14 @@
     python generate.py SOURCE                                      a conversation; an empty line ends it
     python generate.py SOURCE --image a.png "What is this?" --attention map.png
     python generate.py SOURCE --image a.png --image b.png          a conversation about them; "/image c.png" shows another one
+    python generate.py SOURCE --image a.png --zero-shot "a red 3" "a blue 7"     how well captions fit it (SigLIP's two towers)
+    python generate.py SOURCE --adapter FOLDER "..."               with another LoRA adapter, PEFT's or ours, than its own
 
 SOURCE: a run folder, a Hugging Face folder, a .gguf file, or a hub name. Without --temperature the likeliest token is taken.
 What a vision-language model is asked is always a question, put in its chat template. Pictures stand before the question they
-come with, or where it says <image>. --attention draws where the model looked for each word (attention_maps.py).
+come with, or where it says <image>. --attention draws where the model looked for each word (attention_maps.py). The
+probabilities of --zero-shot are each caption's own: they need not add up to one. What a published SigLIP's tokenizer is made
+of (SentencePiece) is read by transformers, if that is installed.
 """
 
 import argparse
@@ -22,9 +26,11 @@ from pathlib import Path
 import torch
 
 from attention_maps import group_into_words, where_it_looks
-from checkpoint import find_source, from_pretrained
+from checkpoint import find_source, from_pretrained, put_adapter, read_json
+from image_folder import one_line
 from model import Llama3ForCausalLM, MllamaForConditionalGeneration, arrange_for_decoding
-from processing_mllama import IMAGE_TOKEN, LOCATION_TOKENS, MllamaImageProcessor
+from processing_mllama import IMAGE_TOKEN, LOCATION_TOKENS, MllamaImageProcessor, image_settings, process_images
+from siglip import SiglipTwoTower
 from tokenizer import BPETokenizer, stop_tokens
 from training import find_device, not_negative_float, positive_float, positive_int, run_cli
 from vit_scratch import pair
@@ -41,6 +47,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     add(
         "--attention", metavar="FILE.png", help="draw where the model looked in the pictures for each word of its (last) answer"
     )
+    add("--zero-shot", nargs="+", metavar="CAPTION", help="how well each of these captions fits each --image")
+    add("--adapter", metavar="FOLDER", help="LoRA to use in place of the run's own, which is in its folder lora/")
     add("--chat", action="store_true", help="PROMPT is a question to answer, not a text to continue")
     add("--system", help="what a chat begins with; default: the template's own, if it has one")
     add("--top", type=positive_int, metavar="K", help="show the K likeliest tokens after each prefix of PROMPT")
@@ -53,6 +61,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--device", help="cpu, cuda, mps; default: the best there is")
     add("--dtype", choices=["fp32", "fp16", "bf16"], default="fp32")
     args = parser.parse_intermixed_args(argv)  # so that PROMPT may stand after the flags
+    if args.zero_shot and (not args.image or args.prompt or args.chat or args.top or args.attention or args.adapter):
+        parser.error("--zero-shot compares captions with pictures: give an --image, and only --device and --dtype beside it")
     if args.prompt is None and (args.top or args.chat):
         parser.error("--top and --chat need a PROMPT")
     if args.top and (args.image or args.attention):
@@ -62,12 +72,24 @@ def parse_args(argv=None) -> argparse.Namespace:
     return args
 
 
+def load_model(args) -> torch.nn.Module:
+    dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[args.dtype]
+    return from_pretrained(args.source, dtype=dtype, device=find_device(args.device))
+
+
+def check_vocabulary(source: str, needed: int, known: int) -> None:
+    if needed > known:
+        raise ValueError(f"the tokenizer in {source} has {needed} tokens, the model knows {known}: they do not belong together")
+
+
 def load(args) -> tuple[torch.nn.Module, BPETokenizer]:
     """The model and its tokenizer, which must belong together."""
-    dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[args.dtype]
-    model = from_pretrained(args.source, dtype=dtype, device=find_device(args.device))
+    model = load_model(args)
     if not hasattr(model, "stream"):
-        raise ValueError(f"{args.source} holds a {type(model).__name__}, which does not write text")
+        hint = ": ask how well captions fit a picture, with --zero-shot" if isinstance(model, SiglipTwoTower) else ""
+        raise ValueError(f"{args.source} holds a {type(model).__name__}, which does not write text{hint}")
+    if args.adapter:
+        print(f"[{args.adapter}: {put_adapter(model, args.source, args.adapter)}]", file=sys.stderr)
     tokenizer = BPETokenizer.from_pretrained(args.source)
     decoder = model.language_model if isinstance(model, MllamaForConditionalGeneration) else model
     if decoder is model and (args.image or args.attention):
@@ -79,11 +101,7 @@ def load(args) -> tuple[torch.nn.Module, BPETokenizer]:
         without_row = tokenizer.convert_tokens_to_ids([IMAGE_TOKEN, *LOCATION_TOKENS])
     while needed - 1 in without_row:
         needed -= 1
-    vocabulary = decoder.config.vocab_size
-    if needed > vocabulary:
-        raise ValueError(
-            f"the tokenizer in {args.source} has {needed} tokens, the model knows {vocabulary}: they do not belong together"
-        )
+    check_vocabulary(args.source, needed, decoder.config.vocab_size)
     if isinstance(decoder, Llama3ForCausalLM) and next(model.parameters()).device.type == "cpu":
         arrange_for_decoding(decoder)
     return model, tokenizer
@@ -124,6 +142,66 @@ def print_table(rows) -> None:
     widths = [max(len(row[i]) for row in [header, *cells]) for i in range(len(header))]
     for row in [header, *cells]:
         print("   ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+# ---- captions ----
+
+
+def caption_tokenizer(source: str):
+    """The tokenizer of a two-tower checkpoint: ours where it is byte-level BPE, else transformers', if that is installed.
+    Raises ValueError where neither can read it."""
+    path = find_source(source)
+    try:
+        return BPETokenizer.from_pretrained(path)
+    except (ValueError, FileNotFoundError) as error:
+        ours = one_line(error)
+    try:
+        from transformers import AutoTokenizer
+    except ImportError:
+        raise ValueError(f"{ours}; `pip install transformers` reads other kinds") from None
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except Exception as error:  # its errors are of many types, an ImportError for want of sentencepiece among them
+        raise ValueError(f"{ours}; nor can transformers read it ({one_line(error)})") from None
+
+
+def caption_ids(tokenizer, captions: list[str], config) -> torch.Tensor:
+    """[captions, T], cut off or filled with padding to the T tokens that a text tower of this SiglipTextConfig reads: the
+    published ones were trained so, and ours are. transformers' pipeline for zero-shot classification does the same."""
+    length = {"max_length": config.max_position_embeddings, "truncation": True}
+    return tokenizer(captions, padding="max_length", return_tensors="pt", **length)["input_ids"]
+
+
+@torch.no_grad()
+def fit(args) -> list[list[float]]:
+    """For each --image the probability of each caption, by SigLIP's sigmoid, so that each is judged for itself. Raises
+    ValueError for a checkpoint without two towers, and where its files contradict each other."""
+    model = load_model(args)
+    if not isinstance(model, SiglipTwoTower):
+        raise ValueError(f"{args.source} holds a {type(model).__name__}: --zero-shot compares with SigLIP's two towers")
+    tokenizer, config = caption_tokenizer(args.source), model.config
+    check_vocabulary(args.source, len(tokenizer), config.text_config.vocab_size)
+    file, size = find_source(args.source) / "preprocessor_config.json", pair(config.vision_config.image_size)
+    about = image_settings(read_json(file)) if file.exists() else {"image_size": size}
+    if pair(about["image_size"]) != size:
+        sizes = f"{about['image_size']} for its processor, {size} for its model"
+        raise ValueError(f"{args.source} contradicts itself: pictures of (height, width): {sizes}")
+    names = {"image_mean": "mean", "image_std": "std", "resample": "resample", "do_pad_square": "do_pad_square"}
+    pixels = process_images(args.image, size, **{names[key]: value for key, value in about.items() if key in names})
+    device = next(model.parameters()).device
+    logits = model.logits(pixels.to(device), caption_ids(tokenizer, args.zero_shot, config.text_config).to(device))
+    return logits.float().sigmoid().tolist()
+
+
+def print_fit(args) -> None:
+    """A block for each picture, its likeliest caption first."""
+    for file, row in zip(args.image, fit(args), strict=True):
+        print(file)
+        for p, caption in sorted(zip(row, args.zero_shot, strict=True), key=lambda found: -found[0]):
+            print(f"{100 * p:11.4g} %  {caption}")
+
+
+# ---- words ----
 
 
 def encode(tokenizer: BPETokenizer, text: str) -> list[int]:
@@ -235,6 +313,9 @@ def main(argv=None) -> None:
     args = parse_args(argv)
     if args.attention:
         check_writable(args.attention)
+    if args.zero_shot:
+        print_fit(args)
+        return
     model, tokenizer = load(args)
     sees = isinstance(model, MllamaForConditionalGeneration)
     if args.top:

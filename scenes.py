@@ -359,10 +359,10 @@ def running_sum(digits: Sequence[int]) -> str:
     return text
 
 
-def by_way(place: str, other: str, thing: str) -> str:
-    """"from top right to top left: a red 7": first where the digit is that the question names, then where the one is that it
-    asks for, then what it is. Each is one look at the picture; all at once is what a small model learns last."""
-    return f"from {place} to {other}: {with_article(thing)}"
+def found_from(kind: str, place: str, other: str, thing: str) -> str:
+    """"at the top right; left of it, at the top left, a red 7": first where the digit is that the question names, then where
+    the one is that it asks for. Each step is one look at the picture; both at once a small model learns late."""
+    return f"at the {place}; {kind.replace('_', ' ')} it, at the {other}, {with_article(thing)}"
 
 
 def _askable(digits: list[int], colours: list[int], cells: list[int], layout: int, pick: random.Random) -> dict[str, list]:
@@ -391,7 +391,7 @@ def _askable(digits: list[int], colours: list[int], cells: list[int], layout: in
             for kind, found in (("left_of", left), ("above", above)):
                 if len(found) == 1:  # with two, some would name the nearer and some either
                     k = found[0]
-                    answer = by_way(places[cells[i]], places[cells[k]], things[k])
+                    answer = found_from(kind, places[cells[i]], places[cells[k]], things[k])
                     ask[kind].append(({"thing": things[i]}, answer, (k, i)))
     return ask
 
@@ -459,7 +459,7 @@ def corpus() -> list[str]:
     lines += ["yes", "no", *map(str, digits), *COLOURS]
     spots = [f"{with_article(thing)} at the {place}" for thing in things for place in places]
     lines += [f"{spot}, {spot}" for spot in spots]
-    lines += [by_way(place, place, thing) for place in places for thing in things]
+    lines += [found_from(kind, place, place, thing) for kind in ("left_of", "above") for place in places for thing in things]
     return lines + [running_sum([x, y]) for x in range(9 * (SLOTS - 1) + 1) for y in digits]
 
 

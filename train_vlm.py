@@ -121,9 +121,9 @@ def parse_args(argv=None):
     add("--lora-alpha", type=positive_float, help="default: twice the rank")
     add("--lr-pretrained", type=positive_float, default=1e-4, help="peak learning rate of what comes trained, LoRA apart")
     add("--muon-lr", type=not_negative_float, default=0.02, help="Muon's, for matrices that start untrained; 0: AdamW for all")
-    add("--vision-steps", type=not_negative_int, help="of stage 1; default: 900, with your own data 400")
+    add("--vision-steps", type=not_negative_int, help="of stage 1; default: 1050, with your own data 400")
     add("--projector-steps", type=not_negative_int, help="of stage 2; default: 20, or a tenth of stage 3")
-    add("--steps", type=positive_int, help="of stage 3, in place of --epochs; default for scenes 850")
+    add("--steps", type=positive_int, help="of stage 3, in place of --epochs; default for scenes 1100")
     add("--per-scene", type=positive_int, default=12, help="questions about each scene")
     add("--shift", type=not_negative_float, default=0.0, help="move training pictures by up to this part of their side, for "
         "--dataset llava with a tower that trains")  # fmt: skip
@@ -301,13 +301,13 @@ def frozen_towers(args, common=()) -> set[str]:
 def stages(args, epoch: int | None, common=()) -> list[Stage]:
     """What this run goes through. epoch: steps of one pass over the rows; None for scenes, of which there is no end. common:
     see common_questions."""
-    steps = args.steps or (850 if epoch is None else max(1, round((args.epochs or 3) * epoch)))
+    steps = args.steps or (1100 if epoch is None else max(1, round((args.epochs or 3) * epoch)))
     frozen, found, first = frozen_towers(args, common), [], args.projector_steps
     if looks_first(args, common):
         why = "digit, colour and place of each patch, from the generator's labels: there must be something to talk about"
         if common:
             why = f"the answers to {len(common)} common questions, by a linear reader: there must be something to talk about"
-        found.append(Stage("vision", why, args.vision_steps or (400 if common else 900), ("model.vision_tower", "reader")))
+        found.append(Stage("vision", why, args.vision_steps or (400 if common else 1050), ("model.vision_tower", "reader")))
     if first is None:  # where both towers come trained, or nearly so
         first = 20 if found or epoch is None else steps // 10 if args.vision and args.lm else 0
     if args.fusion == "cross":  # its gates are closed at first, and let no gradient through to the projector

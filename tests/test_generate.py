@@ -1,5 +1,5 @@
-"""Laws of generate.py: what it prints is what the model says, streamed or tabled, of texts and pictures; a wrong pair is one
-line."""
+"""Laws of generate.py: what it prints is what the model says, streamed or tabled, of texts and pictures, or how well captions
+fit, as in transformers; an adapter takes the place of a run's own; a wrong pair is one line."""
 
 import io
 import json
@@ -11,12 +11,21 @@ import pytest
 import torch
 from PIL import Image
 
+import checkpoint
 import figures
 import generate
-from checkpoint import from_pretrained, save_pretrained
+from checkpoint import from_pretrained, lora_layers, put_adapter, save_lora, save_pretrained
 from gpt import GPT, GPTConfig
-from model import MLLAMAConfig, MllamaForConditionalGeneration, OneToken, convert_linears_to_lora
+from model import (
+    Llama3ForCausalLM,
+    LLAMA32Config,
+    MLLAMAConfig,
+    MllamaForConditionalGeneration,
+    OneToken,
+    convert_linears_to_lora,
+)
 from processing_mllama import MllamaImageProcessor
+from quant import Linear4bit, quantize_
 from scenes import make_scenes
 from siglip import SiglipModel
 from tokenizer import BPETokenizer
@@ -266,11 +275,19 @@ def test_attention_draws_the_words_of_the_answer(vlms, photos, tmp_path, capsys,
         (["VLM", "x", "--image", "PHOTO", "--attention", "FOLDER"], "cannot be written"),
         (["VLM", "x", "--image", "PHOTO", "--attention", "FOLDER/no/a.png"], "cannot be written"),
         (["VLM", "x", "--attention", "FOLDER/a.png"], "give an --image"),
+        (["TOWERS", "x", "--image", "PHOTO"], "does not write text: ask how well captions fit a picture, with --zero-shot"),
+        (["VLM", "--image", "PHOTO", "--zero-shot", "x"], "holds a MllamaForConditionalGeneration: --zero-shot compares"),
+        (["TOWERS", "--zero-shot", "x"], "give an --image"),
+        (["TOWERS", "--image", "PHOTO", "--zero-shot"], "expected at least one argument"),
+        (["TOWERS", "--image", "PHOTO", "--zero-shot", "x", "--chat"], "only --device and --dtype beside it"),
+        (["TOWERS", "--image", "PHOTO", "--image", "FOLDER/no.png", "--zero-shot", "x"], "No such file"),
+        (["RUN", "x", "--adapter", "FOLDER"], "no adapter_config.json: is it a LoRA adapter?"),
         (["VLM", "x", "--top", "3", "--image", "PHOTO"], "--top is about texts"),
     ],
 )
-def test_bad_calls_with_pictures_are_one_line_and_exit_code_2(run, vlms, photos, tmp_path, capsys, argv, message):
-    for name, path in (("RUN", run), ("VLM", vlms["idefics3"]), ("PHOTO", photos[0]), ("FOLDER", tmp_path)):
+def test_bad_calls_with_pictures_are_one_line_and_exit_code_2(run, vlms, towers, photos, tmp_path, capsys, argv, message):
+    known = {"RUN": run, "VLM": vlms["idefics3"], "TOWERS": towers, "PHOTO": photos[0], "FOLDER": tmp_path}
+    for name, path in known.items():
         argv = [word.replace(name, str(path)) for word in argv]
     with pytest.raises(SystemExit) as stopped:
         run_cli(lambda: generate.main(argv))
@@ -313,3 +330,202 @@ def test_a_model_that_was_not_told_its_placeholder_asks_the_processor(tmp_path, 
     assert content.pop("image_token_id") == 300
     (folder / "config.json").write_text(json.dumps(content))
     assert call(capsys, folder, *flags(photos[:1]), QUESTION) == printed
+
+
+# ---- captions --------------------------------------------------------------------------------------------------------
+
+CAPTIONS = ["the cat sat on the mat", "a dog", "The fence jumped over the dog. " * 9]  # the last is cut off
+
+
+def make_towers(folder, tokenizer):
+    """A folder with transformers' SiglipModel, its image processor and a tokenizer, as the published ones are."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    vision = sizes | {"image_size": 32, "patch_size": 8}
+    text = sizes | {"vocab_size": len(tokenizer), "max_position_embeddings": 64, "projection_size": 24}
+    torch.manual_seed(0)
+    model = transformers.SiglipModel(transformers.SiglipConfig(vision_config=vision, text_config=text)).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * 0.3)
+        model.logit_bias.fill_(-1.0)
+    model.save_pretrained(folder)
+    transformers.SiglipImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    about = json.loads((folder / "tokenizer_config.json").read_text()) | {"model_input_names": ["input_ids"]}
+    (folder / "tokenizer_config.json").write_text(json.dumps(about))
+    return folder
+
+
+def byte_level():
+    tokenizer = BPETokenizer.train(TEXT, vocab_size=280, special_tokens=("<|endoftext|>",))
+    tokenizer.model_max_length = 64
+    return tokenizer
+
+
+def unigram():
+    """Of the published SigLIPs' kind: SentencePiece's Unigram, </s> at the end and as padding."""
+    tokenizers, transformers = (pytest.importorskip(name) for name in ("tokenizers", "transformers"))
+    pieces = [("</s>", 0.0), ("<unk>", -9.0), *((c, -5.0) for c in "\u2581.abcdefghijklmnopqrstuvwxyzT"), ("\u2581the", -2.0)]
+    inner = tokenizers.Tokenizer(tokenizers.models.Unigram(pieces, unk_id=1))
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    inner.post_processor = tokenizers.processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 0)])
+    ends = {"eos_token": "</s>", "pad_token": "</s>", "unk_token": "<unk>", "model_max_length": 64}
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=inner, **ends)
+
+
+@pytest.fixture(scope="module")
+def towers(tmp_path_factory):
+    return make_towers(tmp_path_factory.mktemp("towers"), byte_level())
+
+
+@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("kind", [byte_level, unigram])
+def test_captions_fit_as_well_as_in_transformers_pipeline(tmp_path, photos, capsys, kind, count):
+    folder, captions = make_towers(tmp_path, kind()), CAPTIONS[:count]
+    printed = call(capsys, folder, *flags(photos[:2]), "--zero-shot", *captions).splitlines()
+    assert len(printed) == 2 * (1 + count) and len(set(printed[1 : 1 + count])) == count
+    transformers = pytest.importorskip("transformers")
+    pipe = transformers.pipeline("zero-shot-image-classification", model=str(folder), device="cpu")
+    for k, photo in enumerate(photos[:2]):
+        block = printed[(1 + count) * k : (1 + count) * (k + 1)]
+        assert block[0] == str(photo)
+        rows = pipe(str(photo), captions, hypothesis_template="{}")
+        assert [line.split(" %  ")[1] for line in block[1:]] == [row["label"] for row in rows]
+        found = [float(line.split(" %  ")[0]) / 100 for line in block[1:]]
+        assert found == pytest.approx([row["score"] for row in rows], rel=1e-3)
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_a_tokenizer_that_nobody_reads_is_one_line(towers, tmp_path, photos, capsys, monkeypatch, installed):
+    for file in towers.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "tokenizer.json").write_text('{"model": {"type": "Unigram", "vocab": 7}}')
+    if not installed:
+        monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(SystemExit) as stopped:
+        run_cli(lambda: generate.main([str(tmp_path), *map(str, flags(photos[:1])), "--zero-shot", "a dog"]))
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and error.count("\n") == 1 and "not byte-level BPE" in error
+    assert ("nor can transformers read it" if installed else "`pip install transformers` reads other kinds") in error
+
+
+def test_towers_that_do_not_fit_their_files_are_refused(towers, tmp_path, photos):
+    for file in towers.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    args = generate.parse_args([str(tmp_path), *map(str, flags(photos[:1])), "--zero-shot", "a dog"])
+    about = json.loads((towers / "preprocessor_config.json").read_text())
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(about | {"size": {"height": 48, "width": 32}}))
+    with pytest.raises(ValueError, match=r"contradicts itself: pictures of .*\(48, 32\) for its processor, \(32, 32\)"):
+        generate.fit(args)
+    byte_level_and_more = byte_level()
+    byte_level_and_more.add_special_tokens(["<new>"])
+    byte_level_and_more.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="they do not belong together"):
+        generate.fit(args)
+
+
+# ---- adapters --------------------------------------------------------------------------------------------------------
+
+
+def with_lora(model, seed: int):
+    """The model with random LoRA in two layers of each block."""
+    torch.manual_seed(seed)
+    convert_linears_to_lora(model, 2, 6, targets=["q_proj", "up_proj"])
+    for layer in lora_layers(model).values():
+        torch.nn.init.normal_(layer.lora_b, std=0.5)
+    return model
+
+
+@pytest.fixture(scope="module", params=["llama", "idefics3"])
+def adapted(request, tmp_path_factory):
+    """A base; a run that trained adapter 1 of it and, as train_vlm.py does, keeps the sum and the adapter; and adapter 2."""
+    folder = tmp_path_factory.mktemp("adapted")
+    base, run, other = folder / "base", folder / "run", folder / "other"
+    if request.param == "llama":
+        tokenizer = BPETokenizer.train(TEXT, vocab_size=290, special_tokens=("<|endoftext|>", "<|im_start|>", "<|im_end|>"))
+        torch.manual_seed(0)
+        save_pretrained(Llama3ForCausalLM(LLAMA32Config(**WORDS, vocab_size=290)), base)
+    else:
+        make_vlm(base, "idefics3")
+        tokenizer = BPETokenizer.from_pretrained(base)
+    for target in (base, run):
+        tokenizer.save_pretrained(target)
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        if (base / name).exists():
+            (run / name).write_bytes((base / name).read_bytes())
+    save_pretrained(with_lora(from_pretrained(base), 1), run)
+    save_lora(with_lora(from_pretrained(base), 1), run / "lora")
+    save_lora(with_lora(from_pretrained(base), 2), other)
+    return base, run, other
+
+
+def same_weights(one, two, tolerance: float) -> bool:
+    one, two = one.state_dict(), two.state_dict()
+    return one.keys() == two.keys() and all((one[name] - two[name]).abs().max() <= tolerance for name in one)
+
+
+@pytest.mark.parametrize("source", ["base", "run"])
+def test_another_adapter_takes_the_place_of_the_runs_own(adapted, tmp_path, capsys, source):
+    base, run, other = adapted
+    folder = run if source == "run" else base
+    save_pretrained(with_lora(from_pretrained(base), 2), tmp_path)
+    for file in base.iterdir():
+        if not (tmp_path / file.name).exists():
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    model = from_pretrained(folder)
+    about = put_adapter(model, folder, other)
+    assert same_weights(model, from_pretrained(tmp_path), 1e-5)
+    count = sum(tensor.numel() for tensor in checkpoint.load_file(other / "adapter_model.safetensors").values())
+    assert f"{count:,} trainable parameters" in about and ("the run's own" in about) == (source == "run")
+    words = ["The cat", "--max-new-tokens", 9]
+    printed = call(capsys, folder, *words, "--adapter", other)
+    assert printed == call(capsys, tmp_path, *words) != call(capsys, run, *words)
+
+
+def test_a_runs_own_adapter_changes_nothing(adapted, capsys):
+    _, run, other = adapted
+    model = from_pretrained(run)
+    assert "which the weights held already" in put_adapter(model, run, run / "lora")
+    assert same_weights(model, from_pretrained(run), 0)
+    with pytest.raises(ValueError, match="made for another layer|no LoRA of a layer"):
+        put_adapter(Llama3ForCausalLM(LLAMA32Config(**(WORDS | {"hidden_size": 16}), vocab_size=290)), run, other)
+
+
+def merge_lora_by_command(monkeypatch, *words) -> None:
+    monkeypatch.setattr(sys, "argv", ["checkpoint.py", "merge-lora", *map(str, words)])
+    run_cli(checkpoint.main)
+
+
+def test_merge_lora_writes_a_plain_folder(adapted, tmp_path, capsys, monkeypatch):
+    base, run, other = adapted
+    merge_lora_by_command(monkeypatch, run, tmp_path / "own")
+    assert same_weights(from_pretrained(tmp_path / "own"), from_pretrained(run), 0)
+    merge_lora_by_command(monkeypatch, base, tmp_path / "other", "--adapter", other)
+    printed = capsys.readouterr().out
+    assert printed.count("trainable parameters") == 2 and "without LoRA layers" in printed
+    assert same_weights(from_pretrained(tmp_path / "other"), put_on(from_pretrained(run), run, other), 1e-5)
+    kept = {path.name for path in base.iterdir()} - {"lora"}
+    assert {path.name for path in (tmp_path / "other").iterdir()} == kept
+    with pytest.raises(SystemExit):
+        merge_lora_by_command(monkeypatch, base, tmp_path / "none")
+    assert "no adapter_config.json" in capsys.readouterr().err and not (tmp_path / "none").exists()
+
+
+def put_on(model, source, adapter):
+    put_adapter(model, source, adapter)
+    return model
+
+
+def test_four_bits_keep_an_adapter_beside_them(adapted, tmp_path, capsys, monkeypatch):
+    """Merged in place, it would be rounded away; merge-lora makes floats of the sums."""
+    base, _, other = adapted
+    model = from_pretrained(base)
+    quantize_(model, targets=["q_proj", "up_proj"])
+    save_pretrained(model, tmp_path / "small")
+    small = put_on(from_pretrained(tmp_path / "small"), tmp_path / "small", other)
+    assert lora_layers(small) and any(isinstance(layer.base, Linear4bit) for layer in lora_layers(small).values())
+    merge_lora_by_command(monkeypatch, tmp_path / "small", tmp_path / "large", "--adapter", other)
+    large, ids = from_pretrained(tmp_path / "large"), torch.tensor([[5, 70, 80]])
+    assert not [layer for layer in large.modules() if isinstance(layer, Linear4bit)]
+    torch.testing.assert_close(large(input_ids=ids)["logits"], small(input_ids=ids)["logits"], atol=1e-4, rtol=1e-4)

@@ -336,8 +336,8 @@ def test_pixels_are_those_of_process_images(tmp_path, settings):
 @pytest.fixture
 def decoded(monkeypatch):
     """How often each picture was decoded."""
-    count, decode = Counter(), llava_json.to_picture
-    monkeypatch.setattr(llava_json, "to_picture", lambda path: count.update([path.name]) or decode(path))
+    count, decode = Counter(), llava_json.fit
+    monkeypatch.setattr(llava_json, "fit", lambda path, *how: count.update([path.name]) or decode(path, *how))
     return count
 
 

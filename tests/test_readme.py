@@ -9,6 +9,8 @@ import pytest
 import evaluate
 import generate
 import llava_json
+import train_llmvit
+import train_siglip
 import train_vit
 import train_vlm
 
@@ -22,7 +24,8 @@ COMMANDS = [
     for line in block.splitlines()
     if line.startswith(("python ", "torchrun "))
 ]
-MODULES = {"train_vit.py": train_vit, "train_vlm.py": train_vlm, "generate.py": generate, "evaluate.py": evaluate}
+MODULES = {"train_vit.py": train_vit, "train_vlm.py": train_vlm, "train_siglip.py": train_siglip,
+           "train_llmvit.py": train_llmvit, "generate.py": generate, "evaluate.py": evaluate}
 PARSERS = {name: module.parse_args for name, module in {**MODULES, "llava_json.py": llava_json}.items()}
 
 

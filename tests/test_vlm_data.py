@@ -460,7 +460,8 @@ def test_pictures_that_cannot_be_read_are_left_out_of_the_common_questions(close
 
 
 def test_common_loss_is_the_mean_over_all_that_was_asked():
-    logits, seen = torch.randn(5, 5).split((2, 3), dim=1), torch.tensor([[0, IGNORE], [1, 2], [IGNORE, IGNORE], [IGNORE, 0], [1, 1]])
+    logits = torch.randn(5, 5).split((2, 3), dim=1)
+    seen = torch.tensor([[0, IGNORE], [1, 2], [IGNORE, IGNORE], [IGNORE, 0], [1, 1]])
     asked = [(n, q) for n in range(5) for q in range(2) if seen[n, q] != IGNORE]
     each = [F.cross_entropy(logits[q][n], seen[n, q]) for n, q in asked]
     torch.testing.assert_close(common_loss(logits, seen), torch.stack(each).mean())

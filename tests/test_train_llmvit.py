@@ -1,0 +1,233 @@
+"""Laws of train_llmvit.py: every combination runs and comes back from its folder; resumed is as good as uninterrupted."""
+
+import contextlib
+import io
+import json
+import os
+import signal
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import figures
+import train_llmvit
+from augment import mix, normalise
+from checkpoint import load_state, save_pretrained
+from data import load_images
+from gpt import GPT, GPTConfig
+from llmvit import LanguageClassifier
+from model import Linear_LORA, Llama3ForCausalLM, LLAMA32Config
+from tokenizer import BPETokenizer
+from training import run_cli
+
+TINY = "--batch-size 32 --epochs 0.1 --eval-every 1000".split()  # 4 steps
+TEXT = "the cat and the dog saw that one bird fly over the sea and then the cat sat with the dog " * 20
+
+
+@pytest.fixture(autouse=True)
+def small(request, monkeypatch):
+    """Small models, and pictures that are not painted."""
+    encoder = {"hidden_dim": 16, "num_encoder_layers": 1, "nhead": 2}
+    lm = {"vocab_size": 64, "hidden_size": 32, "n_heads": 2, "n_layers": 2, "hidden_dim": 48}
+    monkeypatch.setitem(train_llmvit.SIZES, "tiny", (encoder, lm))
+    if "figure" not in request.node.name:
+        monkeypatch.setattr(figures, "finish", lambda figure, path: path.touch())
+        monkeypatch.setattr(figures, "sheet", lambda images, captions, path, title, good: path.touch())
+
+
+def train(*flags) -> dict:
+    """The script in this process; returns its last line."""
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(io.StringIO()):
+        train_llmvit.main([*TINY, *map(str, flags)])
+    return json.loads(out.getvalue().strip().splitlines()[-1])
+
+
+def refused(capsys, *flags) -> str:
+    with pytest.raises(SystemExit) as stopped:
+        run_cli(lambda: train_llmvit.main([*TINY, *map(str, flags)]))
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and "Traceback" not in error
+    return error
+
+
+@pytest.fixture(scope="module")
+def language_models(tmp_path_factory):
+    """Folders with a LLaMA and a GPT-2, each with a tokenizer of some words."""
+    tokenizer = BPETokenizer.train([TEXT], 300, ["<|endoftext|>"], at_most=True)
+    torch.manual_seed(0)
+    models = {
+        "llama": Llama3ForCausalLM(
+            LLAMA32Config(
+                **{"vocab_size": 320, "hidden_size": 32, "n_heads": 4, "n_kv_groups": 2, "n_layers": 3, "hidden_dim": 64},
+                rope_base=10000.0,
+            )
+        ),
+        "gpt2": GPT(GPTConfig(len(tokenizer), 64, 32, 3, 4)),
+    }
+    folders = {}
+    for name, model in models.items():
+        folders[name] = tmp_path_factory.mktemp("lm") / name
+        save_pretrained(model, folders[name])
+        tokenizer.save_pretrained(folders[name])
+    return folders, models, tokenizer
+
+
+def flags_of(name: str, language_models) -> list:
+    """The flags of a row of RUNS; LLAMA and GPT2 stand for their folders."""
+    folders = language_models[0]
+    return [folders.get(word.lower(), word) for word in RUNS[name].split()]
+
+
+RUNS = {
+    "scratch knn": "--embedder knn",
+    "scratch max": "--embedder max --metric cosine_similarity --lm-layers 1",
+    "scratch direct": "--embedder direct --embedding-loss 0.1 --pooling last",
+    "scratch frozen for a while": "--frozen-steps 2 --encoder patch_embed",
+    "scratch padded": "--patch-size 5 --embedder max",
+    "pretrained": "--lm LLAMA --lm-layers 2 --words 8",
+    "pretrained frozen": "--lm LLAMA --freeze-lm --words 0 --embedder max",
+    "pretrained lora": "--lm LLAMA --lm-layers 1 --words 8 --lora 2",
+    "pretrained qlora": "--lm LLAMA --lm-layers 1 --words 8 --qlora",
+    "random lora": "--lm LLAMA --words 8 --lora 2 --random-lm",
+    "gpt2 lora": "--lm GPT2 --lm-layers 2 --words 8 --lora 2",
+    "no language model": "--lm LLAMA --no-lm",
+}
+
+
+@pytest.mark.filterwarnings("ignore:patches of 5")
+@pytest.mark.parametrize("name", RUNS)
+def test_every_combination_trains_and_comes_back_from_its_folder(name, language_models, tmp_path):
+    result = train("--out", tmp_path, *flags_of(name, language_models))
+    left = {path.name for path in tmp_path.iterdir()}
+    assert {"config.json", "model.safetensors", "metrics.jsonl", "state.pt", "result.json"} <= left
+    assert {"curves.png", "confusion.png", "samples.png"} <= left and ("words.png" in left) == ("no " not in name)
+    model, config = train_llmvit.from_run(tmp_path)
+    _, test = load_images("digits", image_size=16)
+    with torch.no_grad():
+        said = model(normalise(test.images, config["image_mean"], config["image_std"]))["logits"].argmax(dim=1)
+    assert (said == test.labels).float().mean().item() == pytest.approx(result["test_accuracy"], abs=1e-4)
+    assert not model.training and config["classes"][3] == "3"
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_a_language_model_is_cut_to_its_first_layers_and_whole_words(name, language_models):
+    folders, models, tokenizer = language_models
+    args = train_llmvit.parse_args(["--lm", str(folders[name]), "--lm-layers", "2", "--words", "7"])
+    lm, words = train_llmvit.load_language_model(args)
+    whole = [f" {word}" for word in set(TEXT.split())]
+    assert len(words) == 7 and any(word in whole for word in words)
+    assert all(word[0] == " " and word[1:].isalpha() and len(word) > 3 for word in words)
+    ids = [next(i for i in range(len(tokenizer)) if tokenizer.decode([i]) == word) for word in words]
+    assert ids == sorted(ids)
+    x = torch.randn(2, 5, 32)
+    cut = LanguageClassifier(lm.eval(), 3)
+    torch.testing.assert_close(train_llmvit.word_matrix(lm), train_llmvit.word_matrix(models[name])[ids])
+    seen: dict = {}
+    (models[name].model if name == "llama" else models[name]).eval()(inputs_embeds=x, trace=seen)
+    read = []
+    cut.decoder.norm.register_forward_pre_hook(lambda module, given: read.append(given[0]))
+    cut(x)
+    torch.testing.assert_close(read[0], seen["layers.1" if name == "llama" else "blocks.1"], atol=1e-5, rtol=1e-4)
+
+
+def test_what_is_trained(language_models, tmp_path):
+    """Under LoRA the corrections, the encoder and the head; the words of a trained model keep their meaning."""
+    for flags in ("--lora 2", "--qlora", ""):
+        out = tmp_path / flags.replace(" ", "")
+        train("--out", out, "--lm", language_models[0]["llama"], "--words", 8, *flags.split())
+        model, _ = train_llmvit.from_run(out)
+        start = train_llmvit.build(
+            train_llmvit.parse_args(["--lm", str(language_models[0]["llama"]), "--words", "8", *flags.split()]), 1, (16, 16), 10
+        )[0].state_dict()
+        moved = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, start[name])} - {"_extra_state"}
+        in_lm = {name for name in moved if name.startswith("model.decoder")}
+        assert moved - in_lm and "model.decoder.embed_tokens.weight" not in moved
+        if flags:
+            assert in_lm and all(name.endswith(("lora_a", "lora_b")) for name in in_lm)
+            kinds = {type(m.base).__name__ for m in model.modules() if isinstance(m, Linear_LORA)}
+            assert kinds == {"Linear4bit" if "q" in flags else "Linear"}
+        else:
+            assert any("q_proj" in name for name in in_lm)
+
+
+def test_the_encoder_starts_the_same_with_every_language_model_and_without(language_models):
+    source = ["--lm", str(language_models[0]["llama"]), "--words", "8"]
+    starts = []
+    for flags in ("", "--lora 2", "--random-lm", "--no-lm"):
+        model, _ = train_llmvit.build(train_llmvit.parse_args([*source, *flags.split()]), 1, (16, 16), 10)
+        starts.append(model.encoder.vit.state_dict())
+    for other in starts[1:]:
+        assert all(torch.equal(tensor, starts[0][name]) for name, tensor in other.items())
+
+
+def test_stopped_and_resumed_equals_uninterrupted_bit_for_bit(tmp_path, monkeypatch):
+    """With a language model that unfreezes after the stop."""
+    flags = ["--epochs", "1", "--frozen-steps", "35", "--ema", "0.9", "--dropout", "0.1"]  # 44 steps
+    train("--out", tmp_path / "whole", *flags)
+    calls = []
+
+    def stopping(*given):
+        calls.append(1)
+        if len(calls) == 25:
+            os.kill(os.getpid(), signal.SIGINT)
+        return mix(*given)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
+        patch.setattr(train_llmvit, "mix", stopping)
+        train("--out", tmp_path / "run", *flags)
+    assert stopped.value.code == 130 and load_state(tmp_path / "run")["steps_done"] == 25
+    train("--out", tmp_path / "run", *flags, "--resume")
+    whole, resumed = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "run"))
+    assert all(torch.equal(tensor, resumed[name]) for name, tensor in whole.items())
+
+
+def test_frozen_steps_count_steps_whatever_the_accumulation(tmp_path):
+    """Four steps in two parts each, three of them frozen: the language model learns in the last one."""
+    for steps in (3, 4):
+        train("--out", tmp_path / str(steps), "--grad-accum", 2, "--frozen-steps", steps)
+    moved = []
+    start = train_llmvit.build(train_llmvit.parse_args([]), 1, (16, 16), 10)[0].state_dict()
+    for steps in (3, 4):
+        state = train_llmvit.from_run(tmp_path / str(steps))[0].state_dict()
+        moved.append(not torch.equal(*(s["model.decoder.layers.0.self_attn.q_proj.weight"] for s in (state, start))))
+    assert moved == [True, False]
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--random-lm"], "--random-lm needs --lm"),
+        (["--no-lm", "--lora", "4"], "--no-lm leaves no language model"),
+        (["--no-lm", "--embedding-loss", "1"], "--no-lm leaves no words"),
+        (["--freeze-lm", "--frozen-steps", "4"], "choose one"),
+        (["--embedder", "near"], "invalid choice: 'near'"),
+        (["--lm", "/nowhere"], "there is no folder /nowhere"),
+        (["--lm", "LLAMA", "--lm-layers", "9"], "--lm-layers 9: the language model has 3"),
+        (["--k", "300"], "k is 300, but there are 64 words"),
+        (["--dataset", "mnist", "--data", "/nowhere"], "/nowhere"),
+        (["--resume"], "no state.pt to resume from"),
+    ],
+)
+def test_bad_settings_are_one_line_and_exit_code_2(tmp_path, capsys, language_models, flags, message):
+    flags = [language_models[0].get(word.lower(), word) for word in flags]
+    assert message in refused(capsys, "--out", tmp_path / "run", *flags)
+
+
+def test_other_folders_are_refused(tmp_path, language_models):
+    with pytest.raises(FileNotFoundError, match="no config.json"):
+        train_llmvit.from_run(tmp_path)
+    with pytest.raises(ValueError, match="model_type 'llama'"):
+        train_llmvit.from_run(language_models[0]["llama"])
+
+
+def test_the_figure_of_words_shows_each_in_its_patch(tmp_path):
+    words = [[["up", "left"], ["a$b", "a very long word"]], [["x", ""], ["\x00", "é"]]]
+    images = torch.zeros(2, 1, 7, 8, dtype=torch.uint8)
+    figure = figures.word_grid(images, words, (4, 4), ["3", "5, is 8"], tmp_path / "words.png", "title", good=[True, False])
+    for axes, grid in zip(figure.axes, words, strict=True):
+        assert [text.get_position() for text in axes.texts] == [(2, 2), (6, 2), (2, 6), (6, 6)]
+        assert axes.texts[0].get_text() == grid[0][0]
+        assert axes.get_xlim() == (0, 8) and axes.get_ylim() == (8, 0)
+    assert (tmp_path / "words.png").stat().st_size > 1000

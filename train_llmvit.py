@@ -1,0 +1,432 @@
+"""Train a language model to classify pictures (llmvit.py): an encoder learns to say what it sees in the model's own words.
+
+    python train_llmvit.py                                           digits, a small language model from scratch, 2 minutes
+    python train_llmvit.py --dataset mnist --data DIR --lm SmolLM2.gguf --lm-layers 2 --lora 8 --max-seconds 540
+    python train_llmvit.py ... --qlora                               the same with the language model in 4 bits
+    python train_llmvit.py ... --random-lm                           the same shape with random weights: what did it know?
+    python train_llmvit.py ... --no-lm                               the same encoder and no language model at all
+    python train_llmvit.py ... --embedder knn|max|direct             k words mixed, one word, or vectors that are no words
+    python train_llmvit.py --out runs/llmvit-digits --resume         go on after Ctrl-C, exactly
+
+A language model is taken from a LLaMA or GPT-2 in any form that checkpoint.py reads. On a CPU the search for the nearest of
+SmolLM2's 49,152 words takes longer than all else: --words keeps the first so many whole words of the vocabulary.
+
+Writes runs/llmvit-DATASET/: the model (config.json, model.safetensors; from_run reads it), metrics.jsonl, curves.png,
+confusion.png, samples.png and words.png: which word each patch became. The last line printed is JSON.
+"""
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+
+import figures
+from augment import PRESETS as AUGMENTATIONS
+from augment import Augment, mix, normalise
+from checkpoint import from_pretrained, naming, read_json, read_safetensors, write_json, write_tensors
+from data import DATASETS, Batches, ImageDataset
+from gpt import GPT, GPTConfig
+from llmvit import EMBEDDERS, ENCODERS, LLMVIT, METRICS, EmbedderConfig, EncoderConfig, LanguageClassifier, NoLanguageModel
+from model import Llama3ForCausalLM, LLAMA32Config, convert_linears_to_lora
+from tokenizer import BPETokenizer
+from train_vit import accuracy, default_patch, load_data, predict
+from training import (
+    Run,
+    Trainer,
+    argument_parser,
+    not_negative_float,
+    not_negative_int,
+    parameter_groups,
+    positive_float,
+    positive_int,
+    run_cli,
+)
+from vit_scratch import pair
+
+# ---- settings --------------------------------------------------------------------------------------------------------
+
+# What the pictures of a data set ask for. Every value has a flag that replaces it.
+RECIPES = {
+    "digits": {"image_size": 16, "patch_size": 4, "batch_size": 64, "epochs": 40},  # 8x8 pixels, enlarged once
+    "mnist": {"image_size": 28, "patch_size": 7, "epochs": 2, "augment": "none"},  # in so few passes none is needed
+    "fashion-mnist": {"image_size": 28, "patch_size": 7, "epochs": 4},
+    "cifar10": {"image_size": 32, "patch_size": 4, "epochs": 30},
+    "folder": {"image_size": None, "patch_size": None, "epochs": 30},
+}
+# The one dial: the encoder, and the language model where none is given, whose "words" mean what training makes them mean.
+SIZES = {
+    "tiny": (
+        {"hidden_dim": 128, "num_encoder_layers": 2, "nhead": 4},
+        {"vocab_size": 256, "hidden_size": 128, "n_heads": 4, "n_layers": 2, "hidden_dim": 384},
+    ),
+    "small": (
+        {"hidden_dim": 192, "num_encoder_layers": 4, "nhead": 6},
+        {"vocab_size": 512, "hidden_size": 256, "n_heads": 4, "n_layers": 4, "hidden_dim": 768},
+    ),
+}
+SCRATCH = {"max_position_embeddings": 4096, "rope_base": 10000.0, "tie_word_embeddings": True}
+MODEL_TYPE = "llmvit_scratch"
+KINDS = {"llama": (Llama3ForCausalLM, LLAMA32Config), "gpt2": (GPT, GPTConfig)}
+
+
+def parse_args(argv=None):
+    parser = argument_parser(__doc__, lr=1e-3, batch_size=None)
+    add = parser.add_argument
+    add("--dataset", choices=list(DATASETS), default="digits")
+    add("--size", choices=list(SIZES), default="tiny", help="of the encoder, and of a language model from scratch")
+    add("--image-size", type=positive_int, help="pixels; default the data set's own")
+    add("--patch-size", type=positive_int, help="pixels; pictures that it does not divide are padded; default as the data set")
+    add("--split-seed", type=int, default=0, help="another test part, where the data come without one")
+    add("--augment", choices=list(AUGMENTATIONS), help="default: made for the data set")
+    add("--encoder", choices=list(ENCODERS), default="vit", help="vit: patches see each other; patch_embed: a linear layer")
+    add("--dropout", type=not_negative_float, default=0.0, help="in the encoder")
+    add("--embedder", choices=list(EMBEDDERS), default="knn", help="k nearest words mixed, the nearest one, or no words")
+    add("--k", type=positive_int, default=4, help="words that knn mixes")
+    add("--temperature", type=positive_float, default=0.1, help="of knn, in units of the words' standard deviation "
+        "over all dimensions: the lower, the more the nearest word counts")  # fmt: skip
+    add("--metric", choices=METRICS, default="cosine_similarity", help="by which max finds its word")
+    add("--embedding-loss", type=not_negative_float, default=0.0, help="weight of the distance between the distributions of "
+        "vectors and words")  # fmt: skip
+    add("--lm", metavar="SOURCE", help="a LLaMA or GPT-2 run, folder, .gguf file or hub name; default: a small one, untrained")
+    add("--lm-layers", type=positive_int, metavar="N", help="keep its first N layers; default: all")
+    add("--words", type=not_negative_int, default=4000, metavar="N", help="keep the first N whole words of its vocabulary, or "
+        "what there is of them, as the dictionary; 0: all of its tokens (slow on a CPU)")  # fmt: skip
+    add("--pooling", choices=["last", "mean"], default="mean", help="what the classification head reads of it")
+    add("--random-lm", action="store_true", help="the shape of --lm with random weights")
+    add("--no-lm", action="store_true", help="no language model: the mean of the encoder's patches is classified")
+    add("--lora", type=positive_int, metavar="RANK", help="train low-rank corrections of the language model, not itself")
+    add("--lora-alpha", type=positive_float, help="default: twice the rank")
+    add("--qlora", action="store_true", help="the language model's matrices in 4 bits under LoRA (of rank 8 unless given)")
+    add("--frozen-steps", type=not_negative_int, default=0, help="steps before the language model learns, too")
+    add("--freeze-lm", action="store_true", help="the language model never learns")
+    add("--lr-lm", type=positive_float, default=1e-4, help="peak learning rate of a pretrained language model; LoRA: --lr")
+    add("--muon-lr", type=not_negative_float, default=0.02, help="Muon's, for matrices that start untrained; 0: AdamW for all")
+    add("--eval-count", type=positive_int, default=1000, help="test pictures of an evaluation on the way")
+    args = parser.parse_args(argv)
+    for key, value in {"augment": args.dataset, "batch_size": 32, **RECIPES[args.dataset]}.items():
+        if getattr(args, key) is None:
+            setattr(args, key, value)
+    args.lora = args.lora or (8 if args.qlora else None)
+    if args.random_lm and not args.lm:
+        parser.error("--random-lm needs --lm, whose shape it takes (without --lm the language model is random anyway)")
+    if args.no_lm and (args.lora or args.freeze_lm or args.frozen_steps):
+        parser.error("--no-lm leaves no language model for --lora, --qlora, --freeze-lm or --frozen-steps")
+    if args.no_lm and args.embedding_loss:
+        parser.error("--no-lm leaves no words for --embedding-loss")
+    if args.freeze_lm and args.frozen_steps:
+        parser.error("--freeze-lm is for ever, --frozen-steps for a while: choose one")
+    args.embedder = "direct" if args.no_lm else args.embedder
+    args.out = args.out or f"runs/llmvit-{args.dataset}{'-no-lm' if args.no_lm else '-random' if args.random_lm else ''}"
+    return args
+
+
+# ---- the language model: cut to size ---------------------------------------------------------------------------------
+
+
+class WordList:
+    """The words that were kept, in their new order: what a tokenizer is to a whole vocabulary."""
+
+    def __init__(self, words: list[str]):
+        self.words = words
+
+    def decode(self, ids) -> str:
+        return "".join(self.words[i] for i in ids)
+
+
+def whole_words(tokenizer: BPETokenizer, most: int, size: int) -> list[int]:
+    """The first ids below `size`, `most` at most, that stand for a space and three letters or more: byte-pair merges are
+    learned in the order of their frequency, so these are common words, and some beginnings of words."""
+    found = []
+    for i in range(min(len(tokenizer), size)):
+        text = tokenizer.decode([i])
+        if text.startswith(" ") and text[1:].isalpha() and len(text) > 3:
+            found.append(i)
+            if len(found) == most:
+                break
+    if not found:
+        raise ValueError(f"--words {most}: none of the {size:,} tokens is a whole word: take them all with --words 0")
+    return found
+
+
+@torch.no_grad()
+def cut(lm: GPT | Llama3ForCausalLM, layers: int | None, ids: list[int] | None) -> GPT | Llama3ForCausalLM:
+    """The first layers of a decoder with some rows of its word embedding, as a new model. Raises ValueError for more layers
+    than there are."""
+    gpt = isinstance(lm, GPT)
+    depth, rows = ("num_hidden_layers", "token_embedding") if gpt else ("n_layers", "model.embed_tokens")
+    have = getattr(lm.config, depth)
+    if layers is not None and layers > have:
+        raise ValueError(f"--lm-layers {layers}: the language model has {have}")
+    count = {depth: layers or have, "vocab_size": lm.config.vocab_size if ids is None else len(ids)}
+    changes = count if gpt else {**count, "tie_word_embeddings": True}  # its own head is not used
+    with torch.device("meta"):
+        new = type(lm)(replace(lm.config, **changes))
+    old = lm.state_dict()
+    if ids is not None:
+        old[f"{rows}.weight"] = old[f"{rows}.weight"][ids]
+    head = old[f"{rows}.weight"]
+    new.load_state_dict({name: head if name == "lm_head.weight" else old[name] for name in new.state_dict()}, assign=True)
+    new.tie_weights()
+    return new.requires_grad_(True)
+
+
+def load_language_model(args) -> tuple[GPT | Llama3ForCausalLM, list[str]]:
+    """The decoder and how its words are spelled."""
+    if not args.lm:
+        settings = {**SIZES[args.size][1], **SCRATCH}
+        settings["n_layers"] = args.lm_layers or settings["n_layers"]
+        lm = Llama3ForCausalLM(LLAMA32Config(**settings))
+        return lm, [f"#{i}" for i in range(settings["vocab_size"])]
+    lm = from_pretrained(args.lm)
+    if not isinstance(lm, GPT | Llama3ForCausalLM):
+        raise ValueError(f"--lm {args.lm} is a {type(lm).__name__}: it must be a LLaMA or a GPT-2")
+    tokenizer, size = BPETokenizer.from_pretrained(args.lm), lm.config.vocab_size
+    ids = whole_words(tokenizer, args.words, size) if args.words and not args.no_lm else None
+    spelled = [tokenizer.decode([i]) if i < len(tokenizer) else f"#{i}" for i in (ids or range(size))]
+    lm = cut(lm, args.lm_layers, ids)
+    return (type(lm)(lm.config) if args.random_lm else lm), spelled
+
+
+def with_corrections(decoder: nn.Module, lora: dict | None, qlora: bool) -> None:
+    """Freeze a decoder under LoRA, in 4 bits if so wished, in place."""
+    if lora is None:
+        return
+    decoder.requires_grad_(False)
+    if qlora:
+        from quant import quantize_
+
+        quantize_(decoder)
+    convert_linears_to_lora(decoder, **lora)
+
+
+# ---- model -----------------------------------------------------------------------------------------------------------
+
+
+def build(args, channels: int, size: tuple[int, int], K: int) -> tuple[LLMVIT, dict]:
+    """The model, and what config.json says of it. The encoder starts the same with every language model and without one."""
+    torch.manual_seed(args.seed)
+    lm, words = load_language_model(args)
+    settings = {"kind": "none", "num_labels": K}
+    encoder = EncoderConfig(
+        args.encoder, size[0] if size[0] == size[1] else size, args.patch_size or default_patch(size), channels,
+        embed_dim=lm.config.hidden_size, dropout=args.dropout, **SIZES[args.size][0],
+    )  # fmt: skip
+    embedder = EmbedderConfig(args.embedder, args.k, similarity_metric=args.metric)
+    if not args.no_lm:
+        kind = next(kind for kind, (model, _) in KINDS.items() if isinstance(lm, model))
+        lora = {"rank": args.lora, "alpha": args.lora_alpha or 2.0 * args.lora} if args.lora else None
+        settings |= {"kind": kind, "config": asdict(lm.config), "pooling": args.pooling, "lora": lora, "qlora": args.qlora}
+        embedder.temperature = args.temperature * word_matrix(lm).var(dim=0).sum().sqrt().item()
+        # Words of a trained model keep their meaning; those that nothing reads have no gradient.
+        word_matrix(lm).requires_grad_(not args.lm and args.embedder != "direct")
+    options = {
+        "frozen_backbone_steps": args.frozen_steps * args.grad_accum,  # it counts passes
+        "always_freeze_backbone": args.freeze_lm,
+        "embedding_loss_weight": args.embedding_loss,
+    }
+    backbone = make_backbone(settings, lm)
+    torch.manual_seed(args.seed)
+    model = LLMVIT(backbone, encoder, embedder, **options)
+    config = {"model_type": MODEL_TYPE, "backbone": settings, "encoder": asdict(encoder), "embedder": asdict(embedder)}
+    return model, {**config, "options": options, "words": None if args.no_lm else words}
+
+
+def word_matrix(lm: GPT | Llama3ForCausalLM) -> nn.Parameter:
+    return (lm.token_embedding if isinstance(lm, GPT) else lm.model.embed_tokens).weight
+
+
+def make_backbone(settings: dict, lm: GPT | Llama3ForCausalLM | None = None, width: int | None = None) -> nn.Module:
+    """From what config.json says; without lm, a model of that shape to load the weights into."""
+    if settings["kind"] == "none":
+        return NoLanguageModel(width or lm.config.hidden_size, settings["num_labels"])
+    model, config = KINDS[settings["kind"]]
+    lm = model(config(**settings["config"])) if lm is None else lm
+    backbone = LanguageClassifier(lm, settings["num_labels"], settings["pooling"])
+    with_corrections(backbone.decoder, settings["lora"], settings["qlora"])
+    return backbone
+
+
+def from_run(folder: str | Path) -> tuple[LLMVIT, dict]:
+    """A finished run's model, in eval mode, and its config.json: "classes", "image_mean", "image_std" (of pixels from 0 to
+    1), and "words", which are None without a language model. Raises ValueError or FileNotFoundError for other folders."""
+    folder = Path(folder)
+    if not (folder / "config.json").exists():
+        raise FileNotFoundError(f"{folder} has no config.json: is it the folder of a finished run of train_llmvit.py?")
+    config = read_json(folder / "config.json")
+    if config.get("model_type") != MODEL_TYPE:
+        raise ValueError(f"{folder} has model_type {config.get('model_type')!r}: it is no run of train_llmvit.py")
+    sizes = {key: tuple(value) if isinstance(value, list) else value for key, value in config["encoder"].items()}
+    encoder = EncoderConfig(**sizes)
+    backbone = make_backbone(config["backbone"], width=encoder.embed_dim)
+    model = LLMVIT(backbone, encoder, EmbedderConfig(**config["embedder"]), **config["options"])
+    with naming(folder / "model.safetensors"):
+        model.load_state_dict(read_safetensors(folder))
+    return model.eval(), config
+
+
+def describe(model: LLMVIT, args, config: dict) -> list[str]:
+    """The lines that are printed before the first step."""
+    encoder, (rows, columns) = model.config, model.config.padding
+    padded = f", {rows} rows and {columns} columns added as zeros" if rows or columns else ""
+    grid = f"{encoder.grid[0]}x{encoder.grid[1]} patches of {pair(encoder.patch_size)[0]} pixels{padded}"
+    lines = [f"encoder: {args.encoder}, {count(model.encoder):,} parameters, {grid}"]
+    if args.no_lm:
+        return [*lines, "no language model: the mean of the patches is classified"]
+    origin = "from scratch" if not args.lm else f"{'as' if args.random_lm else 'from'} {args.lm}"
+    how = f"LoRA of rank {args.lora}" if args.lora else "frozen" if args.freeze_lm else "trained"
+    how += " over 4-bit matrices" if args.qlora else f" after {args.frozen_steps} steps" if args.frozen_steps else ""
+    words = len(config["words"])
+    return [
+        *lines,
+        f"embedder: {args.embedder}" + ("" if args.embedder == "direct" else f" among {words:,} words"),
+        f"language model {origin}{' with random weights' if args.random_lm else ''}: {count(model.model):,} parameters, {how}",
+    ]
+
+
+def count(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def groups(model: LLMVIT, args) -> list[dict]:
+    """What is trained, and how fast; see parameter_groups. What --frozen-steps holds back for now is among it."""
+    frozen = model.frozen and not args.freeze_lm
+    if frozen:
+        model.unfreeze_backbone()
+    found = parameter_groups(model.encoder, args.weight_decay, args.lr, args.muon_lr or None)
+    found += parameter_groups(model.model.score, args.weight_decay, args.lr)
+    if not args.no_lm:
+        trained = args.lm and not args.random_lm
+        lr, muon = (args.lr, None) if args.lora else (args.lr_lm, None) if trained else (args.lr, args.muon_lr or None)
+        found += parameter_groups(model.model.decoder, args.weight_decay, lr, muon)
+    if frozen:
+        model.freeze_backbone()
+    return found
+
+
+# ---- evaluation --------------------------------------------------------------------------------------------------------
+
+
+def part_of(dataset: ImageDataset, count: int) -> ImageDataset:
+    """So many pictures, evenly spread."""
+    chosen = torch.linspace(0, len(dataset) - 1, min(count, len(dataset))).long()
+    return replace(dataset, images=dataset.images[chosen], labels=dataset.labels[chosen])
+
+
+def answers(model: LLMVIT, dataset: ImageDataset, mean, std, run: Run) -> torch.Tensor:
+    """Probabilities [N, K]."""
+    return predict(lambda images: model(images)["logits"], dataset, mean, std, run)
+
+
+def draw(folder: Path, model: LLMVIT, test: ImageDataset, probabilities, spelled: list[str] | None, mean, std, rows) -> dict:
+    """The pictures of a finished run; how many words it uses, and which most often, over some test pictures."""
+    said = probabilities.argmax(dim=1)
+    labels = test.labels.cpu()
+    K, right = len(test.classes), said == labels
+    matrix = torch.bincount(labels * K + said, minlength=K * K).view(K, K)
+    figures.confusion(matrix, test.classes, folder / "confusion.png")
+    figures.curves(rows, folder / "curves.png")
+    captions = [test.classes[i] if ok else f"{test.classes[i]}, is {test.classes[j]}"
+                for i, j, ok in zip(said.tolist(), labels.tolist(), right.tolist(), strict=True)]  # fmt: skip
+    shown = torch.linspace(0, len(test) - 1, min(32, len(test))).long()
+    images = test.images[shown].cpu()
+    figures.sheet(images, [captions[i] for i in shown], folder / "samples.png", "what it said", good=right[shown].tolist())
+    if spelled is None:
+        return {}
+    order = (labels * len(test) + torch.arange(len(test))).argsort()  # some of each class
+    shown = order[torch.linspace(0, len(test) - 1, min(12, len(test))).long()]
+    device = next(model.parameters()).device
+    some = normalise(part_of(test, 200).images.to(device), mean, std)
+    count = model.words(some)["ids"].flatten().bincount(minlength=len(spelled))
+    read = model.words(normalise(test.images[shown].to(device), mean, std), WordList(spelled))["words"]
+    grids = [[[words[0].strip() for words in row] for row in grid] for grid in read]
+    figures.word_grid(
+        test.images[shown].cpu(), grids, pair(model.config.patch_size), [captions[i] for i in shown], folder / "words.png",
+        "the word that each patch is nearest to", good=right[shown].tolist(),
+    )  # fmt: skip
+    most = [spelled[i].strip() for i in count.argsort(descending=True)[:10].tolist() if count[i]]
+    return {"words_used": int((count > 0).sum()), "most_used_words": most}
+
+
+def save_run(folder: Path, model: LLMVIT, config: dict, args) -> None:
+    """What from_run reads. The weights come last: config.json beside older weights is refused for what does not fit."""
+    write_json(folder / "settings.json", vars(args))
+    write_json(folder / "config.json", config)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    write_tensors(folder / "model.safetensors", tensors)
+    from_run(folder)  # what was written can be read
+
+
+# ---- the recipe --------------------------------------------------------------------------------------------------------
+
+
+def main(argv=None) -> None:
+    args = parse_args(argv)
+    run = Run(args)
+    if args.frozen_steps and run.world_size > 1:
+        raise ValueError("--frozen-steps needs a single process: what is not trained at first is not shared between several")
+    train, test = load_data(args, run)
+    mean, std = train.mean_std()
+    augment = Augment(AUGMENTATIONS[args.augment], mean, std)
+    K, size = len(train.classes), tuple(train.images.shape[-2:])
+    model, config = build(args, train.images.shape[1], size, K)
+    model.to(run.device)
+
+    batches = Batches(len(train), args.batch_size // run.world_size, args.seed, rank=run.rank, world_size=run.world_size)
+    total_steps = max(1, round(args.epochs * len(batches)))
+    trained = groups(model, args)
+    trainer = Trainer(run, model, total_steps, trained, batches)
+    run.print(
+        f"{args.dataset}: {len(train):,} training and {len(test):,} test pictures of {size[0]}x{size[1]}, {K} classes\n"
+        + "".join(f"{line}\n" for line in describe(model, args, config))
+        + f"{total_steps:,} steps of {args.batch_size} pictures on {run.device} in {run.dtype}"
+        f"{f', at most {args.max_seconds:g} s' if args.max_seconds else ''} -> {run.folder}"
+    )
+
+    def losses(step: int):
+        generator = run.seed_step(step)
+        batch = next(batches).to(train.images.device)
+        for part in batch.chunk(args.grad_accum):
+            images, labels = train.images[part].to(run.device), train.labels[part].to(run.device)
+            c = augment.config
+            images, targets = mix(
+                augment(images, generator), labels, K, generator, c.mixup_alpha, c.cutmix_alpha, c.label_smoothing
+            )
+            with run.autocast():
+                yield trainer.model(images, targets)["loss"]
+
+    model.train()
+    quick = part_of(test, args.eval_count)
+    while not trainer.done():
+        trainer.step(losses(trainer.steps_done))
+        if trainer.steps_done % args.eval_every == 0 and run.is_main:
+            with trainer.evaluation():
+                trainer.log(test_accuracy=accuracy(answers(model, quick, mean, std, run), quick.labels))
+    trainer.close()
+    if run.is_main:
+        with trainer.evaluation():
+            probabilities = answers(model, test, mean, std, run)
+            test_accuracy = accuracy(probabilities, test.labels)
+            trainer.log(test_accuracy=test_accuracy)
+            config |= {"classes": train.classes, "image_mean": mean, "image_std": std}
+            save_run(run.folder, model, config, args)
+            words = draw(run.folder, model, test, probabilities, config["words"], mean, std, trainer.metrics.read())
+        result = {
+            "test_accuracy": round(test_accuracy, 4),
+            "seconds": round(trainer.seconds, 1),
+            "seconds_per_step": round(trainer.seconds / trainer.steps_done, 4),
+            "parameters": count(model),
+            "trained_parameters": sum(p.numel() for group in trained for p in group["params"]),
+            "steps": trainer.steps_done,
+            "seed": args.seed,
+            **words,
+            "run": str(run.folder),
+        }
+        write_json(run.folder / "result.json", result)
+        print(json.dumps(result))
+    run.barrier()
+
+
+if __name__ == "__main__":
+    run_cli(main)
