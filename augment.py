@@ -13,7 +13,7 @@ al., 2020). Axes: B batch, C channels, H and W the picture's sides (no attention
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -92,6 +92,15 @@ class Augment:
             x = warp(x, geometry, c.padding)
         x = _standardise(x, self.mean, self.std)
         return cutout(x, c.cutout, c.cutout_size, generator) if c.cutout else x
+
+    def parts(self, data, batch: torch.Tensor, count: int, generator: torch.Generator) -> Iterator[tuple[torch.Tensor, ...]]:
+        """A batch of a data.ImageDataset, by index, in `count` parts on the generator's device: (images as above, and targets
+        [B, K], see mix). Each is made when it is asked for."""
+        c = self.config
+        for part in batch.to(data.images.device).chunk(count):
+            images, labels = data.images[part].to(generator.device), data.labels[part].to(generator.device)
+            images = self(images, generator)
+            yield mix(images, labels, len(data.classes), generator, c.mixup_alpha, c.cutmix_alpha, c.label_smoothing)
 
 
 def _standardise(x: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:

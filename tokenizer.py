@@ -121,7 +121,7 @@ def _last_parts(token: str, rank_of: dict[tuple[str, str], int]) -> tuple[str, .
     """What the characters of `token`, merged in rank order, come down to: two parts, or more where no merge applies."""
     parts, never = list(token), len(rank_of)
     while len(parts) > 2:
-        ranks = [rank_of.get(pair, never) for pair in zip(parts, parts[1:], strict=False)]
+        ranks = [rank_of.get(pair, never) for pair in itertools.pairwise(parts)]
         best = min(ranks)
         if best == never:
             break
@@ -347,7 +347,7 @@ def _learn_merges(words: Counter[str], names: list[str], vocab_size: int, at_mos
     symbols, weight = [[index[char] for char in word] for word in words], list(words.values())
     count, where, merges = Counter(), defaultdict(set), []
     for w, word in enumerate(symbols):
-        for pair in zip(word, word[1:], strict=False):
+        for pair in itertools.pairwise(word):
             count[pair] += weight[w]
             where[pair].add(w)
     heap = [(-count[pair], pair, at) for pair, at in where.items()]

@@ -24,7 +24,7 @@ import torch.nn as nn
 
 import figures
 from augment import PRESETS as AUGMENTATIONS
-from augment import Augment, mix, normalise
+from augment import Augment, normalise
 from checkpoint import from_pretrained, naming, read_json, read_safetensors, write_json, write_tensors
 from data import DATASETS, Batches, ImageDataset
 from gpt import GPT, GPTConfig
@@ -386,13 +386,7 @@ def main(argv=None) -> None:
 
     def losses(step: int):
         generator = run.seed_step(step)
-        batch = next(batches).to(train.images.device)
-        for part in batch.chunk(args.grad_accum):
-            images, labels = train.images[part].to(run.device), train.labels[part].to(run.device)
-            c = augment.config
-            images, targets = mix(
-                augment(images, generator), labels, K, generator, c.mixup_alpha, c.cutmix_alpha, c.label_smoothing
-            )
+        for images, targets in augment.parts(train, next(batches), args.grad_accum, generator):
             with run.autocast():
                 yield trainer.model(images, targets)["loss"]
 

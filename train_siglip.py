@@ -237,7 +237,18 @@ class ScenePairs:
         return found
 
 
-class ClassPairs:
+class Shuffled:
+    """What pairs from a finite data set share: `batches` of it."""
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    @property
+    def fraction(self) -> float:
+        return self.batches.fraction
+
+
+class ClassPairs(Shuffled):
     """Pictures with classes, augmented; the caption says the class."""
 
     def __init__(self, args, run: Run):
@@ -248,13 +259,6 @@ class ClassPairs:
         self.batches = Batches(len(self.train), args.batch_size // run.world_size, args.seed, True, run.rank, run.world_size)
         self.state_dict, self.load_state_dict = self.batches.state_dict, self.batches.load_state_dict
         self.augment = Augment(AUGMENTATIONS[args.augment], self.mean, self.std)
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    @property
-    def fraction(self) -> float:
-        return self.batches.fraction
 
     def texts(self) -> list[str]:
         return self.captions
@@ -271,7 +275,7 @@ class ClassPairs:
         return {"test_": Test(self.test.images[::every], self.captions, true, classes=True)}
 
 
-class RowPairs:
+class RowPairs(Shuffled):
     """Rows of LLaVA-style JSON with one picture each; the caption is the first answer, and true of the picture wherever that
     comes again."""
 
@@ -289,13 +293,6 @@ class RowPairs:
         self.true: dict[Path, frozenset[str]] = {}
         for row in itertools.chain(self.rows, self.test):
             self.true[row.images[0]] = self.true.get(row.images[0], frozenset()) | {first_answer(row)}
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    @property
-    def fraction(self) -> float:
-        return self.batches.fraction
 
     def texts(self) -> list[str]:
         return [first_answer(row) for row in self.rows]

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 import figures
 from augment import PRESETS as AUGMENTATIONS
-from augment import Augment, mix, normalise
+from augment import Augment, normalise
 from checkpoint import from_pretrained, save_pretrained, write_json
 from data import DATASETS, Batches, ImageDataset, load_images
 from training import Run, Trainer, argument_parser, parameter_groups, positive_int, run_cli
@@ -163,13 +163,7 @@ def main(argv=None) -> None:
 
     def losses(step: int):
         generator = run.seed_step(step)
-        batch = next(batches).to(train.images.device)
-        for part in batch.chunk(args.grad_accum):
-            images, labels = train.images[part].to(run.device), train.labels[part].to(run.device)
-            c = augment.config
-            images, targets = mix(
-                augment(images, generator), labels, K, generator, c.mixup_alpha, c.cutmix_alpha, c.label_smoothing
-            )
+        for images, targets in augment.parts(train, next(batches), args.grad_accum, generator):
             with run.autocast():
                 yield F.cross_entropy(trainer.model(images), targets)
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import augment
 import figures
 import train_llmvit
 from augment import mix, normalise
@@ -175,7 +176,7 @@ def test_stopped_and_resumed_equals_uninterrupted_bit_for_bit(tmp_path, monkeypa
         return mix(*given)
 
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
-        patch.setattr(train_llmvit, "mix", stopping)
+        patch.setattr(augment, "mix", stopping)
         train("--out", tmp_path / "run", *flags)
     assert stopped.value.code == 130 and load_state(tmp_path / "run")["steps_done"] == 25
     train("--out", tmp_path / "run", *flags, "--resume")
