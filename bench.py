@@ -41,6 +41,7 @@ from model import (
     chunked_cross_entropy,
     convert_linears_to_lora,
 )
+from memory import peak_bytes
 from quant import Linear4bit, bytes_of, quantised_memory, quantize_
 from siglip import SiglipVisionConfig
 from tokenizer import BPETokenizer
@@ -56,25 +57,6 @@ def from_transformers(name: str) -> type:
         return getattr(transformers, name)
     except ImportError:
         raise ValueError("bench.py compares with transformers: pip install -r requirements-dev.txt") from None
-
-
-def peak_bytes(step: Callable[[], object], device: torch.device) -> int:
-    """The most memory that tensors made during step() take up at once."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        step()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        step()
-    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    now = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        now += event.nbytes()
-        peak = max(peak, now)
-    return peak
 
 
 def median_seconds(steps: dict[str, Callable[[], object]], rounds: int, device: torch.device) -> dict[str, float]:

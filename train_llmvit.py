@@ -394,11 +394,11 @@ def main(argv=None) -> None:
     quick = part_of(test, args.eval_count)
     while not trainer.done():
         trainer.step(losses(trainer.steps_done))
-        if trainer.steps_done % args.eval_every == 0 and run.is_main:
+        if trainer.evaluates():
             with trainer.evaluation():
                 trainer.log(test_accuracy=accuracy(answers(model, quick, mean, std, run), quick.labels))
     trainer.close()
-    if run.is_main:
+    if run.is_main and not args.dry_run:
         with trainer.evaluation():
             probabilities = answers(model, test, mean, std, run)
             test_accuracy = accuracy(probabilities, test.labels)

@@ -537,12 +537,12 @@ def main(argv=None) -> None:
     model.train()
     while not trainer.done():
         trainer.step(batch_losses(trainer.steps_done))
-        if trainer.steps_done % args.eval_every == 0 and run.is_main:
+        if trainer.evaluates():
             with trainer.evaluation():
                 trainer.log(**evaluate(model, tokenizer, quick, pairs, run)[0])
     trainer.close()
 
-    if run.is_main:
+    if run.is_main and not args.dry_run:
         with trainer.evaluation():
             tests = pairs.tests()
             found, logits = evaluate(model, tokenizer, tests, pairs, run)

@@ -170,13 +170,13 @@ def main(argv=None) -> None:
     model.train()
     while not trainer.done():
         trainer.step(losses(trainer.steps_done))
-        if trainer.steps_done % args.eval_every == 0 and run.is_main:
+        if trainer.evaluates():
             with trainer.evaluation():
                 trainer.log(test_accuracy=accuracy(predict(model, test, mean, std, run), test.labels))
     trainer.close()
 
     # ---- what the run leaves ----
-    if run.is_main:
+    if run.is_main and not args.dry_run:
         with trainer.evaluation():
             probabilities = predict(model, test, mean, std, run)
             test_accuracy = accuracy(probabilities, test.labels)

@@ -121,9 +121,9 @@ def parse_args(argv=None):
     add("--lora-alpha", type=positive_float, help="default: twice the rank")
     add("--lr-pretrained", type=positive_float, default=1e-4, help="peak learning rate of what comes trained, LoRA apart")
     add("--muon-lr", type=not_negative_float, default=0.02, help="Muon's, for matrices that start untrained; 0: AdamW for all")
-    add("--vision-steps", type=not_negative_int, help="of stage 1; default: 1050, with your own data 400")
+    add("--vision-steps", type=not_negative_int, help="of stage 1; default: 1000, with your own data 400")
     add("--projector-steps", type=not_negative_int, help="of stage 2; default: 20, or a tenth of stage 3")
-    add("--steps", type=positive_int, help="of stage 3, in place of --epochs; default for scenes 1100")
+    add("--steps", type=positive_int, help="of stage 3, in place of --epochs; default for scenes 920")
     add("--per-scene", type=positive_int, default=12, help="questions about each scene")
     add("--shift", type=not_negative_float, default=0.0, help="move training pictures by up to this part of their side, for "
         "--dataset llava with a tower that trains")  # fmt: skip
@@ -301,13 +301,13 @@ def frozen_towers(args, common=()) -> set[str]:
 def stages(args, epoch: int | None, common=()) -> list[Stage]:
     """What this run goes through. epoch: steps of one pass over the rows; None for scenes, of which there is no end. common:
     see common_questions."""
-    steps = args.steps or (1100 if epoch is None else max(1, round((args.epochs or 3) * epoch)))
+    steps = args.steps or (920 if epoch is None else max(1, round((args.epochs or 3) * epoch)))
     frozen, found, first = frozen_towers(args, common), [], args.projector_steps
     if looks_first(args, common):
         why = "digit, colour and place of each patch, from the generator's labels: there must be something to talk about"
         if common:
             why = f"the answers to {len(common)} common questions, by a linear reader: there must be something to talk about"
-        found.append(Stage("vision", why, args.vision_steps or (400 if common else 1050), ("model.vision_tower", "reader")))
+        found.append(Stage("vision", why, args.vision_steps or (400 if common else 1000), ("model.vision_tower", "reader")))
     if first is None:  # where both towers come trained, or nearly so
         first = 20 if found or epoch is None else steps // 10 if args.vision and args.lm else 0
     if args.fusion == "cross":  # its gates are closed at first, and let no gradient through to the projector
@@ -477,7 +477,7 @@ class Data:
 
     def keep_features(self, batches) -> None:
         """Of a tower that will not train any more, if that was asked for."""
-        if self.args.cache_features is not None:
+        if self.args.cache_features is not None and not self.args.dry_run:
             paths = [path for row in self.rows for path in row.images]
             file = Path(self.args.cache_features or self.run.folder / "features.npy")
             batches.features.keep(file, paths, self.args.workers, self.run.is_main)
@@ -532,7 +532,7 @@ def train_stage(run: Run, learner: Learner, stage: Stage, data: Data, batches, b
     learner.train()
     while not trainer.done():
         trainer.step(losses(trainer.steps_done))
-        if stage.name == "language" and trainer.steps_done % args.eval_every == 0 and run.is_main:
+        if stage.name == "language" and trainer.evaluates():
             with trainer.evaluation():
                 trainer.log(**{f"{split}_exact_match": ask(learner.model, processor, items, args)["exact_match"]
                                for split, items in tests.items()})  # fmt: skip
@@ -564,7 +564,7 @@ def main(argv=None) -> None:
         share = SHARES[stage.name] / sum(SHARES[name] for name in names)
         trainer = train_stage(run, learner, stage, data, batches, trainer, quick, processor, share)
 
-    if run.is_main:
+    if run.is_main and not args.dry_run:
         finish(run, trainer, model, processor, tests, batches)
     run.barrier()
 

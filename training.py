@@ -15,6 +15,8 @@ uninterrupted run, on any device, without having saved a generator's state.
 
 import argparse
 import contextlib
+import copy
+import itertools
 import json
 import math
 import os
@@ -23,15 +25,18 @@ import signal
 import sys
 import time
 from collections.abc import Iterable, Iterator
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.nn as nn
+from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from checkpoint import load_state, save_state, write_atomic
+from memory import activation_bytes, along_a_line, mib, step_memory
 
 # ---- command line ----------------------------------------------------------------------------------------------------
 
@@ -56,10 +61,15 @@ def argument_parser(doc: str, **defaults) -> argparse.ArgumentParser:
     add("--dtype", choices=["fp32", "fp16", "bf16"], help="precision of the matrix products; default fp16 on CUDA, else fp32")
     add("--compile", action="store_true", help="torch.compile the model: slower to start, faster on a GPU")
     add("--grad-checkpoint", action="store_true", help="recompute activations in the backward pass: less memory, slower")
-    add("--workers", type=not_negative_int, default=os.cpu_count() or 1, help="processes or threads that decode pictures")
+    add("--fsdp", action="store_true", help="under torchrun: spread weights, gradients and averages over the processes (FSDP2), "
+        "for models that do not fit")  # fmt: skip
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    add("--workers", type=not_negative_int, default=max(1, (os.cpu_count() or 1) // local), help="threads that decode pictures, "
+        "of each process")  # fmt: skip
     add("--eval-every", type=positive_int, default=500, metavar="STEPS", help="steps between evaluations")
     add("--save-every", type=positive_int, default=500, metavar="STEPS", help="steps between saved states for --resume")
     add("--resume", action="store_true", help="go on where the run in --out stopped, exactly")
+    add("--dry-run", action="store_true", help="say how much memory a step will take, and stop; nothing is written")
     parser.set_defaults(**defaults)
     return parser
 
@@ -92,18 +102,33 @@ positive_float = number(float, lambda v: v > 0, "a number above 0")
 not_negative_float = number(float, lambda v: v >= 0, "a number of at least 0")
 
 
+OUT_OF_MEMORY = (
+    "out of memory: lower --batch-size, raise --grad-accum (the same step in smaller parts), pass --grad-checkpoint, or train "
+    "less (train_vlm.py: --lora or --qlora); --dry-run says what a step takes"
+)
+
+
+PEER_GONE = ("Connection closed by peer", "Connection reset by peer", "NCCL communicator was aborted", "remote process exited")
+
+
 def run_cli(main) -> None:
     """Run a script's main(): what the user got wrong becomes one line on stderr and exit code 2, not a traceback."""
     try:
         main()
     except BrokenPipeError:  # the reader of our output, such as `head`, has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (ValueError, OSError, FloatingPointError, torch.OutOfMemoryError) as error:
-        if os.environ.get("TRACEBACK"):
+    except (ValueError, OSError, FloatingPointError, RuntimeError) as error:
+        no_memory = isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+        no_peer = any(words in str(error) for words in PEER_GONE)
+        if os.environ.get("TRACEBACK") or (isinstance(error, RuntimeError) and not (no_memory or no_peer)):
             raise
-        message = str(error) or type(error).__name__
-        if isinstance(error, torch.OutOfMemoryError):
-            message = "out of memory: lower --batch-size, raise --grad-accum, or pass --grad-checkpoint"
+        message = OUT_OF_MEMORY if no_memory else str(error) or type(error).__name__
+        if no_peer:
+            message = "another process of this job has ended: its error is above or in its own log"
+        if "TORCHELASTIC_ERROR_FILE" in os.environ:
+            message = f"process {os.environ['RANK']}: {message}"
+            if not no_peer:
+                get_error_handler().record_exception(error)  # torchrun ends with it
         tqdm.write(f"error: {' '.join(message.split())}", file=sys.stderr)  # on a line of its own, below any progress bar
         sys.exit(2)
     except KeyboardInterrupt:
@@ -119,11 +144,11 @@ def run_cli(main) -> None:
 def find_device(name: str | None = None) -> torch.device:
     """The device asked for, or the best there is. Raises ValueError for one that is not there."""
     if name is None:
-        if torch.cuda.is_available():
-            return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+        if not torch.cuda.is_available():
+            return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+        name = "cuda"
     try:
-        device = torch.device(name)
+        device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError):  # torch's own ways to say that there is none
         raise ValueError(f"--device {name}: this machine or this build of torch has no such device") from None
@@ -139,12 +164,24 @@ class Run:
         self.is_main = self.rank == 0
         self.device = find_device(args.device)
         if self.world_size > 1 and not dist.is_initialized():
-            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+            # What lies in host memory travels by gloo, and no GPU waits for it. Rank 0 may evaluate for long, the others waiting.
+            backends = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
+            dist.init_process_group(backends, timeout=timedelta(hours=3))
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+        if args.fsdp and self.world_size == 1:
+            raise ValueError("--fsdp spreads a model over processes: start it with torchrun --nproc-per-node 2 or more")
+        self.whole: nn.Module | None = None  # of rank 0 under --fsdp: see place
         if args.batch_size % (self.world_size * args.grad_accum):
             raise ValueError(
                 f"--batch-size {args.batch_size} cannot be split over {self.world_size} processes x --grad-accum "
                 f"{args.grad_accum}: choose a multiple of {self.world_size * args.grad_accum}"
             )
+        self.asked_parts = args.grad_accum
+        if args.dry_run:  # parts of one sample, so that memory can be foretold from a few of them
+            if self.world_size > 1:
+                raise ValueError("--dry-run is for one process: leave torchrun away, and give one process's --batch-size")
+            args.grad_accum = args.batch_size
         self.dtype = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, None: None}[args.dtype]
         if self.dtype is None:
             self.dtype = torch.float16 if self.device.type == "cuda" else torch.float32
@@ -154,7 +191,7 @@ class Run:
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
 
         self.folder = Path(args.out)
-        if self.is_main:
+        if self.is_main and not args.dry_run:
             self.folder.mkdir(parents=True, exist_ok=True)
         self.state = load_state(self.folder) if args.resume else None  # what a stopped run left
         if self.state:
@@ -180,10 +217,49 @@ class Run:
         torch.manual_seed(seed)
         return torch.Generator(device=self.device).manual_seed(seed + 1)
 
+    def place(self, model: nn.Module) -> nn.Module:
+        """The model on this run's device; with --fsdp sharded, rank 0 keeping a whole copy in host memory, which evaluates
+        and is saved (see Trainer.evaluation)."""
+        if not self.args.fsdp:
+            return model.to(self.device)
+        self.whole = copy.deepcopy(model) if self.is_main else None
+        return shard(model, self.device)
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """The sum over all processes, in host memory."""
+        values = values.detach().cpu().clone()
+        if self.world_size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def any(self, mine: bool) -> bool:
+        """Whether it holds in any process."""
+        return bool(self.sum(torch.tensor(float(mine))))
+
+    def everyones(self, values):
+        """A tensor's or list's rows of all processes, in their order."""
+        if self.world_size == 1:
+            return values
+        if isinstance(values, torch.Tensor):
+            found = [torch.empty_like(values) for _ in range(self.world_size)]
+            dist.all_gather(found, values.contiguous())
+            return torch.cat(found)
+        found = [None] * self.world_size
+        dist.all_gather_object(found, values)
+        return list(itertools.chain(*found))
+
     def barrier(self) -> None:
         """Wait for the other processes: leaving while rank 0 still writes would end the job under it."""
-        if self.world_size > 1:
-            dist.barrier()
+        self.any(False)
+
+    @contextlib.contextmanager
+    def main_first(self) -> Iterator[None]:
+        """Rank 0 goes through the block alone, then the others: they find in the cache what it has made there."""
+        if not self.is_main:
+            self.barrier()
+        yield
+        if self.is_main:
+            self.barrier()
 
     def print(self, *words) -> None:
         if self.is_main:
@@ -250,10 +326,14 @@ class Muon(torch.optim.Optimizer):
                 if parameter.grad is not None:
                     shapes.setdefault(parameter.shape, []).append(parameter)
             for (rows, columns), parameters in shapes.items():
-                steps = orthogonal(torch.stack([self._direction(p, group["momentum"]) for p in parameters]))
+                directions = [self._direction(p, group["momentum"]) for p in parameters]
+                if is_sharded(directions[0]):  # each process needs all of a matrix, and makes the same step of it
+                    directions = [direction.full_tensor() for direction in directions]
+                steps = orthogonal(torch.stack(directions)).to(parameters[0].dtype)
                 rate = group["lr"] * max(1, rows / columns) ** 0.5
                 torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
-                torch._foreach_add_(parameters, list(steps.to(parameters[0].dtype)), alpha=-rate)
+                steps = [sharded_like(step, p) for step, p in zip(steps, parameters, strict=True)]
+                torch._foreach_add_(parameters, steps, alpha=-rate)
 
     def _direction(self, parameter: nn.Parameter, momentum: float) -> torch.Tensor:
         """Nesterov's: the average of the gradients, with this one counted once more."""
@@ -314,6 +394,46 @@ class EMA:
             with torch.no_grad():
                 for name, p in model.named_parameters():
                     p.copy_(own[name])
+
+
+# ---- a model over several processes (FSDP2) ------------------------------------------------------------------------------
+
+
+def shard(model: nn.Module, device: torch.device) -> nn.Module:
+    """Spread every parameter over the processes, rows first (Zhao et al. 2023; Rajbhandari et al. 2020, stage 3). A block of an
+    nn.ModuleList is whole while it computes; what stands outside of blocks is whole from the forward to the end of the
+    backward pass, and is found so by code that runs between the two. Buffers, 4-bit weights among them, stay with each."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    for part in [block for blocks in model.modules() if isinstance(blocks, nn.ModuleList) for block in blocks]:
+        fully_shard(part, mesh=mesh)
+    return fully_shard(model, mesh=mesh, reshard_after_forward=False)
+
+
+def is_sharded(value) -> bool:
+    return hasattr(value, "full_tensor")
+
+
+def gathered(value, keep: bool):
+    """A state with each sharded tensor whole and in host memory, where `keep`; elsewhere without. All processes must call it:
+    tensors are gathered one at a time, in the order of the state."""
+    if is_sharded(value):
+        whole = value.full_tensor()
+        return whole.cpu() if keep else None
+    if isinstance(value, dict):
+        return {key: gathered(each, keep) for key, each in value.items()}
+    return [gathered(each, keep) for each in value] if isinstance(value, list) else value
+
+
+def sharded_like(value, own):
+    """A whole tensor as this process's part of it, where `own`, of the same shape, is sharded; all else as it is."""
+    if not (is_sharded(own) and torch.is_tensor(value) and value.shape == own.shape):
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(value.to(own.device), own.device_mesh, own.placements, src_data_rank=None)
 
 
 # ---- metrics -----------------------------------------------------------------------------------------------------------
@@ -377,45 +497,60 @@ class Trainer:
         if resumed:
             self._load(run.state)
         self.model = model
-        if args.compile:
+        if args.compile and not args.dry_run:
             self.model = torch.compile(self.model)
-        if run.world_size > 1:
-            self.model = DistributedDataParallel(self.model)
+        if run.args.fsdp and not any(is_sharded(p) for p in model.parameters()):
+            raise ValueError("--fsdp is not for this script: leave it out")
+        if run.world_size > 1 and not run.args.fsdp:  # no buffer changes in training: masks, rotary tables, 4-bit weights
+            self.model = DistributedDataParallel(self.model, broadcast_buffers=False, gradient_as_bucket_view=True)
         keep = self.steps_done if resumed or before else None
-        self.metrics = Metrics(run.folder / "metrics.jsonl", keep) if run.is_main else None
+        self.metrics = Metrics(run.folder / "metrics.jsonl", keep) if run.is_main and not args.dry_run else None
+        self._tried: dict[int, float] = {}  # of --dry-run: bytes of activations by the number of samples
         self._since = (self.steps_done, time.perf_counter())
         self._clock = time.perf_counter()
         bar = {"unit": "step", "dynamic_ncols": True, "mininterval": 0.5, "desc": stage or None}
-        self.bar = tqdm(total=total_steps, initial=self.steps_done - self.first_step, disable=not run.is_main, **bar)
+        self.bar = tqdm(total=total_steps, initial=self.steps_done - self.first_step, disable=self.metrics is None, **bar)
 
     @property
     def progress(self) -> float:
         """How much of the run, or of this stage, is done, 0..1, in steps or in time, whichever is further."""
-        part = (self.steps_done - self.first_step) / self.total_steps
+        part = (self.steps_done - self.first_step) / self.total_steps if self.total_steps else 1.0
         return max(part, (self.seconds - self.first_second) / self.max_seconds) if self.max_seconds else part
 
     def done(self) -> bool:
         """True at the end. After Ctrl-C or SIGTERM: save, say how to go on, leave with 128 + the signal's number."""
-        if self._agree(self.run.stop_signal is not None):
+        if self.run.any(self.run.stop_signal is not None):
             self.save()
             self.bar.close()
             self.run.print(f"stopped after step {self.steps_done}; go on with: {resume_command(self.run.args)}")
             sys.exit(128 + (self.run.stop_signal or signal.SIGTERM))
         # With a time limit each process has its own clock: they must agree to stop at the same step.
         over = self.progress >= 1
-        return self._agree(over) if self.max_seconds else over
+        return self.run.any(over) if self.max_seconds else over
 
-    def _agree(self, mine: bool) -> bool:
-        if self.run.world_size == 1:
-            return mine
-        flag = torch.tensor(float(mine), device=self.run.device)
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-        return bool(flag)
+    def evaluates(self) -> bool:
+        """Whether this process is to evaluate after this step. All must ask: see _gather."""
+        if self.run.args.dry_run or self.steps_done % self.run.args.eval_every:
+            return False
+        self._gather()
+        return self.run.is_main
+
+    def _gather(self) -> None:
+        """Under --fsdp, bring the weights of rank 0's whole copy up to date, those that evaluation is to use."""
+        if self.run.args.fsdp:
+            newest = self.ema.weights if self.ema else dict(self.raw.named_parameters())
+            whole = dict(self.run.whole.named_parameters()) if self.run.is_main else {}
+            for name, weight in newest.items():
+                weight = gathered(weight.detach(), self.run.is_main)
+                if name in whole:
+                    whole[name].data.copy_(weight)
 
     def step(self, losses: Iterable[torch.Tensor]) -> None:
         """One step from the losses of its grad_accum parts, each computed as it is asked for (so that only one part's
         activations live at a time)."""
         args, run = self.run.args, self.run
+        if args.dry_run:
+            return self._foretell(losses)
         factor = cosine_schedule(max(self.progress, 1 / self.total_steps), args.warmup)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
@@ -423,7 +558,8 @@ class Trainer:
         total = torch.zeros((), device=run.device)
         for i, loss in enumerate(losses):
             last = i == args.grad_accum - 1
-            sync = contextlib.nullcontext() if last or run.world_size == 1 else self.model.no_sync()
+            waits = not last and isinstance(self.model, DistributedDataParallel)  # gradients are exchanged once a step
+            sync = self.model.no_sync() if waits else contextlib.nullcontext()
             with sync:
                 self.scaler.scale(loss / args.grad_accum).backward()
             total += loss.detach() / args.grad_accum
@@ -448,12 +584,28 @@ class Trainer:
         if self.steps_done % args.save_every == 0:
             self.save()
 
+    def _foretell(self, losses: Iterable[torch.Tensor]) -> None:
+        """In place of a step: what it would take, from parts of one sample and, in the next call, of several."""
+        args, run = self.run.args, self.run
+        count, batch = args.batch_size // run.asked_parts, args.batch_size
+        self._tried[batch // args.grad_accum] = activation_bytes(self.raw, losses, run.device)
+        several = max(n for n in range(1, 9) if batch % n == 0 and n <= count and (n == 1 or n <= batch // 2))
+        self.steps_done += 1
+        if several not in self._tried:
+            args.grad_accum = self.batches.grad_accum = batch // several  # some batches come in parts
+            return
+        activations = along_a_line(self._tried, count)
+        found = step_memory(self.raw, self.optimizers, activations, 2 if args.ema else 1, wait=run.asked_parts > 1)
+        there = ""
+        if run.device.type == "cuda":
+            there = f", of {mib(torch.cuda.mem_get_info(run.device)[1])} that there are"
+        run.print(f"a step{f' of stage {self.stage}' if self.stage else ''}, MiB: {found}{there}")
+        self.total_steps = self.steps_done - self.first_step  # done
+        args.grad_accum = self.batches.grad_accum = batch  # for the next stage
+
     def _log(self, factor: float) -> None:
         """Every 20 steps: looking at a loss makes a GPU wait, so it is not done more often."""
-        if self.run.world_size > 1:  # each process knows the loss of its own samples only
-            dist.all_reduce(self._losses)
-            self._losses /= self.run.world_size
-            dist.all_reduce(self._bad_step, op=dist.ReduceOp.MAX)
+        self._losses.copy_(self._mean_losses())
         self._check_finite()
         steps, started = self._since
         speed = (self.steps_done - steps) * self.batch_size / max(1e-9, time.perf_counter() - started)
@@ -475,7 +627,14 @@ class Trainer:
                 self.bar.total = max(done, round(done / min(1.0, self.progress)))
             self.bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} {self.unit}/s")
 
+    def _mean_losses(self) -> torch.Tensor:
+        """Each process knows the loss of its own samples only."""
+        return self.run.sum(self._losses) / self.run.world_size
+
     def _check_finite(self) -> None:
+        """In all processes, whichever met it: none may save what another's gradients have spoiled."""
+        if self.run.world_size > 1:
+            self._bad_step.fill_(max(self.run.everyones([int(self._bad_step)])))
         if self._bad_step >= 0:
             raise FloatingPointError(
                 f"the loss is not finite at step {int(self._bad_step)}: try a lower --lr (now {max(self.peaks):g}) or "
@@ -490,45 +649,57 @@ class Trainer:
     def close(self) -> None:
         """After the last step: the state that --resume would find is the end."""
         self.save()
+        self._gather()
         self.bar.close()
 
     @contextlib.contextmanager
-    def evaluation(self) -> Iterator[None]:
-        """Inside the block: eval mode, no gradients, averaged weights if there are any. Its time counts as training time."""
-        self.raw.eval()
-        with torch.no_grad(), self.ema.applied(self.raw) if self.ema else contextlib.nullcontext():
-            yield
-        self.raw.train()
+    def evaluation(self) -> Iterator[nn.Module]:
+        """Inside the block: eval mode, no gradients, averaged weights if there are any. Its time counts as training time.
+        Yields the model to use there: `raw`, or under --fsdp rank 0's whole copy of it, on the device for so long."""
+        whole = self.run.whole
+        model = self.raw if whole is None else whole.to(self.run.device)
+        model.eval()
+        averaged = self.ema.applied(model) if self.ema and whole is None else contextlib.nullcontext()
+        with torch.no_grad(), averaged:
+            yield model
+        model.train()
+        if whole is not None:
+            whole.cpu()
         now = time.perf_counter()
         self.seconds, self._clock = self.seconds + now - self._clock, now
         self._since = (self.steps_done, now)
 
     def save(self) -> None:
+        """state.pt, by rank 0: whole tensors, whatever number of processes they are spread over, and any number can go on."""
         self._check_finite()
-        if not self.run.is_main:
+        if self.run.args.dry_run:
             return
-        save_state(
-            self.run.folder,
-            {
-                "settings": comparable_settings(self.run.args),
-                "model": self.raw.state_dict(),
-                "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
-                "scaler": self.scaler.state_dict(),
-                "ema": self.ema.weights if self.ema else {},
-                "batches": self.batches.state_dict(),
-                "loss_sum": self._losses,
-                "loss_from": self._loss_from,
-                **{key: getattr(self, key) for key in self.POSITION},
-            },
-        )
+        state = {
+            "settings": comparable_settings(self.run.args),
+            "model": self.raw.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "scaler": self.scaler.state_dict(),
+            "ema": self.ema.weights if self.ema else {},
+            "batches": self.batches.state_dict(),
+            "loss_sum": self._mean_losses(),
+            "loss_from": self._loss_from,
+            **{key: getattr(self, key) for key in self.POSITION},
+        }
+        state = gathered(state, self.run.is_main) if self.run.args.fsdp else state
+        if self.run.is_main:
+            save_state(self.run.folder, state)
 
     def _load(self, state: dict) -> None:
-        self.raw.load_state_dict(state["model"])
+        own = self.raw.state_dict()
+        self.raw.load_state_dict({name: sharded_like(tensor, own.get(name)) for name, tensor in state["model"].items()})
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
+            trained = [p for group in optimizer.param_groups for p in group["params"]]
+            parts = {i: {k: sharded_like(v, trained[i]) for k, v in each.items()} for i, each in saved["state"].items()}
+            optimizer.load_state_dict({**saved, "state": parts})
         self.scaler.load_state_dict(state["scaler"])
         if self.ema:
-            self.ema.weights = {name: tensor.to(self.run.device) for name, tensor in state["ema"].items()}
+            weights = {name: tensor.to(self.run.device) for name, tensor in state["ema"].items()}
+            self.ema.weights = {name: sharded_like(tensor, own[name]) for name, tensor in weights.items()}
         self.batches.load_state_dict(state["batches"])
         self._losses.copy_(state["loss_sum"])
         self._loss_from = state["loss_from"]
@@ -548,6 +719,6 @@ def check_settings(args: argparse.Namespace, saved: dict) -> None:
 
 def comparable_settings(args: argparse.Namespace) -> dict:
     """The settings that must not change between a run and its resumption: all but those that say where or how often."""
-    free = {"resume", "out", "data", "images", "test_data", "device", "workers", "compile", "max_seconds"}
+    free = {"resume", "out", "data", "images", "test_data", "device", "workers", "compile", "fsdp", "max_seconds"}
     free |= {"eval_every", "save_every"}
     return {key: value for key, value in vars(args).items() if key not in free}

@@ -29,7 +29,7 @@ from scenes import IGNORE, MIX, SLOTS, SceneConfig, Scenes, SceneStream, questio
 
 # As many digits as can be, and more handwritings than in the questions' scenes.
 FULL_SCENES = SceneConfig(digits=(SLOTS, SLOTS), variants=64, rotate=12.0, shear=0.15)
-TRAIN_MIX = {**MIX, "left_of": 5, "above": 5, "describe": 3}
+TRAIN_MIX = {**MIX, "left_of": 5, "above": 5, "describe": 3, "sum": 3, "exists": 2, "digit": 2, "place": 2}
 
 
 class SceneBatches:

@@ -1,0 +1,69 @@
+"""Laws of memory.py: what --dry-run foretells is what a step then takes, and a dry run leaves nothing behind."""
+
+import re
+
+import pytest
+import torch
+
+import train_llmvit
+import train_siglip
+import train_vit
+import train_vlm
+import training
+from memory import StepMemory, peak_bytes
+from quant import bytes_of
+
+VLM = [train_vlm, "--dataset", "scenes", "--eval-count", "5"]
+SCRIPTS = {
+    "vit": [train_vit],
+    "vit in parts": [train_vit, "--grad-accum", "4", "--ema", "0.99"],
+    "vit recomputed": [train_vit, "--grad-checkpoint"],
+    "tower": VLM,
+    "vlm": [*VLM, "--vision-steps", "0", "--projector-steps", "0"],
+    "vlm, LoRA": [*VLM, "--vision-steps", "0", "--projector-steps", "0", "--lora", "4", "--freeze", "vision,lm"],
+    "siglip": [train_siglip, "--batch-size", "64"],
+    "siglip in chunks": [train_siglip, "--batch-size", "64", "--chunk", "16"],
+    "llmvit": [train_llmvit],
+}
+
+
+class Measured(Exception):
+    """Ends a run that was only there to be measured."""
+
+
+@pytest.mark.parametrize("script, flags", [(script, flags) for script, *flags in SCRIPTS.values()], ids=SCRIPTS)
+def test_a_step_takes_what_the_dry_run_foretold(script, flags, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "run"
+    script.main([*flags, "--out", str(out), "--dry-run"])
+    assert not out.exists()
+    foretold = float(re.search(r"([\d,.]+) MiB at the peak", capsys.readouterr().out)[1].replace(",", ""))
+    step, calls = training.Trainer.step, []
+
+    def measured_step(self, losses):
+        calls.append(self)
+        if len(calls) < 2:
+            return step(self, losses)
+        states = [t for o in self.optimizers for s in o.state.values() for t in s.values() if torch.is_tensor(t)]
+        lying = bytes_of([*self.raw.parameters(), *self.raw.buffers(), *states, *(self.ema.weights.values() if self.ema else ())])
+        raise Measured(lying + peak_bytes(lambda: step(self, losses), self.run.device))
+
+    monkeypatch.setattr(training.Trainer, "step", measured_step)
+    with pytest.raises(Measured) as found:
+        script.main([*flags, "--out", str(out)])
+    assert foretold == pytest.approx(found.value.args[0] / 2**20, rel=0.15)
+
+
+def test_at_the_peak_gradients_wait_only_for_other_parts():
+    assert StepMemory(weights=10, gradients=5, optimizer=20, activations=7, gradients_wait=False).peak == 37
+    assert StepMemory(weights=10, gradients=5, optimizer=20, activations=7, gradients_wait=True).peak == 42
+
+
+@pytest.mark.parametrize("words", ["CUDA out of memory.", "[enforce fail] DefaultCPUAllocator: can't allocate memory"])
+def test_out_of_memory_is_one_line_of_advice(words, capsys):
+    def main():
+        raise torch.OutOfMemoryError(words) if "CUDA" in words else RuntimeError(words)
+
+    with pytest.raises(SystemExit) as stop:
+        training.run_cli(main)
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and "--grad-accum" in said and "--dry-run" in said and said.count("\n") == 1
