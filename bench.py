@@ -32,6 +32,7 @@ import torch.nn.functional as F
 
 from checkpoint import DTYPES, from_pretrained, save_pretrained
 from gpt import preset_settings
+from memory import peak_bytes
 from model import (
     Llama3ForCausalLM,
     LLAMA32Config,
@@ -41,7 +42,6 @@ from model import (
     chunked_cross_entropy,
     convert_linears_to_lora,
 )
-from memory import peak_bytes
 from quant import Linear4bit, bytes_of, quantised_memory, quantize_
 from siglip import SiglipVisionConfig
 from tokenizer import BPETokenizer

@@ -96,7 +96,9 @@ def along_a_line(known: dict[int, float], count: float) -> int:
     return round(least + (count - few) * each)
 
 
-def step_memory(model: nn.Module, optimizers: Iterable[torch.optim.Optimizer], activations: int, copies: int, wait: bool) -> StepMemory:
+def step_memory(
+    model: nn.Module, optimizers: Iterable[torch.optim.Optimizer], activations: int, copies: int, wait: bool
+) -> StepMemory:
     """copies: of the weights, 2 with an average of them. AdamW keeps two averages of a gradient, Muon one."""
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     return StepMemory(

@@ -12,10 +12,13 @@ questions about a picture cost the picture once, and no answer leaks into the ne
 Padding is packed away: short samples share a row. Axes: B rows, T tokens of a row.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+
+from model import AttentionBlocks
 
 PADDING = -1  # in place of a sample's number
 
@@ -80,8 +83,9 @@ def first_fit(lengths: Sequence[int], room: int) -> list[list[int]]:
 def pack(samples: Sequence[Sample], length: int = 0, pad_token_id: int = 0) -> dict[str, torch.Tensor]:
     """Samples in rows of `length`, or of the longest sample's if that is more.
 
-    Returns input_ids, labels, position_ids, int64 [B, T]; attention_mask, bool [B, 1, T, T], True where a token may look; and
-    "order" [samples]: which sample comes when, row by row, so that their pictures can be put in that order.
+    Returns input_ids, labels, position_ids, int64 [B, T]; attention_mask, bool [B, 1, T, T], True where a token may look; where
+    most of that is False, "blocks"; and "order" [samples]: which sample comes when, row by row, so that their pictures can
+    be put in that order.
     """
     lengths = [len(sample) for sample in samples]
     rows = first_fit(lengths, max(length, *lengths))
@@ -95,14 +99,36 @@ def pack(samples: Sequence[Sample], length: int = 0, pad_token_id: int = 0) -> d
     input_ids, labels, position_ids, sample, branch = map(torch.tensor, columns)
     seen = (branch[:, None, :] == 0) | (branch[:, None, :] == branch[:, :, None])
     seen &= (sample[:, None, :] == sample[:, :, None]) & torch.ones(T, T, dtype=torch.bool).tril()
-    order = torch.tensor([i for row in rows for i in row])
-    return {
-        "input_ids": input_ids,
-        "labels": labels,
-        "position_ids": position_ids,
-        "attention_mask": seen[:, None],
-        "order": order,
-    }
+    packed = {"input_ids": input_ids, "labels": labels, "position_ids": position_ids, "attention_mask": seen[:, None]}
+    found = _blocks([[samples[i] for i in row] for row in rows], branch, position_ids)
+    return {**packed, **({"blocks": found} if found else {}), "order": torch.tensor([i for row in rows for i in row])}
+
+
+def _blocks(rows: Sequence[Sequence[Sample]], branch: torch.Tensor, position: torch.Tensor) -> AttentionBlocks | None:
+    """The same pattern in blocks of a few branches with their trunk; None where that would not save half of it. branch and
+    position [B, T] of each token."""
+    (B, T), queries, keys = branch.shape, [], []
+    room = max(len(ids) for row in rows for sample in row for ids, _ in [sample.trunk, *sample.branches])
+    for b, row in enumerate(rows):
+        start = b * T
+        for sample in row:
+            ends = itertools.accumulate((len(ids) for ids, _ in [sample.trunk, *sample.branches]), initial=start)
+            parts = [range(first, end) for first, end in itertools.pairwise(ends)]
+            for block in first_fit([len(part) for part in parts], room):
+                queries.append([token for k in block for token in parts[k]])
+                keys.append(queries[-1] if 0 in block else [*parts[0], *queries[-1]])
+            start += len(sample)
+    if 2 * len(queries) * room * max(map(len, keys)) > B * T * T:
+        return None
+    q, k = (torch.tensor(list(zip(*itertools.zip_longest(*part, fillvalue=-1), strict=True))) for part in (queries, keys))
+    places = torch.zeros(B * T, dtype=torch.long)  # what fills a row up gets the answer to another's question: it has no label
+    places[q[q >= 0]] = (q >= 0).flatten().nonzero()[:, 0]
+    branch, position = branch.flatten(), position.flatten()
+    of_key, of_query = branch[k][:, None, :], branch[q][:, :, None]
+    seen = (k >= 0)[:, None, :] & ((of_key == 0) | (of_key == of_query))
+    seen &= position[k][:, None, :] <= position[q][:, :, None]
+    seen |= ~seen.any(dim=-1, keepdim=True)  # a softmax over nothing is NaN
+    return AttentionBlocks(q.clamp(min=0), k.clamp(min=0), seen[:, None], places)
 
 
 def _flat(sample: Sample, number: int):

@@ -123,7 +123,7 @@ def parse_args(argv=None):
     add("--muon-lr", type=not_negative_float, default=0.02, help="Muon's, for matrices that start untrained; 0: AdamW for all")
     add("--vision-steps", type=not_negative_int, help="of stage 1; default: 1000, with your own data 400")
     add("--projector-steps", type=not_negative_int, help="of stage 2; default: 20, or a tenth of stage 3")
-    add("--steps", type=positive_int, help="of stage 3, in place of --epochs; default for scenes 920")
+    add("--steps", type=positive_int, help="of stage 3, in place of --epochs; default for scenes 1000")
     add("--per-scene", type=positive_int, default=12, help="questions about each scene")
     add("--shift", type=not_negative_float, default=0.0, help="move training pictures by up to this part of their side, for "
         "--dataset llava with a tower that trains")  # fmt: skip
@@ -145,6 +145,8 @@ def parse_args(argv=None):
         parser.error("--pixel-shuffle goes with --projector linear: no published layout has it with an mlp")
     if args.dataset == "scenes" and args.cache_features is not None:
         parser.error("--cache-features: scenes are new at every step, there is nothing to keep; it is for --dataset llava")
+    if args.fsdp and args.cache_features is not None:
+        parser.error("--cache-features needs a whole vision tower in each process: leave out --fsdp")
     if args.shift and (args.dataset == "scenes" or args.cache_features is not None):
         parser.error("--shift is for --dataset llava, without --cache-features: scenes wander by themselves")
     return args
@@ -238,16 +240,34 @@ class Learner(nn.Module):
         self.model, self.sizes = model, sizes
         self.reader = nn.Linear(model.config.vision_config.hidden_size, sum(sizes))
 
-    def forward(self, seen: Scenes | torch.Tensor | None = None, **batch) -> torch.Tensor:
+    def count(self, seen: Scenes | torch.Tensor | None = None, **batch) -> torch.Tensor:
+        """How many answers a part of a batch has to each of the questions whose loss is a mean of its own."""
         if seen is None:
-            loss = self.model(**batch)["loss"]
+            return (batch["labels"] != -100).sum()[None]
+        if isinstance(seen, Scenes):
+            labels = seen.dense_labels(self.model.config.vision_config.grid[0])
+            return torch.stack([(label != IGNORE).sum() for label in labels])
+        return (seen != IGNORE).sum()[None]
+
+    def forward(self, seen: Scenes | torch.Tensor | None = None, share=(1.0, 1.0, 1.0), **batch) -> torch.Tensor:
+        """The loss of a part of a batch, each mean weighted by `share`: see shares."""
+        if seen is None:
+            loss = self.model(**batch)["loss"] * share[0]
             if "pixel_values" in batch or "vision_features" in batch:
                 return loss
             return loss + sum(p.sum() for p in self.parameters() if p.requires_grad) * 0  # what sees has a gradient: none
         features = self.model.vision_features(batch["pixel_values"])
         if isinstance(seen, Scenes):
-            return scene_loss(self.reader(features), seen)
-        return common_loss(self.reader(features.mean(dim=1)).float().split(self.sizes, dim=1), seen.to(features.device))
+            return scene_loss(self.reader(features), seen, share)
+        read = self.reader(features.mean(dim=1)).float().split(self.sizes, dim=1)
+        return common_loss(read, seen.to(features.device)) * share[0]
+
+
+def shares(run: Run, counts: list[torch.Tensor]) -> torch.Tensor:
+    """What to multiply the means of each part of a batch with, [parts, questions], so that the average over all parts of all
+    processes is the mean over the whole batch: parts have unequal numbers of answers. counts: see Learner.count."""
+    counts = torch.stack(counts)
+    return counts * (len(counts) * run.world_size) / run.sum(counts.sum(dim=0)).clamp(min=1)
 
 
 def common_loss(logits: tuple[torch.Tensor, ...], seen: torch.Tensor) -> torch.Tensor:
@@ -257,8 +277,9 @@ def common_loss(logits: tuple[torch.Tensor, ...], seen: torch.Tensor) -> torch.T
     return sum(losses) / (seen != IGNORE).sum()
 
 
-def scene_loss(logits: torch.Tensor, scenes: Scenes) -> torch.Tensor:
-    """logits [N, patches, sum(READ)] against digit, colour and place of each patch, or "nothing" (see Scenes.dense_labels).
+def scene_loss(logits: torch.Tensor, scenes: Scenes, share=(1.0, 1.0, 1.0)) -> torch.Tensor:
+    """logits [N, patches, sum(READ)] against digit, colour and place of each patch, or "nothing" (see Scenes.dense_labels);
+    share: see shares.
 
     What colour a digit has tells in training which digit it is not: that of the pair which is held out. A tower that learns
     this is blind to the pair, so its digit is left out of the softmax over that colour (the prior-adjusted loss of Menon et
@@ -270,8 +291,8 @@ def scene_loss(logits: torch.Tensor, scenes: Scenes) -> torch.Tensor:
         never[COLOURS.index(colour), digit] = True
     digits, *others = logits.flatten(0, 1).float().split(READ, dim=1)
     digits = digits.masked_fill(never[labels[1].clamp(min=0)], -1e4)
-    read = zip(READ_WEIGHTS, (digits, *others), labels, strict=True)
-    return sum(weight * F.cross_entropy(x, y, ignore_index=IGNORE) for weight, x, y in read)
+    read = zip(READ_WEIGHTS, share, (digits, *others), labels, strict=True)
+    return sum(weight * part * F.cross_entropy(x, y, ignore_index=IGNORE) for weight, part, x, y in read)
 
 
 # ---- stages ----------------------------------------------------------------------------------------------------------
@@ -301,7 +322,7 @@ def frozen_towers(args, common=()) -> set[str]:
 def stages(args, epoch: int | None, common=()) -> list[Stage]:
     """What this run goes through. epoch: steps of one pass over the rows; None for scenes, of which there is no end. common:
     see common_questions."""
-    steps = args.steps or (920 if epoch is None else max(1, round((args.epochs or 3) * epoch)))
+    steps = args.steps or (1000 if epoch is None else max(1, round((args.epochs or 3) * epoch)))
     frozen, found, first = frozen_towers(args, common), [], args.projector_steps
     if looks_first(args, common):
         why = "digit, colour and place of each patch, from the generator's labels: there must be something to talk about"
@@ -467,11 +488,12 @@ class Data:
         frozen = "vision" in frozen_towers(args, self.common)
         if args.cache_features is not None and not frozen:
             raise ValueError("--cache-features: the vision tower is trained, so its features change: add --freeze vision")
-        if frozen and (run.device.type == "cpu" or args.cache_features is not None):
+        if frozen and not args.fsdp and (run.device.type == "cpu" or args.cache_features is not None):
             features = FrozenFeatures(model, pictures, args.blind)
         if args.shift and features and not args.blind and not looks_first(args, self.common):
             raise ValueError("--shift: the vision tower is frozen and looks at each picture once: add --freeze none")
         ranks |= {"workers": args.workers, "features": features, "isolated": args.isolated}
+        ranks |= {"all_ranks": lambda good: not run.any(not good), "always_see": args.fsdp}
         ranks["context"] = model.config.text_config.context_length
         return LlavaBatches(self.rows, processor, pictures, size, args.seed, args.max_length, **ranks)
 
@@ -480,7 +502,8 @@ class Data:
         if self.args.cache_features is not None and not self.args.dry_run:
             paths = [path for row in self.rows for path in row.images]
             file = Path(self.args.cache_features or self.run.folder / "features.npy")
-            batches.features.keep(file, paths, self.args.workers, self.run.is_main)
+            with self.run.main_first():
+                batches.features.keep(file, paths, self.args.workers, self.run.is_main)
 
     def to_look_at(self, processor, pictures: PictureCache, batch_size: int):
         """Batches for stage 1."""
@@ -488,7 +511,8 @@ class Data:
         ranks = {"grad_accum": args.grad_accum, "rank": run.rank, "world_size": run.world_size}
         if self.rows is None:
             return LabelledScenes(processor, batch_size, args.seed, **ranks)
-        return CommonAnswers(self.rows, self.common, pictures, batch_size, args.seed, workers=args.workers, **ranks)
+        ranks |= {"workers": args.workers, "all_ranks": lambda good: not run.any(not good)}
+        return CommonAnswers(self.rows, self.common, pictures, batch_size, args.seed, **ranks)
 
     def tests(self, count: int, model, processor) -> dict[str, list[Item]]:
         """Questions about so many test pictures, by split; without those that could not be asked."""
@@ -522,8 +546,10 @@ def train_stage(run: Run, learner: Learner, stage: Stage, data: Data, batches, b
 
     def losses(step: int):
         generator = run.seed_step(step)
-        for batch in next(batches):
-            batch = {key: value.to(run.device) if torch.is_tensor(value) else value for key, value in batch.items()}
+        parts = next(batches)
+        for batch, share in zip(parts, shares(run, [learner.count(**part) for part in parts]), strict=True):
+            batch |= {"share": share}
+            batch = {key: value.to(run.device) if hasattr(value, "to") else value for key, value in batch.items()}
             if args.shift and "pixel_values" in batch:
                 batch["pixel_values"] = shifted(batch["pixel_values"], args.shift, generator)
             with run.autocast():
@@ -533,8 +559,8 @@ def train_stage(run: Run, learner: Learner, stage: Stage, data: Data, batches, b
     while not trainer.done():
         trainer.step(losses(trainer.steps_done))
         if stage.name == "language" and trainer.evaluates():
-            with trainer.evaluation():
-                trainer.log(**{f"{split}_exact_match": ask(learner.model, processor, items, args)["exact_match"]
+            with trainer.evaluation() as whole:
+                trainer.log(**{f"{split}_exact_match": ask(whole.model, processor, items, args)["exact_match"]
                                for split, items in tests.items()})  # fmt: skip
     trainer.close()
     return trainer
@@ -549,12 +575,12 @@ def main(argv=None) -> None:
         quantize_(model.language_model, KEPT_IN_BITS)
     if args.lora:
         convert_linears_to_lora(model.language_model, args.lora, args.lora_alpha or 2 * args.lora, targets=LORA_TARGETS)
-    learner = Learner(model, tuple(map(len, data.common.values())) or READ).to(run.device)
+    parts = {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()}
+    learner = run.place(Learner(model, tuple(map(len, data.common.values())) or READ))
     batches = data.batches(model, processor)
     tests = data.tests(args.eval_count, model, processor)
     quick = {split: items[:QUICK] for split, items in tests.items()}
     plan = stages(args, None if data.rows is None else len(batches), data.common)
-    parts = {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()}
     run.print(f"{args.dataset} on {run.device} in {run.dtype} -> {run.folder}; "
               + ", ".join(f"{name} {count:,}" for name, count in parts.items()) + " parameters")  # fmt: skip
 
@@ -565,14 +591,15 @@ def main(argv=None) -> None:
         trainer = train_stage(run, learner, stage, data, batches, trainer, quick, processor, share)
 
     if run.is_main and not args.dry_run:
-        finish(run, trainer, model, processor, tests, batches)
+        finish(run, trainer, processor, tests, batches)
     run.barrier()
 
 
-def finish(run: Run, trainer: Trainer, model, processor, tests: dict[str, list[Item]], batches) -> None:
+def finish(run: Run, trainer: Trainer, processor, tests: dict[str, list[Item]], batches) -> None:
     """Save the model, ask it all test questions, draw, and print the result."""
     args = run.args
-    with trainer.evaluation():
+    with trainer.evaluation() as whole:
+        model = whole.model
         save_run(run, model, processor, args)
         found = {split: ask(model, processor, items, args) for split, items in tests.items()}
         trainer.log(**{f"{split}_exact_match": facts["exact_match"] for split, facts in found.items()})

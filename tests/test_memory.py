@@ -44,7 +44,8 @@ def test_a_step_takes_what_the_dry_run_foretold(script, flags, tmp_path, monkeyp
         if len(calls) < 2:
             return step(self, losses)
         states = [t for o in self.optimizers for s in o.state.values() for t in s.values() if torch.is_tensor(t)]
-        lying = bytes_of([*self.raw.parameters(), *self.raw.buffers(), *states, *(self.ema.weights.values() if self.ema else ())])
+        averaged = self.ema.weights.values() if self.ema else ()
+        lying = bytes_of([*self.raw.parameters(), *self.raw.buffers(), *states, *averaged])
         raise Measured(lying + peak_bytes(lambda: step(self, losses), self.run.device))
 
     monkeypatch.setattr(training.Trainer, "step", measured_step)

@@ -125,3 +125,32 @@ def test_the_depth_of_a_sample_is_its_longest_conversation(processor):
     assert sample.depth == max(map(len, rows)) < len(sample)
     alone = encode_sample(processor, [asked(*TURNS[0])], 1)
     assert alone.depth == len(alone) == len(rows[0])
+
+
+def test_blocks_say_what_the_mask_says(processor):
+    """Samples of all shapes, three to a row, without pictures: hidden states and gradients are those of the whole mask."""
+    random = torch.Generator().manual_seed(0)
+
+    def some(most):
+        ids = torch.randint(5, 300, (int(torch.randint(1, most, (), generator=random)),), generator=random).tolist()
+        return ids, [-100, *ids[1:]]
+
+    samples = [Sample(some(12), [some(9) for _ in range(n)]) for n in (12, 0, 3, 20, 1, 7)]
+    packed = pack(samples, 300)
+    blocks, model = packed["blocks"], make(processor, "early").language_model.double()
+    embeds = model.model.embed(packed["input_ids"]).detach().requires_grad_()
+    B, T = packed["input_ids"].shape
+    assert blocks.mask.numel() < 0.5 * B * T * T and sorted({*blocks.queries.flatten().tolist(), 0})[-1] < B * T
+
+    def run(**how):
+        hidden = model.model(None, embeds, packed["attention_mask"], packed["position_ids"], **how)
+        real = hidden[packed["labels"] != -100]
+        return real, torch.autograd.grad(real.square().sum(), embeds)[0]
+
+    for found, known in zip(run(blocks=blocks), run(), strict=True):
+        torch.testing.assert_close(found, known, atol=1e-5, rtol=1e-5)
+
+
+def test_one_conversation_a_row_needs_no_blocks(processor):
+    samples = [Sample(([5] * n, [-100] + [5] * (n - 1)), []) for n in (30, 28, 25)]
+    assert "blocks" not in pack(samples)
