@@ -6,6 +6,10 @@
     python bench.py decode --source model.gguf     one token after another, against transformers' generate
     python bench.py loss                           memory of the training loss: chunks against all logits at once
     python bench.py vlm                            training SigLIP-B/16 + SmolLM2-135M, whole or in part, against Idefics3
+    python bench.py questions                      twelve questions a picture, packed, against a padded row for each
+    python bench.py pictures --source DIR          JPEGs to pixel_values, against transformers' image processor
+    python bench.py bpe                            our tokenizer against the tokenizers library
+    python bench.py start                          from `python` to the first gradient
     python bench.py quant --source model.gguf      4-bit layers against floats: time, memory, perplexity on --text FILE
 
 Every figure is a ratio to the peer in the same run, since a machine's own speed drifts. Time: the median over rounds in
@@ -20,6 +24,8 @@ import gc
 import json
 import math
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -29,7 +35,11 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from PIL import Image
 
+import figures
+import scenes
+import train_vlm
 from checkpoint import DTYPES, from_pretrained, save_pretrained
 from gpt import preset_settings
 from memory import peak_bytes
@@ -42,11 +52,13 @@ from model import (
     chunked_cross_entropy,
     convert_linears_to_lora,
 )
+from processing_mllama import process_images
 from quant import Linear4bit, bytes_of, quantised_memory, quantize_
 from siglip import SiglipVisionConfig
 from tokenizer import BPETokenizer
 from training import find_device, positive_int, run_cli
 from vit_scratch import ViTConfig, ViTModel, pair
+from vlm_data import SceneBatches, scene_pixels
 
 
 def from_transformers(name: str) -> type:
@@ -73,10 +85,13 @@ def median_seconds(steps: dict[str, Callable[[], object]], rounds: int, device: 
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
-def compare(what: str, steps: dict[str, Callable], items: int, rounds: int, device: torch.device, **facts) -> dict:
-    """One row: steps is {"ours": ..., PEER: ...}; items: pictures or tokens per step."""
+def compare(
+    what: str, steps: dict[str, Callable], items: int, rounds: int, device: torch.device, tensors: bool = True, **facts
+) -> dict:
+    """One row: steps is {"ours": ..., PEER: ...}; items: pictures or tokens per step. tensors: whether these are what
+    takes the memory, so that it can be counted."""
     peer = next(name for name in steps if name != "ours")
-    memory = {name: peak_bytes(step, device) for name, step in steps.items()}
+    memory = {name: peak_bytes(step, device) for name, step in steps.items()} if tensors else None
     seconds = median_seconds(steps, rounds, device)
     return {
         "what": what,
@@ -84,8 +99,8 @@ def compare(what: str, steps: dict[str, Callable], items: int, rounds: int, devi
         "peer": peer,
         "per_second": round(items / seconds["ours"], 2),
         "speed_ratio": round(seconds[peer] / seconds["ours"], 3),
-        "peak_mib": round(memory["ours"] / 2**20, 1),
-        "memory_ratio": round(memory["ours"] / max(1, memory[peer]), 3),
+        "peak_mib": round(memory["ours"] / 2**20, 1) if memory else None,
+        "memory_ratio": round(memory["ours"] / max(1, memory[peer]), 3) if memory else None,
     }
 
 
@@ -398,6 +413,160 @@ def bench_vlm(args, device: torch.device) -> list[dict]:
     return rows
 
 
+# ---- many questions about a picture ----------------------------------------------------------------------------------
+
+
+def bench_questions(args, device: torch.device) -> list[dict]:
+    """A step of train_vlm.py's language stage, scenes with twelve questions each: packed rows, in which the questions share the
+    picture, against transformers' Idefics3 with a padded row and the picture for each. Same weights, answers and loss."""
+    settings = train_vlm.parse_args(["--seed", str(args.seed)])
+    model, processor = train_vlm.build(settings, scenes.corpus(), [0.5] * 3, [0.5] * 3)
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        save_pretrained(model, folder, layout="idefics3")
+        theirs = from_transformers("Idefics3ForConditionalGeneration").from_pretrained(folder, attn_implementation="sdpa")
+    models = {"ours": model.to(device), "transformers": theirs.to(device)}
+    for each in models.values():
+        freeze(each, "frozen tower").train()
+    for batch in args.batch:
+        batches = SceneBatches(processor, batch, args.seed)
+        packed = next(batches)[0]
+        alone = padded_rows(batches, batch, args.seed)
+        inputs = {"ours": packed, "transformers": alone}
+        inputs = {name: {key: value.to(device) for key, value in given.items()} for name, given in inputs.items()}
+        losses = {"ours": lambda m, given: m(**given)["loss"],
+                  "transformers": lambda m, given: m(**given, use_cache=False).loss}  # fmt: skip
+        with torch.no_grad():
+            ours, others = (losses[name](models[name], inputs[name]).item() for name in models)
+        if abs(ours - others) > 1e-3:
+            raise ValueError(f"the two losses are {ours:g} and {others:g}: there is nothing to compare")
+        steps = {name: training_step(m, partial(losses[name], given=inputs[name])) for name, m in models.items()}
+        for step in steps.values():
+            step()
+        count = len(alone["input_ids"])
+        rows.append(compare("questions, training step", steps, count, args.rounds, device, size="tiny", batch=count))
+    return rows
+
+
+def padded_rows(batches: SceneBatches, batch: int, seed: int) -> dict[str, torch.Tensor]:
+    """The first batch of these, each question in a row of its own, as transformers takes them."""
+    pictures = next(scenes.SceneStream("train", batch, seed))
+    asked = scenes.questions(pictures, seed, batches.per_scene, batches.mix)
+    found = [batches.row(turn) for turns in asked for turn in turns]
+    longest, pad = max(len(ids) for ids, _ in found), batches.processor.tokenizer.pad_token_id or 0
+    columns = zip(*((ids + [pad] * (n := longest - len(ids)), labels + [-100] * n, [1] * len(ids) + [0] * n)
+                    for ids, labels in found), strict=True)  # fmt: skip
+    rows = dict(zip(("input_ids", "labels", "attention_mask"), map(torch.tensor, columns), strict=True))
+    pixels = scene_pixels(batches.processor, pictures).repeat_interleave(torch.tensor([*map(len, asked)]), dim=0)
+    return {**rows, "pixel_values": pixels[:, None]}
+
+
+# ---- what a model is fed with ----------------------------------------------------------------------------------------
+
+
+def bench_pictures(args, device: torch.device) -> list[dict]:
+    """JPEGs from disk to pixel_values of 224 x 224: ours, exact and decoded at a fraction of their size, against transformers'
+    SigLIP processor. --source: a folder of JPEGs; without it, 16 photo-like ones of 640 x 480 are made."""
+    from_transformers("SiglipModel")
+    from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+
+    reference = SiglipImageProcessorPil(size={"height": 224, "width": 224}, resample=3)
+    with tempfile.TemporaryDirectory() as folder:
+        files = sorted(Path(args.source).glob("*.jpg"))[:64] if args.source else make_photos(Path(folder), 16, args.seed)
+        if not files:
+            raise ValueError(f"--source {args.source} holds no .jpg files")
+
+        def theirs():
+            return reference([Image.open(file).convert("RGB") for file in files], return_tensors="pt")["pixel_values"]
+
+        difference = (process_images(files, (224, 224)) - theirs()).abs().max().item()
+        if difference > 1e-3:
+            raise ValueError(f"the pixels differ by {difference:g}: there is nothing to compare")
+        rows = []
+        for fast in (False, True):
+            steps = {"ours": partial(process_images, files, (224, 224), fast=fast), "transformers": theirs}
+            what = "pictures, decoded at a fraction" if fast else "pictures, the same pixels"
+            rows.append(compare(what, steps, len(files), args.rounds, device, tensors=False, size="224",
+                                batch=len(files)))  # fmt: skip
+    return rows
+
+
+def make_photos(folder: Path, count: int, seed: int) -> list[Path]:
+    """JPEGs of smooth colours with some grain, which compress about as photos do."""
+    random = torch.Generator().manual_seed(seed)
+    for i in range(count):
+        smooth = F.interpolate(torch.rand(1, 3, 12, 16, generator=random), (480, 640), mode="bicubic")
+        grain = 0.06 * torch.randn(1, 3, 480, 640, generator=random)
+        pixels = ((smooth + grain).clamp(0, 1) * 255).byte()[0].permute(1, 2, 0).numpy()
+        Image.fromarray(pixels).save(folder / f"{i:02}.jpg", quality=90)
+    return sorted(folder.glob("*.jpg"))
+
+
+def bench_bpe(args, device: torch.device) -> list[dict]:
+    """Byte-level BPE against the tokenizers library: learning 2,000 tokens from a text, and encoding it, in bytes a second. The
+    text: --text FILE, or this project's own files."""
+    from_transformers("PreTrainedTokenizerFast")
+    import tokenizers
+
+    here = Path(__file__).parent
+    files = [Path(args.text)] if args.text else [here / "README.md", *sorted(here.glob("*.py"))]
+    text = "\n".join(file.read_text(encoding="utf-8", errors="replace") for file in files)
+
+    def learn():
+        their = tokenizers.Tokenizer(tokenizers.models.BPE())
+        their.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+        trainer = tokenizers.trainers.BpeTrainer(
+            vocab_size=2000, show_progress=False, initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet()
+        )
+        their.train_from_iterator([text], trainer)
+
+    ours = BPETokenizer.train(text, 2000)
+    with tempfile.TemporaryDirectory() as folder:
+        ours.save_pretrained(folder)
+        theirs = tokenizers.Tokenizer.from_file(f"{folder}/tokenizer.json")
+    if ours.encode(text) != theirs.encode(text).ids:
+        raise ValueError("the two give different ids: there is nothing to compare")
+    size, facts = len(text.encode()), {"size": "2000 tokens", "batch": 1, "tensors": False}
+    learning = {"ours": partial(BPETokenizer.train, text, 2000), "tokenizers": learn}
+    encoding = {"ours": partial(ours.encode, text), "tokenizers": partial(theirs.encode, text)}
+    return [
+        compare("BPE, learning (bytes)", learning, size, args.rounds, device, **facts),
+        compare("BPE, encoding (bytes)", encoding, size, args.rounds, device, **facts),
+    ]
+
+
+FIRST_STEPS = {
+    "ours": """
+import torch
+from model import MLLAMAConfig, MllamaForConditionalGeneration as Model
+vision = {"image_size": 64, "patch_size": 16, "hidden_size": 192, "num_hidden_layers": 4, "num_attention_heads": 6}
+text = {"vocab_size": 450, "hidden_size": 128, "n_heads": 4, "n_kv_groups": 2, "n_layers": 4, "hidden_dim": 384}
+model = Model(MLLAMAConfig(vision, {**text, "max_position_embeddings": 512}, projector_type="linear", image_token_id=449))
+ids = torch.cat([torch.full((2, 16), 449), torch.randint(0, 400, (2, 32))], dim=1)
+model(ids, torch.randn(2, 3, 64, 64), labels=ids)["loss"].backward()
+""",
+    "transformers": """
+import torch
+from transformers import Idefics3Config, Idefics3ForConditionalGeneration as Model
+vision = {"image_size": 64, "patch_size": 16, "hidden_size": 192, "num_hidden_layers": 4, "num_attention_heads": 6,
+          "intermediate_size": 768}
+text = {"model_type": "llama", "vocab_size": 450, "hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "num_hidden_layers": 4, "intermediate_size": 384, "pad_token_id": 0}
+model = Model(Idefics3Config(vision_config=vision, text_config=text, scale_factor=1, image_token_id=449, pad_token_id=0))
+ids = torch.cat([torch.full((2, 16), 449), torch.randint(0, 400, (2, 32))], dim=1)
+model(input_ids=ids, pixel_values=torch.randn(2, 1, 3, 64, 64), labels=ids).loss.backward()
+""",
+}
+
+
+def bench_start(args, device: torch.device) -> list[dict]:
+    """From a fresh Python to the end of the first forward and backward pass of a tiny VLM, by the same few lines."""
+    from_transformers("Idefics3ForConditionalGeneration")
+    run = {name: partial(subprocess.run, [sys.executable, "-c", code], check=True, cwd=Path(__file__).parent,
+                         stderr=subprocess.DEVNULL) for name, code in FIRST_STEPS.items()}  # fmt: skip
+    return [compare("a first step, from nothing", run, 1, args.rounds, device, tensors=False, size="tiny", batch=2)]
+
+
 # ---- command line ----------------------------------------------------------------------------------------------------
 
 
@@ -405,8 +574,9 @@ def print_table(rows: list[dict]) -> None:
     print("| what | size | batch | per second | speed, ours / peer | peak MiB | memory, ours / peer |")
     print("|---|---|---|---|---|---|---|")
     for row in rows:
-        cells = (row["what"], row["size"], row["batch"], row["per_second"], f"{row['speed_ratio']:.2f}x")
-        print("| " + " | ".join(map(str, (*cells, row["peak_mib"], f"{row['memory_ratio']:.2f}x"))) + " |")
+        memory = (row["peak_mib"], f"{row['memory_ratio']:.2f}x") if row["peak_mib"] is not None else ("", "")
+        cells = (row["what"], row["size"], row["batch"], row["per_second"], f"{row['speed_ratio']:.2f}x", *memory)
+        print("| " + " | ".join(map(str, cells)) + " |")
 
 
 def notes(row: dict) -> list[str]:
@@ -430,23 +600,30 @@ def notes(row: dict) -> list[str]:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("work", choices=list(WORK), help="what to measure")
+    parser.add_argument("work", choices=[*WORK, "all"], help="what to measure")
     sizes = f"vit: {', '.join(ViTConfig.PRESETS)}; vlm: {', '.join(VLM_SIZES)}; default: vit-s16, 222m"
     parser.add_argument("--size", help=sizes)
-    parser.add_argument("--source", help="decode, quant: a LLaMA checkpoint; decode's default: SmolLM2-135M's shape, random")
-    parser.add_argument("--text", metavar="FILE", help="quant: what --source reads, its first 2,048 tokens; default README.md")
+    parser.add_argument("--source", help="decode, quant: a LLaMA checkpoint, decode's default: SmolLM2-135M's shape, random; "
+        "pictures: a folder of JPEGs")  # fmt: skip
+    parser.add_argument("--text", metavar="FILE", help="quant: what --source reads, its first 2,048 tokens, default README.md; "
+        "bpe: what it learns")  # fmt: skip
     parser.add_argument("--new-tokens", type=positive_int, default=64, help="decode: tokens per prompt")
-    parser.add_argument("--batch", type=positive_int, nargs="+", help="default: vit 8 64, decode 1 16, vlm 2, quant 1 256")
+    parser.add_argument(
+        "--batch", type=positive_int, nargs="+", help="default: vit 8 64, decode 1 16, vlm 2, questions 16, quant 1 256"
+    )
     parser.add_argument("--rounds", type=positive_int, default=7, help="turns of each; their median counts")
     parser.add_argument("--device", help="cpu, cuda, mps; default: the best there is")
     parser.add_argument("--dtype", choices=DTYPES, help="vlm: of the matrix products; default fp16 on CUDA, else fp32")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true", help="one JSON object a line in place of the table")
+    parser.add_argument("--picture", metavar="FILE", help="draw the ratios")
     args = parser.parse_args(argv)
-    device = find_device(args.device)
-    args.batch = args.batch or {"vit": [8, 64], "vlm": [2], "quant": [1, 256]}.get(args.work, [1, 16])
-    args.size = args.size or {"vit": "vit-s16", "vlm": "222m"}.get(args.work)
-    rows = WORK[args.work](args, device)
+    device, rows = find_device(args.device), []
+    for work in WORK if args.work == "all" else [args.work]:
+        batch = {"vit": [8, 64], "vlm": [2], "questions": [16], "quant": [1, 256]}.get(work, [1, 16])
+        size = {"vit": "vit-s16", "vlm": "222m"}.get(work)
+        chosen = {**vars(args), "batch": args.batch or batch, "size": args.size or size}
+        rows += WORK[work](argparse.Namespace(**chosen), device)
     where = {"device": str(device), "threads": torch.get_num_threads(), "torch": torch.__version__, "seed": args.seed}
     if args.json:
         for row in rows:
@@ -456,9 +633,17 @@ def main(argv: list[str] | None = None) -> None:
         print_table(rows)
         for line in [line for row in rows for line in notes(row)]:
             print(line)
+    if args.picture:
+        columns = {"speed, ours / peer": "speed_ratio", "memory, ours / peer": "memory_ratio"}
+        groups = {name: [row[key] or float("nan") for row in rows] for name, key in columns.items()}
+        labels = [f"{row['what']}, {row['size']}, {row['batch']}, against {row['peer']}" for row in rows]
+        figures.bar_chart(groups, labels, args.picture, form="{:.2f}x")
 
 
-WORK = {"vit": bench_vit, "decode": bench_decode, "loss": bench_loss, "vlm": bench_vlm, "quant": bench_quant}
+WORK = {
+    "vit": bench_vit, "decode": bench_decode, "loss": bench_loss, "vlm": bench_vlm, "questions": bench_questions,
+    "quant": bench_quant, "pictures": bench_pictures, "bpe": bench_bpe, "start": bench_start,
+}  # fmt: skip
 
 if __name__ == "__main__":
     run_cli(main)

@@ -110,7 +110,7 @@ def normalize(pixels: torch.Tensor, mean: Sequence[float], std: Sequence[float])
 
 def fit(image, size: tuple[int, int], resample: str, mean: Sequence[float], do_pad_square: bool, fast=False) -> np.ndarray:
     """One picture (see to_picture) as uint8 [height, width, 3]; see process_images. Raises ValueError for a thin strip."""
-    picture = to_picture(image, max(size) if fast else None)
+    picture = to_picture(image, -(-max(size) // 2) if fast else None)  # decoded to no less than `size`
     if max(picture.size) > MAX_ASPECT * min(picture.size):
         raise ValueError(f"{picture.width}x{picture.height} is too thin a strip (over {MAX_ASPECT} to 1): crop it")
     return np.asarray(resize(pad_square(picture, mean) if do_pad_square else picture, size, resample))

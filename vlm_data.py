@@ -1,7 +1,7 @@
 """Batches for train_vlm.py: pictures and packed conversations, from generated scenes or from LLaVA-style JSON.
 
     batches = SceneBatches(processor, batch_size=64, seed=0)          # endless, fresh scenes with their questions
-    batches = LlavaBatches(rows, processor, batch_size=16, seed=0)    # each row once an epoch
+    batches = LlavaBatches(rows, processor, batch_size=16, seed=0)    # each row once an epoch; ShardBatches: from shards.py's
     batches = LabelledScenes(...), CommonAnswers(...)                 # for a vision tower alone: what there is to be seen
     model(**next(batches)[0])                                         # a list: one part for each of grad_accum
 
@@ -12,7 +12,7 @@ import functools
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +26,7 @@ from llava_json import LlavaRows, PictureCache, Row, isolated_turns
 from packing import Sample, encode_row, encode_sample, pack, share_beginning
 from processing_mllama import IMAGE_TOKEN, normalize, rescale
 from scenes import IGNORE, MIX, SLOTS, SceneConfig, Scenes, SceneStream, questions
+from shards import Shards, ShardStream
 
 # As many digits as can be, and more handwritings than in the questions' scenes.
 FULL_SCENES = SceneConfig(digits=(SLOTS, SLOTS), variants=64, rotate=12.0, shear=0.15)
@@ -56,16 +57,17 @@ class SceneBatches:
 
     def _sample(self, turns) -> Sample:
         """What encode_sample makes of all the turns; each question is encoded once, as it comes again with other pictures."""
-        rows = []
-        for turn in turns:
-            key = turn.question, turn.answer
-            if key not in self._encoded:
-                if len(self._encoded) > 100_000:
-                    self._encoded.clear()
-                conversation = [*about_picture(turn.question), {"role": "assistant", "content": turn.answer}]
-                self._encoded[key] = encode_row(self.processor, conversation, 1)
-            rows.append(self._encoded[key])
-        return share_beginning(rows)
+        return share_beginning([self.row(turn) for turn in turns])
+
+    def row(self, turn) -> tuple[list[int], list[int]]:
+        """(ids, labels) of one question."""
+        key = turn.question, turn.answer
+        if key not in self._encoded:
+            if len(self._encoded) > 100_000:
+                self._encoded.clear()
+            conversation = [*about_picture(turn.question), {"role": "assistant", "content": turn.answer}]
+            self._encoded[key] = encode_row(self.processor, conversation, 1)
+        return self._encoded[key]
 
     @property
     def fraction(self) -> float:
@@ -107,14 +109,18 @@ class LlavaBatches:
     isolated: every question of a row is asked alone, so that no answer helps with the next; else a row is one conversation.
     length: of packed rows, tokens, and context: of the model, for each conversation; what is longer is left out and counted
     in `too_long`. A row whose picture cannot be read (any more) is left out too; pictures.unreadable has the reason.
-    features: see FrozenFeatures.
+    features: see FrozenFeatures. all_ranks: whether something holds in all processes; where one of them has no row left, all go
+    on to the next batch, so that their epochs stay together. always_see: give a part that has no picture an empty one, of
+    which nothing is learned, since processes that share a model's weights must use the same parts of it (--fsdp).
     """
 
     def __init__(
         self, rows: LlavaRows, processor, pictures: PictureCache, batch_size: int, seed: int, length: int,
         isolated: bool = False, grad_accum: int = 1, blind: bool = False, workers: int = 1,
         features: "FrozenFeatures | None" = None, rank: int = 0, world_size: int = 1, context: int | None = None,
+        all_ranks: Callable[[bool], bool] = bool, always_see: bool = False,
     ):  # fmt: skip
+        self.all_ranks, self.always_see = all_ranks, always_see
         self.rows, self.processor, self.pictures, self.length, self.isolated = rows, processor, pictures, length, isolated
         self.grad_accum, self.blind, self.workers, self.features = grad_accum, blind, workers, features
         self.context = context or length
@@ -127,13 +133,16 @@ class LlavaBatches:
     def __next__(self) -> list[dict]:
         """Raises ValueError where of a whole epoch no batch has a row left in every part."""
         for _ in range(len(self) + 1):
-            found = self.usable([self.rows[i] for i in next(self.indices).tolist()])
-            if len(found) >= self.grad_accum:
+            found = self.usable(self.next_rows())
+            if self.all_ranks(len(found) >= self.grad_accum):
                 return [self.packed(found[k :: self.grad_accum]) for k in range(self.grad_accum)]
         raise ValueError(
             f"{self.rows.source}: no batch is left; {len(self.pictures.unreadable)} pictures cannot be read, "
             f"{len(self.too_long)} rows are over {self.length} tokens: check the pictures, or raise --max-length"
         )
+
+    def next_rows(self) -> Sequence[Row]:
+        return [self.rows[i] for i in next(self.indices).tolist()]
 
     def usable(self, rows: Sequence[Row]) -> list[tuple[Sample, list[torch.Tensor]]]:
         """Of those of these rows that can be used, the sample and its pictures."""
@@ -143,12 +152,20 @@ class LlavaBatches:
 
     def packed(self, found: Sequence[tuple[Sample, list[torch.Tensor]]]) -> dict[str, torch.Tensor]:
         """What the model is called with."""
+        if self.always_see and not any(seen for _, seen in found):
+            found = [*found, self._nothing]
         samples, seen = zip(*found, strict=True)
         packed = pack(samples, self.length, self.processor.tokenizer.pad_token_id or 0)
         seen = [picture for i in packed.pop("order").tolist() for picture in seen[i]]
         if seen:
             packed["vision_features" if self.features else "pixel_values"] = torch.stack(seen)
         return packed
+
+    @functools.cached_property
+    def _nothing(self) -> tuple[Sample, list[torch.Tensor]]:
+        """A sample of one picture, of which nothing is to be learned."""
+        ids, _ = self.processor.encode([{"role": "user", "content": IMAGE_TOKEN}], 1)
+        return Sample((ids, [-100] * len(ids)), []), [torch.zeros(3, *self.processor.image_size)]
 
     def sample(self, row: Row) -> Sample | None:
         """The row's ids and labels, or None if it is too long."""
@@ -186,6 +203,22 @@ class LlavaBatches:
         self.indices.load_state_dict(state)
 
 
+class ShardBatches(LlavaBatches):
+    """The same of Shards, with ShardPictures: read from front to back, and never all in memory."""
+
+    def __init__(self, rows: Shards, processor, pictures, batch_size: int, seed: int, length: int, **settings):
+        super().__init__(rows, processor, pictures, batch_size, seed, length, **settings)
+        ranks = {key: settings[key] for key in ("rank", "world_size", "workers") if key in settings}
+        self.indices = ShardStream(rows, pictures, batch_size, seed, **ranks)
+
+    def next_rows(self) -> Sequence[Row]:
+        return next(self.indices)
+
+    @property
+    def _rows_hash(self) -> str:
+        return self.rows.fingerprint
+
+
 # What makes a question common: how many rows ask it, and how many different answers they give. At most so many questions.
 LEAST_ASKED, MOST_ANSWERS, MOST_COMMON = 100, 50, 200
 
@@ -218,9 +251,9 @@ class CommonAnswers:
 
     def __init__(
         self, rows: LlavaRows, common: dict[str, dict[str, int]], pictures: PictureCache, batch_size: int, seed: int,
-        grad_accum: int = 1, workers: int = 1, rank: int = 0, world_size: int = 1,
+        grad_accum: int = 1, workers: int = 1, rank: int = 0, world_size: int = 1, all_ranks: Callable[[bool], bool] = bool,
     ):  # fmt: skip
-        self.pictures, self.grad_accum, self.workers = pictures, grad_accum, workers
+        self.pictures, self.grad_accum, self.workers, self.all_ranks = pictures, grad_accum, workers, all_ranks
         self.columns = {question: column for column, question in enumerate(common)}
         self.common, self.rows = common, [row for row in rows if not common.keys().isdisjoint(dict(questions_of(row)))]
         self.indices = Batches(len(self.rows), batch_size, seed, rank=rank, world_size=world_size)
@@ -231,7 +264,7 @@ class CommonAnswers:
             rows = [self.rows[i] for i in next(self.indices).tolist()]
             self.pictures.load([row.images[0] for row in rows], self.workers)
             rows = [(row, pixels) for row in rows if (pixels := self.pictures[row.images[0]]) is not None]
-            if len(rows) >= self.grad_accum:
+            if self.all_ranks(len(rows) >= self.grad_accum):
                 return [self.part(rows[k :: self.grad_accum]) for k in range(self.grad_accum)]
         raise ValueError(f"no batch is left: {len(self.pictures.unreadable)} pictures cannot be read")
 

@@ -103,3 +103,26 @@ def test_what_cannot_be_measured_is_one_line(flags, words, capsys):
         run_cli(lambda: bench.main(flags))
     error = capsys.readouterr().err
     assert stopped.value.code == 2 and words in error and "Traceback" not in error
+
+
+@pytest.mark.parametrize("work, rows", [("questions", 1), ("pictures", 2), ("bpe", 2)])
+def test_work_on_what_a_model_is_fed_with_gives_ratios_and_a_picture(work, rows, tmp_path, capsys):
+    """Each compares what both sides give before it times them, and raises where they differ."""
+    text = tmp_path / "text.txt"
+    text.write_text("a red 7 above a blue 3, and what is left of the green 5? " * 200 + "".join(map(chr, range(33, 2000))))
+    picture = tmp_path / "ratios.png"
+    bench.main([work, "--batch", "2", "--rounds", "1", "--json", "--text", str(text), "--picture", str(picture)])
+    found = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
+    assert len(found) == rows and all(row["speed_ratio"] > 0 for row in found)
+    assert all((row["memory_ratio"] is not None) == (work == "questions") for row in found)
+    assert picture.stat().st_size > 5000
+
+
+def test_questions_that_share_a_picture_take_less_than_half_the_memory_of_padded_rows(capsys):
+    bench.main(["questions", "--batch", "4", "--rounds", "1", "--json"])
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["memory_ratio"] < 0.5
+
+
+@pytest.mark.parametrize("side", bench.FIRST_STEPS)
+def test_the_lines_that_are_timed_from_nothing_run(side):
+    exec(bench.FIRST_STEPS[side], {})
