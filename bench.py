@@ -56,7 +56,7 @@ from processing_mllama import process_images
 from quant import Linear4bit, bytes_of, quantised_memory, quantize_
 from siglip import SiglipVisionConfig
 from tokenizer import BPETokenizer
-from training import find_device, positive_int, run_cli
+from training import find_device, not_negative_int, positive_int, run_cli
 from vit_scratch import ViTConfig, ViTModel, pair
 from vlm_data import SceneBatches, scene_pixels
 
@@ -614,7 +614,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--rounds", type=positive_int, default=7, help="turns of each; their median counts")
     parser.add_argument("--device", help="cpu, cuda, mps; default: the best there is")
     parser.add_argument("--dtype", choices=DTYPES, help="vlm: of the matrix products; default fp16 on CUDA, else fp32")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=not_negative_int, default=0)
     parser.add_argument("--json", action="store_true", help="one JSON object a line in place of the table")
     parser.add_argument("--picture", metavar="FILE", help="draw the ratios")
     args = parser.parse_args(argv)

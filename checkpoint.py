@@ -19,8 +19,11 @@ import itertools
 import json
 import math
 import os
+import pickle
 import re
 import shutil
+import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -31,7 +34,7 @@ import torch.nn as nn
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from layouts import LAYOUTS, TOKEN_IDS, Layout, Name, renamed, with_defaults
+from layouts import LAYOUTS, TOKEN_IDS, Layout, Name, check_types, depth, renamed, with_defaults
 from model import Linear_LORA, convert_linears_to_lora, merge_lora
 from quant import STATE, SUFFIXES, Linear4bit, is_nf4, linear_from_file, quantization_config, weight_to_file
 
@@ -44,10 +47,29 @@ def write_atomic(path: Path | str, write: Callable[[Path], None]) -> None:
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        write(temporary)
-        os.replace(temporary, path)
+        with writing(path):
+            write(temporary)
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def writing(path: Path):
+    """A write that fails says which file it was of; the system's own words do not, once the file is open."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None or error.errno is None:
+            raise
+        raise OSError(f"{path} cannot be written ({error.strerror})") from None
+
+
+def sweep(folder: Path) -> None:
+    """Delete what writes have left that a kill cut short. Nobody else may be writing to the folder."""
+    for file in folder.glob(".*.tmp"):
+        if re.fullmatch(r"\..+\.\d+\.tmp", file.name):
+            file.unlink(missing_ok=True)
 
 
 def write_json(path: Path | str, value) -> None:
@@ -200,13 +222,20 @@ def build(path: Path, published: dict, read_tensors: Callable, dtype: torch.dtyp
         raise ValueError(f"{where} is a {kind} in 4 bits: only LLaMA and VLMs are implemented so")
     try:
         config = layout.read_config(published)
-    except (AttributeError, KeyError, TypeError) as error:
+        check_types(config)
+    except (AttributeError, KeyError, TypeError, ArithmeticError) as error:
         raise ValueError(f"{where} does not describe a {kind}: {error}") from None
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
-    with torch.device("meta"):
-        model = layout.model(config)
-    tensors, names = layout.clean(read_tensors(dtype)), layout.names(model)
+    tensors = layout.clean(read_tensors(dtype))
+    if depth(config) > len(tensors):  # to build so many would take for ever
+        raise ValueError(f"{where} has {depth(config)} layers, but {path} only {len(tensors)} tensors: is it damaged?")
+    try:
+        with torch.device("meta"):
+            model = layout.model(config)
+    except (RuntimeError, TypeError, OverflowError) as error:  # torch's ways to say that a size is beyond all bounds
+        raise ValueError(f"{where} does not describe a {kind}: {str(error).splitlines()[0]}") from None
+    names = layout.names(model)
     if quantised:
         names = place_quantised(model, tensors, names, str(path), dtype)
     load_tensors(model, tensors, names, str(path), dtype)
@@ -304,6 +333,9 @@ def load_tensors(
         tensor = torch.cat(parts) if len(parts) > 1 else parts[0]
         if not tensor.is_floating_point():
             raise ValueError(f"{source}: {', '.join(name.theirs)} is {tensor.dtype}, which is no weight: is it quantised?")
+        if bad := tensor.numel() - int(tensor.isfinite().sum()):
+            what = f"{bad:,} of its {tensor.numel():,} numbers are not finite"
+            raise ValueError(f"{source}: {', '.join(name.theirs)} is damaged, {what}: get it again")
         state[name.ours] = tensor.to(dtype or tensor.dtype).contiguous()
     model.load_state_dict(state, assign=True)
     if hasattr(model, "tie_weights"):
@@ -522,14 +554,27 @@ def save_state(run: str | Path, state: dict) -> None:
     write_atomic(path, write)
 
 
+# What reading a damaged state meets. A pickle that is more than tensors, numbers and texts is refused unread.
+DAMAGED = (RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError, NotImplementedError, zlib.error)
+DAMAGED += (OverflowError, MemoryError, zipfile.BadZipFile)
+
+
 def load_state(run: str | Path) -> dict:
+    """What save_state wrote. Raises FileNotFoundError where there is none, ValueError for one that is damaged."""
     path = Path(run) / "state.pt"
     if not path.exists():
         raise FileNotFoundError(f"{run} has no state.pt to resume from: start without --resume, or check --out")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, ValueError) as error:
-        raise ValueError(f"{path} is damaged ({str(error).splitlines()[0]}): start again without --resume") from None
+        with zipfile.ZipFile(path) as file:  # torch itself does not compare the checksums
+            if bad := file.testzip():
+                raise ValueError(f"{bad} has another checksum")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (*DAMAGED, pickle.UnpicklingError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ValueError(f"{path} is damaged ({reason}): start again without --resume") from None
+    if not isinstance(state, dict) or "settings" not in state:
+        raise ValueError(f"{path} is no state of a run: start again without --resume")
+    return state
 
 
 # ---- command line ----------------------------------------------------------------------------------------------------

@@ -157,6 +157,8 @@ def find_items(args, settings: dict) -> tuple[dict[str, list[Item]], dict]:
     if data is None:
         raise ValueError("--dataset llava needs --data FILE.json, the questions")
     images = images or (settings.get("images") if data == settings.get("data") else None)
+    if not all(isinstance(value, str | None) for value in (data, images)):
+        raise ValueError(f"{args.run / 'settings.json'} names no files with data {data!r:.80}, images {images!r:.80}")
     items, unusable = llava_items(data, images, args.count, args.skip_unusable, settings.get("isolated", False))
     where = {"dataset": dataset, "data": str(data), "images": images and str(images), "unusable_rows": unusable}
     return {"data": items}, where | {"trained_on_it": data == settings.get("data")}

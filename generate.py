@@ -32,7 +32,7 @@ from model import Llama3ForCausalLM, MllamaForConditionalGeneration, arrange_for
 from processing_mllama import IMAGE_TOKEN, LOCATION_TOKENS, MllamaImageProcessor, image_settings, process_images
 from siglip import SiglipTwoTower
 from tokenizer import BPETokenizer, stop_tokens
-from training import find_device, not_negative_float, positive_float, positive_int, run_cli
+from training import find_device, not_negative_float, not_negative_int, positive_float, positive_int, run_cli
 from vit_scratch import pair
 
 
@@ -57,7 +57,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--top-k", type=positive_int)
     add("--top-p", type=positive_float)
     add("--min-p", type=not_negative_float)
-    add("--seed", type=int, default=0)
+    add("--seed", type=not_negative_int, default=0)
     add("--device", help="cpu, cuda, mps; default: the best there is")
     add("--dtype", choices=["fp32", "fp16", "bf16"], default="fp32")
     args = parser.parse_intermixed_args(argv)  # so that PROMPT may stand after the flags

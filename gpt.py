@@ -72,6 +72,8 @@ def check_block_config(config) -> None:
             f"hidden_size {config.hidden_size} cannot be split over {config.num_attention_heads} attention heads: "
             "choose a multiple"
         )
+    if not 0 < config.layer_norm_eps < 1:
+        raise ValueError(f"layer_norm_eps is {config.layer_norm_eps}: it must be a small number above 0")
     for name, value, known in (
         ("hidden_act", config.hidden_act, ("gelu", "gelu_tanh")),
         ("attention", config.attention, ("sdpa", "explicit")),

@@ -80,12 +80,16 @@ def decode_image(source: str | Path | bytes, at_least: int | None = None) -> Ima
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I") or image.mode == "F":
         # Deep grey: the full scale is 65535 (1.0 for floats); values outside it are stretched between their own ends.
-        values = np.asarray(image, dtype=np.float64)
-        if not np.isfinite(values).all():
+        values = np.asarray(image)
+        low, high = float(values.min()), float(values.max())
+        if not math.isfinite(high - low):
             raise ValueError("holds values that are not finite")
         full = 1.0 if image.mode == "F" else 65535.0
-        low, high = (0.0, full) if 0 <= values.min() and values.max() <= full else (values.min(), values.max())
-        image = Image.fromarray(((values - low) * (255 / max(high - low, 1e-12)) + 0.5).astype(np.uint8))
+        low, high = (0.0, full) if 0 <= low and high <= full else (low, high)
+        grey = np.empty(values.shape, np.uint8)
+        for row in range(0, len(values), 64):  # in strips: as float64, all of a large picture takes gigabytes
+            grey[row : row + 64] = (values[row : row + 64].astype(np.float64) - low) * (255 / max(high - low, 1e-12)) + 0.5
+        image = Image.fromarray(grey)
     elif image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

@@ -6,10 +6,12 @@ SigLIP, LLaMA and the VLMs carry the published names, so a few prefixes say it a
 spellings of 4.x are read as well. Settings that would change the logits and are not implemented are refused by name.
 """
 
+import math
 import re
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, is_dataclass
 from functools import partial
+from typing import get_args, get_origin
 
 import torch
 import torch.nn as nn
@@ -55,6 +57,27 @@ def activation(published: str) -> str:
     if published not in ACTIVATIONS:
         raise ValueError(f"the activation {published!r} is not implemented: known are {', '.join(ACTIVATIONS)}")
     return ACTIVATIONS[published]
+
+
+def check_types(config) -> None:
+    """Raise ValueError where JSON gave a setting of a config another type than its dataclass says, which may well compute
+    something: of "true" and 8.0 for a width as much as of NaN."""
+    for field in fields(config):
+        value, kinds = getattr(config, field.name), [get_origin(kind) or kind for kind in get_args(field.type) or (field.type,)]
+        if is_dataclass(value):
+            check_types(value)
+        elif float in kinds and type(value) in (int, float):
+            if not math.isfinite(value):
+                raise ValueError(f"{field.name} is {value}: it must be finite")
+        elif type(value) not in kinds or (isinstance(value, tuple) and [type(side) for side in value] != [int, int]):
+            raise ValueError(f"{field.name} is {value!r:.80}: it must be {' or '.join(kind.__name__ for kind in kinds)}")
+
+
+def depth(config) -> int:
+    """The layers of a config's deepest tower."""
+    towers = (depth(getattr(config, field.name)) for field in fields(config) if is_dataclass(getattr(config, field.name)))
+    own = getattr(config, "num_hidden_layers", 0) or getattr(config, "n_layers", 0)
+    return max([own, *towers])
 
 
 def with_defaults(published: dict, defaults: dict) -> dict:
@@ -459,6 +482,7 @@ def llava_misfit(config: MLLAMAConfig) -> str:
     return vlm_misfit(config)
 
 
+MOST_PATCHES = 4096  # a side: the published models have 64 at most
 IDEFICS3_KINDS = ("idefics3_vision", "idefics3", "smolvlm_vision", "smolvlm")  # Idefics3's own name for SigLIP's tower
 
 
@@ -503,6 +527,8 @@ def idefics3_position_misfit(config: SiglipVisionConfig) -> str:
     """transformers computes the position of each patch of Idefics3 as a fraction of the picture's side, and rounding sends
     some patches of some grids (19, 25, 29, 31, 38, ... a side) to a neighbour's position. This repeats that computation."""
     side = config.grid[0]
+    if side > MOST_PATCHES:
+        return f"a grid of {side}x{side} patches is out of all proportion: over {MOST_PATCHES} a side"
     patches, borders = torch.arange(side, device="cpu"), torch.arange(1 / side, 1.0, 1 / side, device="cpu")
     if torch.equal(torch.bucketize(patches * (1 / side), borders, right=True), patches):
         return ""

@@ -101,6 +101,10 @@ class LLAMA32Config:
             raise ValueError(f"head_dim is {self.head_dim}: rotary positions turn pairs of numbers, so it must be even")
         if self.attention not in ("sdpa", "explicit"):
             raise ValueError(f"attention is {self.attention!r}: it must be sdpa or explicit")
+        if not 0 < self.rms_norm_eps < 1:
+            raise ValueError(f"rms_norm_eps is {self.rms_norm_eps}: it must be a small number above 0")
+        if not 0 < self.rope_base < math.inf:
+            raise ValueError(f"rope_base is {self.rope_base}: it must be a number above 0")
         self.rope_scaling = self._checked_rope_scaling()
 
     def _checked_rope_scaling(self) -> dict | None:
@@ -114,6 +118,11 @@ class LLAMA32Config:
         if set(given) != set(ROPE_SETTINGS[kind]):
             wanted = ", ".join(ROPE_SETTINGS[kind]) or "nothing"
             raise ValueError(f"rope_scaling of type {kind} holds {', '.join(given) or 'nothing'} besides: it must be {wanted}")
+        for name, value in given.items():
+            if not 0 < value < math.inf:
+                raise ValueError(f"rope_scaling has {name} {value!r}: it must be a number above 0")
+        if kind == "llama3" and not given["low_freq_factor"] < given["high_freq_factor"]:
+            raise ValueError(f"rope_scaling has low_freq_factor {given['low_freq_factor']}, not below its high_freq_factor")
         return {"rope_type": kind, **given}
 
     @classmethod
@@ -148,6 +157,8 @@ class MLLAMAConfig:
         for name in ("pixel_shuffle", "cross_every", "projection_dim"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1")
+        if self.image_token_id is not None and self.image_token_id < 0:
+            raise ValueError(f"image_token_id is {self.image_token_id}: it must be at least 0")
         if self.projector_bias is None:
             self.projector_bias = self.projector_type == "mlp"
         cross = self.fusion == "cross"

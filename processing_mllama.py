@@ -217,8 +217,24 @@ def shared_length(a: Sequence, b: Sequence) -> int:
 # ---- what published files say ----------------------------------------------------------------------------------------
 
 
+def check_scale(mean, std) -> None:
+    """Raises ValueError unless pixels can be normalised by these."""
+    threes = all(isinstance(values, (tuple, list)) and len(values) == 3 for values in (mean, std))
+    if not threes or not all(isinstance(x, (int, float)) and math.isfinite(x) for x in (*mean, *std)) or min(std) <= 0:
+        raise ValueError(f"image_mean {mean!r:.80} and image_std {std!r:.80} must be three numbers each, std above 0")
+
+
 def image_settings(published: dict) -> dict:
-    """A published preprocessor_config.json as settings of ours. Raises ValueError for what would give other pixels."""
+    """A published preprocessor_config.json as settings of ours. Raises ValueError for what would give other pixels, or none."""
+    try:
+        settings = _image_settings(published)
+    except (LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"the image preprocessor's settings make no sense ({type(error).__name__}: {error})") from None
+    check_scale(settings.get("image_mean", IMAGENET_STANDARD_MEAN), settings.get("image_std", IMAGENET_STANDARD_STD))
+    return settings
+
+
+def _image_settings(published: dict) -> dict:
     tiles = published.get("max_image_size")  # Idefics3 and SmolVLM: a picture taken whole fills one tile
     square = published.get("image_processor_type", "").startswith("Llava") and published.get("do_pad", False)
     wanted = {"do_rescale": True, "do_normalize": True, "rescale_factor": 1 / 255}
@@ -249,8 +265,13 @@ def count_image_tokens(config: dict, size: tuple[int, int]) -> int:
 
 def write_json(path: Path, value: dict) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    try:
+        temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError as error:
+        raise OSError(f"{path} cannot be written ({error.strerror or error})") from None
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 # ---- the processor ---------------------------------------------------------------------------------------------------
@@ -270,6 +291,7 @@ class MllamaImageProcessor:
         resample: str = "bicubic", do_pad_square: bool = False, add_location_tokens: bool = True, around_image=("", ""),
     ):  # fmt: skip
         self.tokenizer, self.num_image_token, self.image_size = tokenizer, num_image_token, pair(image_size)
+        check_scale(image_mean, image_std)
         self.image_mean, self.image_std, self.resample = tuple(image_mean), tuple(image_std), resample
         self.do_pad_square, self.around_image = do_pad_square, tuple(around_image)
         numbers = [num_image_token, *self.image_size]
@@ -277,8 +299,6 @@ class MllamaImageProcessor:
             raise ValueError(f"num_image_token {num_image_token!r} and image_size {image_size!r} must be numbers from 1")
         if resample not in RESAMPLE:
             raise ValueError(f"resample is {resample!r}: it must be {', '.join(RESAMPLE)}")
-        if len(self.image_mean) != 3 or len(self.image_std) != 3 or min(self.image_std) <= 0:
-            raise ValueError(f"image_mean {image_mean} and image_std {image_std} must be three numbers each, std above 0")
         # <image> first: a model without a row for it takes the first id past its table for the placeholder.
         special = [IMAGE_TOKEN, *re.findall(r"<[^<>]+>", "".join(around_image))]
         locations = LOCATION_TOKENS if add_location_tokens else []
@@ -481,7 +501,7 @@ class MllamaImageProcessor:
             settings |= image_settings(published) if published else {}
             size = changes.get("image_size", settings["image_size"])
             settings |= {"num_image_token": count_image_tokens(config, pair(size))} if config else {}
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
+        except (LookupError, TypeError, AttributeError, ArithmeticError, ValueError) as error:
             reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
             raise ValueError(f"{folder}: its config files give no way to see ({reason})") from None
         if tokenizer is None:  # the folder's own has the location tokens if its model knows them

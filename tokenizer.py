@@ -33,7 +33,6 @@ import itertools
 import json
 import os
 import re
-import tempfile
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable
@@ -533,11 +532,14 @@ class BPETokenizer:
             (folder / "chat_template.jinja").unlink(missing_ok=True)
         files["tokenizer_config.json"] = json.dumps(config, ensure_ascii=False, indent=2)
         for name, text in files.items():
-            handle, temporary = tempfile.mkstemp(dir=folder, prefix=f".{name}.")
-            with open(handle, "wb") as file:
-                file.write(text.encode())
-            os.chmod(temporary, 0o644)
-            os.replace(temporary, folder / name)
+            temporary = folder / f".{name}.{os.getpid()}.tmp"
+            try:
+                temporary.write_bytes(text.encode())
+                os.replace(temporary, folder / name)
+            except OSError as error:
+                raise OSError(f"{folder / name} cannot be written ({error.strerror or error})") from None
+            finally:
+                temporary.unlink(missing_ok=True)
 
     # --- vocabulary ---
 

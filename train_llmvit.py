@@ -78,7 +78,7 @@ def parse_args(argv=None):
     add("--size", choices=list(SIZES), default="tiny", help="of the encoder, and of a language model from scratch")
     add("--image-size", type=positive_int, help="pixels; default the data set's own")
     add("--patch-size", type=positive_int, help="pixels; pictures that it does not divide are padded; default as the data set")
-    add("--split-seed", type=int, default=0, help="another test part, where the data come without one")
+    add("--split-seed", type=not_negative_int, default=0, help="another test part, where the data come without one")
     add("--augment", choices=list(AUGMENTATIONS), help="default: made for the data set")
     add("--encoder", choices=list(ENCODERS), default="vit", help="vit: patches see each other; patch_embed: a linear layer")
     add("--dropout", type=not_negative_float, default=0.0, help="in the encoder")

@@ -2,9 +2,11 @@
 
     python train_siglip.py                                    scenes of handwritten digits and their captions, five minutes
     python train_siglip.py --dataset llava --data train.json --images DIR            captions: each row's first answer
+    python train_siglip.py --dataset llava --data 'OUT/shard-*.tar' --test-data test.json            see shards.py
     python train_siglip.py --dataset cifar10 --size small     "a photo of a {class}": a classifier made of captions
     python train_siglip.py --dataset folder --data photos.tar.gz
     python train_siglip.py --batch-size 2048 --chunk 128      a large batch in little memory, with the same gradients
+    torchrun --nproc-per-node 8 train_siglip.py ...           on 8 GPUs; every picture still meets every caption
     python train_siglip.py --out runs/siglip-scenes --resume  go on after Ctrl-C, exactly
 
 Mirrors: "Sigmoid Loss for Language Image Pre-Training" (Zhai et al. 2023), with gradient caching (Gao et al. 2021). A pair
@@ -28,7 +30,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
@@ -38,15 +39,27 @@ from augment import Augment
 from checkpoint import from_pretrained, read_json, save_pretrained, write_json
 from data import Batches
 from generate import caption_ids
-from llava_json import PictureCache
+from llava_json import PictureCache, Row
 from processing_mllama import IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD, RESAMPLE, normalize, rescale
 from scenes import COLOURS, PLACES, SLOTS, SceneConfig, Scenes, SceneStream, corpus, make_scenes, with_article
+from shards import ShardPictures, ShardStream
 from siglip import SiglipConfig, SiglipTextConfig, SiglipTwoTower, SiglipVisionConfig
 from tokenizer import BPETokenizer
 from train_vit import SIZES as VIT_SIZES
 from train_vit import default_patch, load_data
-from train_vlm import load_rows
-from training import Run, Trainer, argument_parser, not_negative_float, parameter_groups, positive_float, positive_int, run_cli
+from train_vlm import FIRST_ROWS, is_sharded_data, load_rows
+from training import (
+    Run,
+    Trainer,
+    argument_parser,
+    everyones,
+    not_negative_float,
+    not_negative_int,
+    parameter_groups,
+    positive_float,
+    positive_int,
+    run_cli,
+)
 from vit_scratch import sincos_positions
 
 # ---- settings --------------------------------------------------------------------------------------------------------
@@ -88,7 +101,7 @@ def parse_args(argv=None):
     add("--images", metavar="DIR", help="where the pictures of --data FILE.json are; default: beside it")
     add("--test-data", metavar="FILE.json", help="held-out rows; default: --test-part of --data, split by picture")
     add("--test-part", type=positive_float, default=0.1)
-    add("--split-seed", type=int, default=0, help="another test part, where a folder or the digits come without one")
+    add("--split-seed", type=not_negative_int, default=0, help="another test part, where a folder or digits come without")
     add("--size", choices=list(SIZES), default="tiny", help="width and depth of both towers")
     add("--image-size", type=positive_int, help="pixels; default depends on the data set")
     add("--patch-size", type=positive_int, help="pixels; default depends on the data set")
@@ -107,7 +120,9 @@ def parse_args(argv=None):
         if getattr(args, key) is None:
             setattr(args, key, value)
     if args.dataset == "llava" and not args.data:
-        parser.error("--dataset llava needs --data FILE.json")
+        parser.error("--dataset llava needs --data FILE.json, or shards: 'DIR/shard-*.tar'")
+    if is_sharded_data(args) and not args.test_data:
+        parser.error(f"--data {args.data}: shards need --test-data FILE.json")
     if args.caption.count("{}") != 1 or "{" in args.caption.replace("{}", ""):
         parser.error(f"--caption {args.caption!r} must hold {{}} once, where the class stands")
     if args.dropout >= 1:
@@ -280,35 +295,50 @@ class RowPairs(Shuffled):
     comes again."""
 
     def __init__(self, args, run: Run):
-        both = load_rows(args, run)
-        self.rows, self.test = (rows.subset(i for i, row in enumerate(rows) if len(row.images) == 1) for rows in both)
-        if left_out := sum(map(len, both)) - len(self.rows) - len(self.test):
-            run.print(f"{left_out} rows are left out: a pair is one picture and its caption")
-        if not len(self.rows) or not len(self.test):
-            raise ValueError(f"{args.data}: {len(self.rows)} training and {len(self.test)} test rows have exactly one picture")
-        self.image_size, self.workers = (args.image_size, args.image_size), args.workers
+        rows, test = load_rows(args, run)
+        self.run, self.workers, self.size = run, args.workers, args.batch_size // run.world_size
+        self.image_size = args.image_size, args.image_size
         self.mean, self.std = IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD
         self.pictures = PictureCache(self.image_size)
-        self.batches = Batches(len(self.rows), args.batch_size // run.world_size, args.seed, True, run.rank, run.world_size)
         self.true: dict[Path, frozenset[str]] = {}
-        for row in itertools.chain(self.rows, self.test):
+        self.test = self.checked(test)
+        self.open(rows, args.seed)
+
+    def checked(self, rows):
+        """Those with one picture. Raises ValueError where there are none."""
+        found = rows.subset(i for i, row in enumerate(rows) if len(row.images) == 1)
+        if not len(found):
+            raise ValueError(f"{rows.source}: none of {len(rows)} rows has exactly one picture")
+        if left_out := len(rows) - len(found):
+            self.run.print(f"{left_out} rows are left out: a pair is one picture and its caption")
+        for row in found:
             self.true[row.images[0]] = self.true.get(row.images[0], frozenset()) | {first_answer(row)}
+        return found
+
+    def open(self, rows, seed: int) -> None:
+        self.rows = self.checked(rows)
+        self.batches = Batches(len(self.rows), self.size, seed, True, self.run.rank, self.run.world_size)
 
     def texts(self) -> list[str]:
         return [first_answer(row) for row in self.rows]
+
+    def next_rows(self) -> list[tuple[Row, torch.Tensor]]:
+        """The readable ones of the next batch."""
+        rows = [self.rows[i] for i in next(self.batches).tolist()]
+        self.pictures.load([row.images[0] for row in rows], self.workers)
+        return [(row, pixels) for row in rows if (pixels := self.pictures[row.images[0]]) is not None]
 
     def draw(self, generator: torch.Generator, progress: float) -> Pairs:
         """A picture that cannot be read is replaced by another one of the batch: so batches keep their size. Raises ValueError
         where none can be read in a whole epoch."""
         for _ in range(len(self) + 1):
-            rows = [self.rows[i] for i in next(self.batches).tolist()]
-            self.pictures.load([row.images[0] for row in rows], self.workers)
-            good = [(row, pixels) for row in rows if (pixels := self.pictures[row.images[0]]) is not None]
-            if good:
-                chosen = [good[k % len(good)] for k in range(len(rows))]
-                captions, true = ([f(row) for row, _ in chosen] for f in (first_answer, lambda row: self.true[row.images[0]]))
+            good = self.next_rows()
+            if good if self.run.world_size == 1 else not self.run.any(not good):  # in all processes, to stay together
+                chosen = [good[k % len(good)] for k in range(self.size)]
+                captions = [first_answer(row) for row, _ in chosen]
+                true = [self.true.get(row.images[0], frozenset([first_answer(row)])) for row, _ in chosen]
                 return Pairs(torch.stack([pixels for _, pixels in chosen]), captions, true)
-        raise ValueError(f"{self.rows.source}: none of its pictures can be read; the last: {rows[0].images[0]}")
+        raise ValueError(f"{self.rows.source}: none of its pictures can be read")
 
     def tests(self, quick: bool = False) -> dict[str, Test]:
         """A gallery of test pictures, each with the caption of its first row."""
@@ -331,6 +361,22 @@ class RowPairs(Shuffled):
         if state["rows"] != self.state_dict()["rows"]:
             raise ValueError(f"cannot resume: {self.rows.source} holds other rows now than when the run was started")
         self.batches.load_state_dict(state)
+
+
+class ShardPairs(RowPairs):
+    """The same of shards (shards.py). Whether a picture comes again with another caption is not known there."""
+
+    def open(self, rows, seed: int) -> None:
+        self.rows, ranks = rows, (self.run.rank, self.run.world_size, self.workers)
+        self.batches = ShardStream(rows, ShardPictures(self.image_size), self.size, seed, *ranks)
+        self.state_dict, self.load_state_dict = self.batches.state_dict, self.batches.load_state_dict
+
+    def texts(self) -> list[str]:
+        return [first_answer(row) for row in self.rows.head(FIRST_ROWS)]
+
+    def next_rows(self) -> list[tuple[Row, torch.Tensor]]:
+        rows = [row for row in next(self.batches) if len(row.images) == 1]
+        return [(row, pixels) for row in rows if (pixels := self.batches.pictures[row.images[0]]) is not None]
 
 
 def first_answer(row) -> str:
@@ -375,21 +421,6 @@ def pair_loss(images, texts, scale, bias, true: torch.Tensor, chunk_size: int | 
     parts = zip(images.split(size), true.split(size), strict=True)
     again = {"use_reentrant": False, "preserve_rng_state": False}
     return sum(checkpoint(some, *part, **again) if chunk_size else some(*part) for part in parts) / len(images)
-
-
-def everyones(run: Run, values):
-    """A tensor's or list's rows of all processes, in their order."""
-    if run.world_size == 1:
-        return values
-    if isinstance(values, torch.Tensor):
-        found = [torch.empty_like(values) for _ in range(run.world_size)]
-        dist.all_gather(found, values.contiguous())
-        return torch.cat(found)
-    if run.device.type == "cuda":
-        torch.cuda.set_device(run.device)  # by way of which lists travel
-    found = [None] * run.world_size
-    dist.all_gather_object(found, values)
-    return list(itertools.chain(*found))
 
 
 def losses(run: Run, model, towers: SiglipTwoTower, pixels, ids, true) -> Iterator[torch.Tensor]:
@@ -509,9 +540,10 @@ def save_run(folder: Path, model: SiglipTwoTower, tokenizer: BPETokenizer, pairs
 def main(argv=None) -> None:
     args = parse_args(argv)
     run = Run(args)
-    pairs = {"scenes": ScenePairs, "llava": RowPairs}.get(args.dataset, ClassPairs)(args, run)
+    rows = ShardPairs if is_sharded_data(args) else RowPairs
+    pairs = {"scenes": ScenePairs, "llava": rows}.get(args.dataset, ClassPairs)(args, run)
     model, tokenizer = build(args, pairs)
-    model = model.to(run.device)
+    model = run.place(model)
     total_steps = args.steps or max(1, round(args.epochs * len(pairs)))
     groups = parameter_groups(model, args.weight_decay, args.lr, args.muon_lr)
     trainer = Trainer(run, model, total_steps, groups, pairs, "pairs")
@@ -531,23 +563,23 @@ def main(argv=None) -> None:
         pixels, captions, true = pairs.draw(generator, trainer.progress)
         ids = caption_ids(tokenizer, captions, config.text_config)
         true = true_pairs(everyones(run, true), everyones(run, captions))
-        return losses(run, trainer.model, model, *(x.to(run.device) for x in (pixels, ids, true)))
+        yield from losses(run, trainer.model, model, *(x.to(run.device) for x in (pixels, ids, true)))
 
     quick = pairs.tests(quick=True)
     model.train()
     while not trainer.done():
         trainer.step(batch_losses(trainer.steps_done))
         if trainer.evaluates():
-            with trainer.evaluation():
-                trainer.log(**evaluate(model, tokenizer, quick, pairs, run)[0])
+            with trainer.evaluation() as whole:
+                trainer.log(**evaluate(whole, tokenizer, quick, pairs, run)[0])
     trainer.close()
 
     if run.is_main and not args.dry_run:
-        with trainer.evaluation():
+        with trainer.evaluation() as whole:
             tests = pairs.tests()
-            found, logits = evaluate(model, tokenizer, tests, pairs, run)
+            found, logits = evaluate(whole, tokenizer, tests, pairs, run)
             trainer.log(**found)
-            save_run(run.folder, model, tokenizer, pairs, args)
+            save_run(run.folder, whole, tokenizer, pairs, args)
             first = next(iter(tests))
             draw(run.folder, tests[first], logits[first], trainer.metrics.read())
         result = {name: round(value, 4) for name, value in found.items()}

@@ -22,7 +22,7 @@ from augment import PRESETS as AUGMENTATIONS
 from augment import Augment, normalise
 from checkpoint import from_pretrained, save_pretrained, write_json
 from data import DATASETS, Batches, ImageDataset, load_images
-from training import Run, Trainer, argument_parser, parameter_groups, positive_int, run_cli
+from training import Run, Trainer, argument_parser, fraction, not_negative_int, parameter_groups, positive_int, run_cli
 from vit_scratch import ViTConfig, ViTModel, pair
 
 # ---- settings --------------------------------------------------------------------------------------------------------
@@ -54,10 +54,10 @@ def parse_args(argv=None):
     add("--hidden-size", type=positive_int, help="in place of --size's")
     add("--layers", type=positive_int, dest="num_hidden_layers", help="in place of --size's")
     add("--heads", type=positive_int, dest="num_attention_heads", help="in place of --size's")
-    add("--dropout", type=float, default=0.0)
-    add("--drop-path", type=float, default=0.1, help="chance to skip a branch of the last block")
+    add("--dropout", type=fraction, default=0.0)
+    add("--drop-path", type=fraction, default=0.1, help="chance to skip a branch of the last block")
     add("--pooling", choices=["cls", "mean"], default="mean", help="what the classifier reads")
-    add("--split-seed", type=int, default=0, help="another test part, where the data come without one")
+    add("--split-seed", type=not_negative_int, default=0, help="another test part, where the data come without one")
     add("--augment", choices=list(AUGMENTATIONS), help="default: made for the data set")
     args = parser.parse_args(argv)
     for key, value in {**RECIPES[args.dataset], **SIZES[args.size]}.items():
@@ -72,11 +72,8 @@ def parse_args(argv=None):
 
 
 def load_data(args, run: Run) -> tuple[ImageDataset, ImageDataset]:
-    if not run.is_main:
-        run.barrier()  # rank 0 downloads and decodes first; the others then find it done
-    train, test = load_images(args.dataset, args.data, args.image_size, args.split_seed, run.is_main, args.workers)
-    if run.is_main:
-        run.barrier()
+    with run.main_first():  # what it downloads and decodes
+        train, test = load_images(args.dataset, args.data, args.image_size, args.split_seed, run.is_main, args.workers)
     if words := train.describe_skipped():
         run.print(words)
     if train.images.nbytes + test.images.nbytes < 2**30:  # then a GPU can hold them, and no batch need be copied to it
@@ -148,7 +145,7 @@ def main(argv=None) -> None:
         position_init="sincos",
     )
     torch.manual_seed(args.seed)
-    model = ViTModel(config).to(run.device)
+    model = run.place(ViTModel(config))
 
     batches = Batches(len(train), args.batch_size // run.world_size, args.seed, rank=run.rank, world_size=run.world_size)
     total_steps = max(1, round(args.epochs * len(batches)))
@@ -171,18 +168,18 @@ def main(argv=None) -> None:
     while not trainer.done():
         trainer.step(losses(trainer.steps_done))
         if trainer.evaluates():
-            with trainer.evaluation():
-                trainer.log(test_accuracy=accuracy(predict(model, test, mean, std, run), test.labels))
+            with trainer.evaluation() as whole:
+                trainer.log(test_accuracy=accuracy(predict(whole, test, mean, std, run), test.labels))
     trainer.close()
 
     # ---- what the run leaves ----
     if run.is_main and not args.dry_run:
-        with trainer.evaluation():
-            probabilities = predict(model, test, mean, std, run)
+        with trainer.evaluation() as whole:
+            probabilities = predict(whole, test, mean, std, run)
             test_accuracy = accuracy(probabilities, test.labels)
             trainer.log(test_accuracy=test_accuracy)
-            save_run(run.folder, model, train, mean, std, args)
-            draw(run.folder, model, test, probabilities, trainer.metrics.read())
+            save_run(run.folder, whole, train, mean, std, args)
+            draw(run.folder, whole, test, probabilities, trainer.metrics.read())
         images_seen = trainer.steps_done * args.batch_size
         result = {
             "test_accuracy": round(test_accuracy, 4),

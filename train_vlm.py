@@ -4,6 +4,8 @@
     python train_vlm.py --blind                          its twin that never sees a picture: what can be guessed
     python train_vlm.py --dataset llava --data train.json --images DIR --test-data test.json          your own pictures
     python train_vlm.py --dataset llava --data train.json --lm model.gguf --lora 8          a published language model
+    python train_vlm.py --dataset llava --data 'OUT/shard-*.tar' --test-data test.json      more than fits (see shards.py)
+    torchrun --nproc-per-node 8 train_vlm.py ...         on 8 GPUs; with --fsdp a model that does not fit on one
     python train_vlm.py --out runs/vlm-scenes --resume   go on after Ctrl-C, exactly
 
 Up to three stages, each said before it starts and why: (1) the vision tower learns digit, colour and place of each square of
@@ -60,12 +62,14 @@ from processing_mllama import (
 )
 from quant import quantize_
 from scenes import COLOURS, HELD_OUT, IGNORE, PLACES, Scenes, corpus, make_scenes
+from shards import ShardPictures, Shards
 from siglip import SiglipModel, SiglipTwoTower, SiglipVisionConfig
 from tokenizer import BPETokenizer, stop_tokens
 from training import (
     Run,
     Trainer,
     argument_parser,
+    everyones,
     not_negative_float,
     not_negative_int,
     parameter_groups,
@@ -74,7 +78,15 @@ from training import (
     run_cli,
 )
 from vit_scratch import sincos_positions
-from vlm_data import CommonAnswers, FrozenFeatures, LabelledScenes, LlavaBatches, SceneBatches, common_questions
+from vlm_data import (
+    CommonAnswers,
+    FrozenFeatures,
+    LabelledScenes,
+    LlavaBatches,
+    SceneBatches,
+    ShardBatches,
+    common_questions,
+)
 
 # ---- settings --------------------------------------------------------------------------------------------------------
 
@@ -92,6 +104,7 @@ SHARES = {"vision": 0.4, "projector": 0.02, "language": 0.58}  # of --max-second
 READ = 11, len(COLOURS) + 1, len(PLACES[3])  # digits and colours, each with "nothing", and places
 VISION_BATCH = 64  # scenes a step of stage 1
 READ_WEIGHTS = 1.0, 0.5, 0.2  # digits are hardest; where places weigh more, digits show less in the features
+FIRST_ROWS = 5000  # of shards: what a tokenizer is trained on
 QUICK = 600  # questions of each split, the first of its test questions, asked every --eval-every steps
 LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 KEPT_IN_BITS = rf"(?!.*cross_layers).*({'|'.join(LORA_TARGETS)})"  # what --qlora packs: not layers that start untrained
@@ -133,7 +146,9 @@ def parse_args(argv=None):
     add("--eval-count", type=positive_int, default=300, help="test scenes of each kind, or test rows, asked at the end")
     args = parser.parse_args(argv)
     if args.dataset == "llava" and not args.data:
-        parser.error("--dataset llava needs --data FILE.json")
+        parser.error("--dataset llava needs --data FILE.json, or shards: 'DIR/shard-*.tar'")
+    if is_sharded_data(args) and (not args.test_data or args.cache_features is not None):
+        parser.error(f"--data {args.data}: shards need --test-data FILE.json, and are too many for --cache-features")
     args.out = args.out or f"runs/vlm-{args.dataset}{'-blind' if args.blind else ''}"
     args.freeze = None if args.freeze is None else sorted(set(args.freeze.split(",")) - {"none", ""})
     if set(args.freeze or ()) - {"vision", "lm"}:
@@ -378,9 +393,17 @@ def choose_parameters(learner: Learner, stage: Stage, args) -> list[dict]:
 # ---- data ------------------------------------------------------------------------------------------------------------
 
 
-def load_rows(args, run: Run) -> tuple[LlavaRows, LlavaRows]:
+def is_sharded_data(args) -> bool:
+    return args.dataset == "llava" and args.data.endswith(".tar")
+
+
+def load_rows(args, run: Run) -> tuple[LlavaRows | Shards, LlavaRows]:
     """(training, held-out) rows, after saying what is wrong with the others."""
-    rows = LlavaRows.read(args.data, args.images, run.is_main)
+    if is_sharded_data(args):
+        with run.main_first():
+            rows = Shards.open(args.data, None if args.dry_run else run.folder / "shards.npz", run.is_main)
+    else:
+        rows = LlavaRows.read(args.data, args.images, run.is_main)
     run.print(rows.report())
     if args.test_data:
         test = LlavaRows.read(args.test_data, args.images, run.is_main)
@@ -474,8 +497,9 @@ class Data:
         else:
             self.rows, self.test_rows = load_rows(args, run)
             self.mean, self.std = IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD
-            self.texts = [message["content"] for row in self.rows for message in row.messages]
-            self.common = common_questions(self.rows)
+            first = self.rows.head(FIRST_ROWS) if is_sharded_data(args) else self.rows
+            self.texts = [message["content"] for row in first for message in row.messages]
+            self.common = {} if is_sharded_data(args) else common_questions(self.rows)
 
     def batches(self, model, processor):
         args, run = self.args, self.run
@@ -484,18 +508,20 @@ class Data:
         if self.rows is None:
             return SceneBatches(processor, size, args.seed, args.per_scene, **ranks)
         pixels = processor.image_size, processor.image_mean, processor.image_std, processor.resample, processor.do_pad_square
-        pictures, features = PictureCache(*pixels), None
+        sharded = is_sharded_data(args)
+        pictures, features = (ShardPictures if sharded else PictureCache)(*pixels), None
         frozen = "vision" in frozen_towers(args, self.common)
         if args.cache_features is not None and not frozen:
             raise ValueError("--cache-features: the vision tower is trained, so its features change: add --freeze vision")
-        if frozen and not args.fsdp and (run.device.type == "cpu" or args.cache_features is not None):
+        if frozen and not (args.fsdp or sharded) and (run.device.type == "cpu" or args.cache_features is not None):
             features = FrozenFeatures(model, pictures, args.blind)
         if args.shift and features and not args.blind and not looks_first(args, self.common):
             raise ValueError("--shift: the vision tower is frozen and looks at each picture once: add --freeze none")
         ranks |= {"workers": args.workers, "features": features, "isolated": args.isolated}
         ranks |= {"all_ranks": lambda good: not run.any(not good), "always_see": args.fsdp}
         ranks["context"] = model.config.text_config.context_length
-        return LlavaBatches(self.rows, processor, pictures, size, args.seed, args.max_length, **ranks)
+        kind = ShardBatches if sharded else LlavaBatches
+        return kind(self.rows, processor, pictures, size, args.seed, args.max_length, **ranks)
 
     def keep_features(self, batches) -> None:
         """Of a tower that will not train any more, if that was asked for."""
@@ -590,12 +616,22 @@ def main(argv=None) -> None:
         share = SHARES[stage.name] / sum(SHARES[name] for name in names)
         trainer = train_stage(run, learner, stage, data, batches, trainer, quick, processor, share)
 
+    lost = left_out(run, batches)
     if run.is_main and not args.dry_run:
-        finish(run, trainer, processor, tests, batches)
+        finish(run, trainer, processor, tests, lost)
     run.barrier()
 
 
-def finish(run: Run, trainer: Trainer, processor, tests: dict[str, list[Item]], batches) -> None:
+def left_out(run: Run, batches) -> dict[str, int]:
+    """How much training met, in all processes, that it could not use."""
+    if not isinstance(batches, LlavaBatches):
+        return {}
+    found = {"unreadable_pictures": map(str, batches.pictures.unreadable), "rows_too_long": batches.too_long}
+    found |= {"damaged_rows": batches.indices.lost} if isinstance(batches, ShardBatches) else {}
+    return {name: len(set(everyones(run, list(each)))) for name, each in found.items()}
+
+
+def finish(run: Run, trainer: Trainer, processor, tests: dict[str, list[Item]], lost: dict[str, int]) -> None:
     """Save the model, ask it all test questions, draw, and print the result."""
     args = run.args
     with trainer.evaluation() as whole:
@@ -614,9 +650,7 @@ def finish(run: Run, trainer: Trainer, processor, tests: dict[str, list[Item]], 
         blind = read_json(twin)
         shared = {"exact_match", "compositional_exact_match", "answer_loss"} & blind.keys()
         result |= {f"blind_{key}": blind[key] for key in sorted(shared)}
-    if args.dataset == "llava":
-        result |= {"unreadable_pictures": len(batches.pictures.unreadable), "rows_too_long": len(batches.too_long)}
-    result |= {"seconds": round(trainer.seconds, 1), "steps": trainer.steps_done, "seed": args.seed, "run": str(run.folder)}
+    result |= lost | {"seconds": round(trainer.seconds, 1), "steps": trainer.steps_done, "seed": args.seed, "run": str(run.folder)}
     write_json(run.folder / "result.json", result)
     print(json.dumps(result))
 

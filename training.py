@@ -23,8 +23,10 @@ import os
 import shlex
 import signal
 import sys
+import threading
 import time
-from collections.abc import Iterable, Iterator
+import weakref
+from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from pathlib import Path
 
@@ -35,7 +37,7 @@ from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from checkpoint import load_state, save_state, write_atomic
+from checkpoint import load_state, save_state, sweep, write_atomic, writing
 from memory import activation_bytes, along_a_line, mib, step_memory
 
 # ---- command line ----------------------------------------------------------------------------------------------------
@@ -55,17 +57,16 @@ def argument_parser(doc: str, **defaults) -> argparse.ArgumentParser:
     add("--weight-decay", type=not_negative_float, default=0.05, help="AdamW's; not for norms, biases and positions")
     add("--warmup", type=not_negative_float, default=0.05, help="part of the run in which the learning rate rises")
     add("--clip", type=positive_float, default=1.0, help="largest norm of the gradient")
-    add("--ema", type=not_negative_float, default=0.0, help="decay of an averaged copy of the weights, e.g. 0.999; 0: none")
-    add("--seed", type=int, default=0)
+    add("--ema", type=fraction, default=0.0, help="decay of an averaged copy of the weights, e.g. 0.999; 0: none")
+    add("--seed", type=not_negative_int, default=0)
     add("--device", help="cpu, cuda, cuda:1, mps; default: the best there is")
     add("--dtype", choices=["fp32", "fp16", "bf16"], help="precision of the matrix products; default fp16 on CUDA, else fp32")
     add("--compile", action="store_true", help="torch.compile the model: slower to start, faster on a GPU")
     add("--grad-checkpoint", action="store_true", help="recompute activations in the backward pass: less memory, slower")
-    add("--fsdp", action="store_true", help="under torchrun: spread weights, gradients and averages over the processes (FSDP2), "
-        "for models that do not fit")  # fmt: skip
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    add("--workers", type=not_negative_int, default=max(1, (os.cpu_count() or 1) // local), help="threads that decode pictures, "
-        "of each process")  # fmt: skip
+    add("--fsdp", action="store_true", help="under torchrun: spread weights, gradients and averages over the processes "
+        "(FSDP2), for models that do not fit")  # fmt: skip
+    cores = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    add("--workers", type=not_negative_int, default=cores, help="processes or threads that decode pictures, of each process")
     add("--eval-every", type=positive_int, default=500, metavar="STEPS", help="steps between evaluations")
     add("--save-every", type=positive_int, default=500, metavar="STEPS", help="steps between saved states for --resume")
     add("--resume", action="store_true", help="go on where the run in --out stopped, exactly")
@@ -89,17 +90,18 @@ def number(kind, good, what):
             value = kind(text)
         except ValueError:
             value = None
-        if value is None or not math.isfinite(value) or not good(value):
-            raise argparse.ArgumentTypeError(f"{text!r} must be {what}")
+        if value is None or not good(value):
+            raise argparse.ArgumentTypeError(f"{text[:40]!r} must be {what}")
         return value
 
     return parse
 
 
-positive_int = number(int, lambda v: v >= 1, "a whole number of at least 1")
-not_negative_int = number(int, lambda v: v >= 0, "a whole number of at least 0")
-positive_float = number(float, lambda v: v > 0, "a number above 0")
-not_negative_float = number(float, lambda v: v >= 0, "a number of at least 0")
+positive_int = number(int, lambda v: 1 <= v < 2**31, "a whole number of at least 1 and below 2^31")
+not_negative_int = number(int, lambda v: 0 <= v < 2**31, "a whole number of at least 0 and below 2^31")
+positive_float = number(float, lambda v: 0 < v < math.inf, "a number above 0")
+not_negative_float = number(float, lambda v: 0 <= v < math.inf, "a number of at least 0")
+fraction = number(float, lambda v: 0 <= v < 1, "a number of at least 0 and below 1")
 
 
 OUT_OF_MEMORY = (
@@ -117,8 +119,8 @@ def run_cli(main) -> None:
         main()
     except BrokenPipeError:  # the reader of our output, such as `head`, has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (ValueError, OSError, FloatingPointError, RuntimeError) as error:
-        no_memory = isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+    except (ValueError, OSError, FloatingPointError, RuntimeError, MemoryError) as error:
+        no_memory = isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
         no_peer = any(words in str(error) for words in PEER_GONE)
         if os.environ.get("TRACEBACK") or (isinstance(error, RuntimeError) and not (no_memory or no_peer)):
             raise
@@ -150,6 +152,8 @@ def find_device(name: str | None = None) -> torch.device:
     try:
         device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
         torch.empty(1, device=device)
+        if device.type not in ("cpu", "cuda", "mps"):  # "meta" computes nothing, without a word
+            raise NotImplementedError
     except (RuntimeError, AssertionError, NotImplementedError):  # torch's own ways to say that there is none
         raise ValueError(f"--device {name}: this machine or this build of torch has no such device") from None
     return device
@@ -164,7 +168,7 @@ class Run:
         self.is_main = self.rank == 0
         self.device = find_device(args.device)
         if self.world_size > 1 and not dist.is_initialized():
-            # What lies in host memory travels by gloo, and no GPU waits for it. Rank 0 may evaluate for long, the others waiting.
+            # What lies in host memory travels by gloo, and no GPU waits for it. While rank 0 evaluates, the others wait long.
             backends = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
             dist.init_process_group(backends, timeout=timedelta(hours=3))
         if self.device.type == "cuda":
@@ -193,6 +197,7 @@ class Run:
         self.folder = Path(args.out)
         if self.is_main and not args.dry_run:
             self.folder.mkdir(parents=True, exist_ok=True)
+            sweep(self.folder)
         self.state = load_state(self.folder) if args.resume else None  # what a stopped run left
         if self.state:
             check_settings(args, self.state["settings"])
@@ -236,18 +241,6 @@ class Run:
         """Whether it holds in any process."""
         return bool(self.sum(torch.tensor(float(mine))))
 
-    def everyones(self, values):
-        """A tensor's or list's rows of all processes, in their order."""
-        if self.world_size == 1:
-            return values
-        if isinstance(values, torch.Tensor):
-            found = [torch.empty_like(values) for _ in range(self.world_size)]
-            dist.all_gather(found, values.contiguous())
-            return torch.cat(found)
-        found = [None] * self.world_size
-        dist.all_gather_object(found, values)
-        return list(itertools.chain(*found))
-
     def barrier(self) -> None:
         """Wait for the other processes: leaving while rank 0 still writes would end the job under it."""
         self.any(False)
@@ -264,6 +257,19 @@ class Run:
     def print(self, *words) -> None:
         if self.is_main:
             print(*words, flush=True)
+
+
+def everyones(run: Run, values):
+    """A tensor's or list's rows of all processes, in their order."""
+    if run.world_size == 1:
+        return values
+    if isinstance(values, torch.Tensor):
+        found = [torch.empty_like(values) for _ in range(run.world_size)]
+        dist.all_gather(found, values.contiguous())
+        return torch.cat(found)
+    found = [None] * run.world_size
+    dist.all_gather_object(found, values)
+    return list(itertools.chain(*found))
 
 
 def resume_command(args: argparse.Namespace) -> str:
@@ -374,6 +380,7 @@ class EMA:
     def __init__(self, model: nn.Module, decay: float):
         self.decay = decay
         self.weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+        self.own: dict[str, torch.Tensor] = {}
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
@@ -382,18 +389,20 @@ class EMA:
             self.weights[name].lerp_(parameter, 1 - decay)
 
     @contextlib.contextmanager
-    def applied(self, model: nn.Module) -> Iterator[None]:
-        """Inside the block, the model has the averaged weights."""
-        own = {name: p.detach().clone() for name, p in model.named_parameters()}
-        with torch.no_grad():
+    def applied(self, model: nn.Module, lock=None) -> Iterator[None]:
+        """Inside the block, the model has the averaged weights, and `own` has its own. lock: held while they change places."""
+        lock = lock or contextlib.nullcontext()
+        with torch.no_grad(), lock:
+            self.own = {name: p.detach().clone() for name, p in model.named_parameters()}
             for name, p in model.named_parameters():
                 p.copy_(self.weights[name])
         try:
             yield
         finally:
-            with torch.no_grad():
+            with torch.no_grad(), lock:
                 for name, p in model.named_parameters():
-                    p.copy_(own[name])
+                    p.copy_(self.own[name])
+                self.own = {}
 
 
 # ---- a model over several processes (FSDP2) ------------------------------------------------------------------------------
@@ -444,24 +453,52 @@ class Metrics:
 
     def __init__(self, path: Path, resume_at: int | None = None):
         self.path = path
-        kept = "" if resume_at is None else "".join(row + "\n" for row in self._lines() if json.loads(row)["step"] <= resume_at)
-        write_atomic(path, lambda tmp: tmp.write_text(kept, encoding="utf-8"))
-
-    def _lines(self) -> Iterable[str]:
-        """Whole lines only: the last one may have been cut by a kill."""
-        if not self.path.exists():
-            return []
-        return [line for line in self.path.read_text(encoding="utf-8").split("\n")[:-1] if line]
+        kept = [] if resume_at is None else [row for row in self.read() if row["step"] <= resume_at]
+        write_atomic(path, lambda tmp: tmp.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8"))
 
     def write(self, **values) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
+        with writing(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(values) + "\n")
 
     def read(self) -> list[dict]:
-        return [json.loads(line) for line in self._lines()]
+        """Whole lines only: the last one may have been cut by a kill. Raises ValueError for others that are no rows of ours."""
+        lines = self.path.read_bytes().split(b"\n")[:-1] if self.path.exists() else []
+        try:
+            rows = [json.loads(line) for line in lines if line]
+        except ValueError:
+            rows = [None]
+        if not all(isinstance(row, dict) and isinstance(row.get("step"), int) for row in rows):
+            raise ValueError(f"{self.path} has lines that are no JSON object with a step: it is damaged, delete it")
+        return rows
 
 
 # ---- the loop's machinery ------------------------------------------------------------------------------------------------
+
+PATIENCE = 1.0  # seconds that a signal waits for the end of a step
+
+
+def save_when_asked(trainer: "Trainer") -> Callable[[], None]:
+    """See to it that Ctrl-C or SIGTERM saves soon, however long a step or an evaluation takes: Python hands a signal to the
+    main thread, which may be inside torch for minutes, and a cluster that wants its machine back does not wait so long. A
+    thread learns of it from the descriptor that the signal itself writes to. What is returned ends the watch."""
+    receive, send = os.pipe()
+    os.set_blocking(send, False)
+    before, asked = signal.set_wakeup_fd(send, warn_on_full_buffer=False), weakref.ref(trainer)
+
+    def watch() -> None:
+        while number := os.read(receive, 1):
+            if number[0] in (signal.SIGINT, signal.SIGTERM) and (trainer := asked()) is not None:
+                if not trainer.leaving.wait(PATIENCE):
+                    trainer.save_early()
+                del trainer
+        os.close(receive)
+
+    def end() -> None:
+        signal.set_wakeup_fd(before)
+        os.close(send)
+
+    threading.Thread(target=watch, daemon=True).start()
+    return end
 
 
 class Trainer:
@@ -505,11 +542,19 @@ class Trainer:
             self.model = DistributedDataParallel(self.model, broadcast_buffers=False, gradient_as_bucket_view=True)
         keep = self.steps_done if resumed or before else None
         self.metrics = Metrics(run.folder / "metrics.jsonl", keep) if run.is_main and not args.dry_run else None
+        # Killed in an evaluation, a run has saved the step before it but not what it found: it is to come first.
+        self._due = resumed and run.any(self.metrics is not None and self._lacks_evaluation())
         self._tried: dict[int, float] = {}  # of --dry-run: bytes of activations by the number of samples
         self._since = (self.steps_done, time.perf_counter())
         self._clock = time.perf_counter()
         bar = {"unit": "step", "dynamic_ncols": True, "mininterval": 0.5, "desc": stage or None}
         self.bar = tqdm(total=total_steps, initial=self.steps_done - self.first_step, disable=self.metrics is None, **bar)
+        self._lock = threading.RLock()  # held while what is saved changes
+        self.leaving = threading.Event()  # set before the last save
+        self._settle()
+        # Several processes can save between two steps only: they must all agree to.
+        watched = self.metrics is not None and run.world_size == 1 and os.name == "posix"
+        self._end_watch = save_when_asked(self) if watched else lambda: None
 
     @property
     def progress(self) -> float:
@@ -520,13 +565,17 @@ class Trainer:
     def done(self) -> bool:
         """True at the end. After Ctrl-C or SIGTERM: save, say how to go on, leave with 128 + the signal's number."""
         if self.run.any(self.run.stop_signal is not None):
-            self.save()
+            self._save_and_leave()
             self.bar.close()
             self.run.print(f"stopped after step {self.steps_done}; go on with: {resume_command(self.run.args)}")
             sys.exit(128 + (self.run.stop_signal or signal.SIGTERM))
         # With a time limit each process has its own clock: they must agree to stop at the same step.
-        over = self.progress >= 1
+        over = self.progress >= 1 and not self._due
         return self.run.any(over) if self.max_seconds else over
+
+    def _lacks_evaluation(self) -> bool:
+        rows = [row for row in self.metrics.read() if row["step"] == self.steps_done and "lr" not in row]
+        return not rows and self.steps_done > self.first_step and self.steps_done % self.run.args.eval_every == 0
 
     def evaluates(self) -> bool:
         """Whether this process is to evaluate after this step. All must ask: see _gather."""
@@ -547,10 +596,13 @@ class Trainer:
 
     def step(self, losses: Iterable[torch.Tensor]) -> None:
         """One step from the losses of its grad_accum parts, each computed as it is asked for (so that only one part's
-        activations live at a time)."""
+        activations live at a time). None is taken, and no loss asked for, where an evaluation is due first."""
         args, run = self.run.args, self.run
         if args.dry_run:
             return self._foretell(losses)
+        if self._due:
+            self._due = False
+            return
         factor = cosine_schedule(max(self.progress, 1 / self.total_steps), args.warmup)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
@@ -563,9 +615,19 @@ class Trainer:
             with sync:
                 self.scaler.scale(loss / args.grad_accum).backward()
             total += loss.detach() / args.grad_accum
+        with self._lock:
+            self._take_step(total)
+            if self.steps_done % 20 == 0 or self.progress >= 1:
+                self._log(factor)
+            self._settle()
+            if self.steps_done % args.save_every == 0:
+                self.save()
+
+    def _take_step(self, loss: torch.Tensor) -> None:
+        """What changes the weights, now that the gradients are there."""
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
-        nn.utils.clip_grad_norm_(self.raw.parameters(), args.clip)
+        nn.utils.clip_grad_norm_(self.raw.parameters(), self.run.args.clip)
         for optimizer in self.optimizers:
             self.scaler.step(optimizer)
             optimizer.zero_grad(set_to_none=True)
@@ -574,15 +636,17 @@ class Trainer:
         self.steps_done += 1
         if self.ema:
             self.ema.update(self.raw, self.steps_done)
-        self._losses += total
-        self._bad_step = torch.where((self._bad_step < 0) & ~total.isfinite(), self.steps_done, self._bad_step)
+        self._losses += loss
+        self._bad_step = torch.where((self._bad_step < 0) & ~loss.isfinite(), self.steps_done, self._bad_step)
         now = time.perf_counter()
         self.seconds, self._clock = self.seconds + now - self._clock, now
         self.bar.update()
-        if self.steps_done % 20 == 0 or self.progress >= 1:
-            self._log(factor)
-        if self.steps_done % args.save_every == 0:
-            self.save()
+
+    def _settle(self) -> None:
+        """Note what the next step will change before it is taken: where the data stand, and what modules count."""
+        self._data = copy.deepcopy(self.batches.state_dict())
+        counting = type(self.raw).get_extra_state is not nn.Module.get_extra_state
+        self._counted = {"_extra_state": self.raw.get_extra_state()} if counting else {}
 
     def _foretell(self, losses: Iterable[torch.Tensor]) -> None:
         """In place of a step: what it would take, from parts of one sample and, in the next call, of several."""
@@ -634,7 +698,7 @@ class Trainer:
     def _check_finite(self) -> None:
         """In all processes, whichever met it: none may save what another's gradients have spoiled."""
         if self.run.world_size > 1:
-            self._bad_step.fill_(max(self.run.everyones([int(self._bad_step)])))
+            self._bad_step.fill_(max(everyones(self.run, [int(self._bad_step)])))
         if self._bad_step >= 0:
             raise FloatingPointError(
                 f"the loss is not finite at step {int(self._bad_step)}: try a lower --lr (now {max(self.peaks):g}) or "
@@ -642,13 +706,15 @@ class Trainer:
             )
 
     def log(self, **figures: float) -> None:
-        """Figures of an evaluation, into metrics.jsonl and onto the screen."""
-        self.metrics.write(step=self.steps_done, seconds=round(self.seconds, 2), **{k: round(v, 6) for k, v in figures.items()})
+        """Figures of an evaluation, into metrics.jsonl, unless they are there from before a kill, and onto the screen."""
+        row = {"step": self.steps_done, "seconds": round(self.seconds, 2), **{k: round(v, 6) for k, v in figures.items()}}
+        if not any(there["step"] == self.steps_done and there.keys() == row.keys() for there in self.metrics.read()):
+            self.metrics.write(**row)
         self.bar.write(f"step {self.steps_done}: " + ", ".join(f"{k} {v:.4f}" for k, v in figures.items()))
 
     def close(self) -> None:
         """After the last step: the state that --resume would find is the end."""
-        self.save()
+        self._save_and_leave()
         self._gather()
         self.bar.close()
 
@@ -659,7 +725,7 @@ class Trainer:
         whole = self.run.whole
         model = self.raw if whole is None else whole.to(self.run.device)
         model.eval()
-        averaged = self.ema.applied(model) if self.ema and whole is None else contextlib.nullcontext()
+        averaged = self.ema.applied(model, self._lock) if self.ema and whole is None else contextlib.nullcontext()
         with torch.no_grad(), averaged:
             yield model
         model.train()
@@ -676,11 +742,11 @@ class Trainer:
             return
         state = {
             "settings": comparable_settings(self.run.args),
-            "model": self.raw.state_dict(),
+            "model": self._weights(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "scaler": self.scaler.state_dict(),
             "ema": self.ema.weights if self.ema else {},
-            "batches": self.batches.state_dict(),
+            "batches": self._data,
             "loss_sum": self._mean_losses(),
             "loss_from": self._loss_from,
             **{key: getattr(self, key) for key in self.POSITION},
@@ -689,7 +755,42 @@ class Trainer:
         if self.run.is_main:
             save_state(self.run.folder, state)
 
+    def _weights(self) -> dict:
+        """The model's state after the last whole step, in the middle of the next one and of an evaluation too."""
+        state = self.raw.state_dict(keep_vars=True)
+        own = self.ema.own if self.ema else {}
+        names = {id(p): name for name, p in self.raw.named_parameters()} if own else {}
+        return {key: own.get(names.get(id(value)), value.detach()) for key, value in state.items()} | self._counted
+
+    def _save_and_leave(self) -> None:
+        with self._lock:
+            self.leaving.set()
+            self._end_watch()
+            self.save()
+
+    def save_early(self) -> None:
+        """From another thread, in the middle of a step or an evaluation: the state after the last whole step."""
+        with self._lock:
+            if not self.leaving.is_set() and self._bad_step < 0:
+                with contextlib.suppress(OSError):  # done() will meet it too, and say so
+                    self.save()
+                    self.run.print(f"saved after step {self.steps_done}; leaving when this step or evaluation is over")
+
     def _load(self, state: dict) -> None:
+        """Raises ValueError for a state of other data, or that does not fit the model."""
+        try:
+            self.batches.load_state_dict(state["batches"])  # first: other data may mean another model
+            self._load_weights(state)
+            self._losses.copy_(state["loss_sum"])
+            self._loss_from = state["loss_from"]
+            for key in self.POSITION:
+                setattr(self, key, state[key])
+        except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+            reason = f"{type(error).__name__}: {str(error)[:200]}"
+            hint = "is it another's? Start again without --resume"
+            raise ValueError(f"{self.run.folder / 'state.pt'} does not fit this run ({reason}): {hint}") from None
+
+    def _load_weights(self, state: dict) -> None:
         own = self.raw.state_dict()
         self.raw.load_state_dict({name: sharded_like(tensor, own.get(name)) for name, tensor in state["model"].items()})
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
@@ -700,11 +801,6 @@ class Trainer:
         if self.ema:
             weights = {name: tensor.to(self.run.device) for name, tensor in state["ema"].items()}
             self.ema.weights = {name: sharded_like(tensor, own[name]) for name, tensor in weights.items()}
-        self.batches.load_state_dict(state["batches"])
-        self._losses.copy_(state["loss_sum"])
-        self._loss_from = state["loss_from"]
-        for key in self.POSITION:
-            setattr(self, key, state[key])
 
 
 def check_settings(args: argparse.Namespace, saved: dict) -> None:

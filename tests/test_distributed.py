@@ -1,0 +1,197 @@
+"""Laws of several processes: two (gloo) learn what one does from the same batches, by DDP and by FSDP2; a run goes on with
+another number of them; a process that dies ends the job with its error. This very file is what torchrun starts."""
+
+import contextlib
+import io
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # for torchrun, which knows nothing of pytest's settings
+
+import shards  # noqa: E402
+import train_siglip  # noqa: E402
+import train_vit  # noqa: E402
+import train_vlm  # noqa: E402
+import training  # noqa: E402
+from checkpoint import from_pretrained  # noqa: E402
+from llava_json import LlavaRows  # noqa: E402
+
+TINY = (
+    {"image_size": 64, "patch_size": 16, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2},
+    {"hidden_size": 32, "n_heads": 2, "n_kv_groups": 1, "n_layers": 2, "hidden_dim": 48, "max_position_embeddings": 256},
+    300,
+)
+VIT = "--hidden-size 16 --layers 2 --heads 2 --pooling cls --batch-size 32 --epochs 0.07 --drop-path 0 --augment none".split()
+SIGLIP = "--dataset digits --batch-size 8 --steps 2 --tokens 8 --augment none".split()
+SCENES = "--batch-size 4 --per-scene 3 --vision-steps 1 --projector-steps 1 --steps 3 --eval-count 1 --save-every 3".split()
+LLAVA = "--dataset llava --batch-size 4 --image-size 32 --steps 3 --eval-count 1 --isolated".split()
+RUNS = {  # those with --fsdp or --grad-accum are compared with the same run without
+    "vit-fsdp": (train_vit, [*VIT, "--fsdp"]),
+    "siglip": (train_siglip, SIGLIP),
+    "siglip-fsdp": (train_siglip, [*SIGLIP, "--grad-accum", "2", "--fsdp"]),
+    "scenes": (train_vlm, SCENES),
+    "scenes-fsdp": (train_vlm, [*SCENES, "--fsdp"]),
+    "shards": (train_vlm, LLAVA),
+    "cross-fsdp": (train_vlm, [*LLAVA, "--fusion", "cross", "--ema", "0.5", "--fsdp"]),
+}
+ALONE = {name: (script, [flag for flag in flags if flag != "--fsdp"]) for name, (script, flags) in RUNS.items()
+         if name not in ("siglip-fsdp", "scenes-fsdp")}  # fmt: skip
+
+
+def train(script, flags, folder: Path) -> None:
+    """A run in this process, of tiny models and without figures; FOLDER.pt has the gradients of its steps, FOLDER/STEP.pt
+    what was saved."""
+    rank, steps, clip, save = int(os.environ.get("RANK", 0)), [], torch.nn.utils.clip_grad_norm_, training.save_state
+
+    class Recording(training.Trainer):
+        def step(self, losses):
+            def record(*args):
+                found = {name: p.grad.detach().clone() for name, p in self.raw.named_parameters() if p.grad is not None}
+                steps.append(training.gathered(found, True))
+                return clip(*args)
+
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(torch.nn.utils, "clip_grad_norm_", record)
+                super().step(losses)
+
+    def keep(run, state):
+        save(run, state)
+        shutil.copy(run / "state.pt", run / f"{state['steps_done']}.pt")
+
+    flags = [*flags, "--device", "cpu", "--workers", "2", "--seed", "3", "--out", str(folder)]
+    if "llava" in flags:
+        flags += ["--data", str(folder.parents[1] / "shard-*.tar"), "--test-data", str(folder.parents[1] / "test.json")]
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(io.StringIO()):
+        patch.setattr(training, "save_state", keep)
+        patch.setattr(train_vlm, "VISION_BATCH", 8)
+        for module in (train_vlm, train_siglip):
+            patch.setitem(module.SIZES, "tiny", TINY)
+        patch.setitem(train_siglip.SIZES, "tiny", ({k: TINY[0][k] for k in list(TINY[0])[2:]},) * 2 + (300,))
+        for module in (train_vit, train_siglip, train_vlm):
+            patch.setattr(module, "draw", lambda *_: None)
+            patch.setattr(module, "Trainer", Recording)
+        script.main(flags)
+    if rank == 0:
+        torch.save(steps, f"{folder}.pt")
+
+
+def start(what: str, folder: Path) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__]
+    return subprocess.run([*command, what, str(folder)], cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """one/ and two/ with all runs of one and two processes; what the two printed."""
+    folder, chance, rows = tmp_path_factory.mktemp("runs"), random.Random(0), []
+    for k in range(16):  # half of them without a picture: then some batches of a process have none at all
+        colour = ("red", "green", "blue", "black")[k % 4]
+        Image.new("RGB", (40, 32), colour).save(folder / f"{k}.png")
+        turns = [("human", f"What is it? {'Well? ' * chance.randrange(9)}"), ("gpt", f"{colour} " * chance.randrange(1, 9))]
+        row = {"conversations": [{"from": who, "value": text} for who, text in turns]}
+        rows.append(row | ({"image": f"{k}.png"} if k % 2 else {}))
+    (folder / "train.json").write_text(json.dumps(rows))
+    (folder / "test.json").write_text(json.dumps(rows[1:3]))
+    shards.pack(LlavaRows.read(folder / "train.json"), folder / "packed", 6)
+    for path in (folder / "packed").iterdir():
+        path.rename(folder / path.name)
+    for name, (script, flags) in ALONE.items():
+        train(script, flags, folder / "one" / name)
+    resumed(folder / "one" / "scenes", folder / "two" / "resumed")
+    done = start("train", folder)
+    assert done.returncode == 0, done.stderr
+    return folder, done.stdout
+
+
+def resumed(whole: Path, folder: Path) -> None:
+    """A run folder as it was after step 3."""
+    folder.mkdir(parents=True)
+    shutil.copy(whole / "3.pt", folder / "state.pt")
+
+
+def assert_same_gradients(one: Path, two: Path, last: int | None = None) -> None:
+    """Of all steps, or of the last ones. Later ones differ more: Adam divides rounding errors by their own size."""
+    (first, second), limits = (torch.load(f"{path}.pt") for path in (one, two)), [1e-5, 1e-3, 1e-2, 1e-2, 1e-2]
+    first = first[-last:] if last else first
+    assert len(first) == len(second)
+    for ours, theirs, limit in zip(second, first, limits, strict=False):
+        assert ours.keys() == theirs.keys()
+        off = sum((ours[name] - theirs[name]).square().sum() for name in ours) ** 0.5
+        size = sum(gradient.square().sum() for gradient in theirs.values()) ** 0.5
+        assert off <= limit * size, (off / size, limit)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_two_processes_learn_what_one_does(runs, name):
+    """From batches of which each has its part: unequal numbers of answers, pictures or none; SigLIP's pairs of all with all."""
+    folder, _ = runs
+    alone = folder / "one" / (name if name in ALONE else name.removesuffix("-fsdp"))
+    assert_same_gradients(alone, folder / "two" / name)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_rank_0_alone_writes_and_speaks(runs, name):
+    """The run folder is that of one process, and the model in it is whole."""
+    folder, printed = runs
+    alone = folder / "one" / (name if name in ALONE else name.removesuffix("-fsdp"))
+    assert {path.name for path in (folder / "two" / name).iterdir()} == {path.name for path in alone.iterdir()}
+    first, second = (from_pretrained(path).state_dict() for path in (alone, folder / "two" / name))
+    for key, weight in first.items():
+        assert (second[key] - weight).abs().max() < 0.03, key
+    assert printed.count(f'"run": "{folder / "two" / name}"}}') == 1
+
+
+def test_what_one_process_saved_two_go_on_with(runs):
+    folder, _ = runs
+    assert_same_gradients(folder / "one" / "scenes", folder / "two" / "resumed", last=2)
+
+
+def test_what_two_processes_saved_one_goes_on_with(runs):
+    folder, _ = runs
+    resumed(folder / "two" / "scenes-fsdp", folder / "one" / "resumed")
+    train(train_vlm, [*SCENES, "--resume"], folder / "one" / "resumed")
+    assert_same_gradients(folder / "two" / "scenes-fsdp", folder / "one" / "resumed", last=2)
+
+
+def test_a_process_that_dies_ends_the_job_with_its_error(tmp_path):
+    began = time.monotonic()
+    done = start("die", tmp_path)
+    assert done.returncode != 0 and time.monotonic() - began < 60
+    assert "error: process 1: the disk of rank 1 is full" in done.stderr
+    assert "the disk of rank 1 is full" in done.stderr.split("Root Cause")[1]  # torchrun's last words
+
+
+def die(folder: Path) -> None:
+    step = training.Trainer.step
+
+    def full(self, losses):
+        if self.run.rank == 1 and self.steps_done == 2:
+            raise OSError("the disk of rank 1 is full")
+        step(self, losses)
+
+    training.Trainer.step = full
+    training.run_cli(lambda: train_vit.main([*VIT, "--epochs", "9", "--device", "cpu", "--out", str(folder / "run")]))
+
+
+def test_fsdp_needs_several_processes(tmp_path):
+    with pytest.raises(ValueError, match="--fsdp .* torchrun"):
+        train_vit.main([*VIT, "--fsdp", "--out", str(tmp_path)])
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    if sys.argv[1] == "die":
+        die(Path(sys.argv[2]))
+    for name, (script, flags) in {**RUNS, "resumed": (train_vlm, [*SCENES, "--fsdp", "--resume"])}.items():
+        train(script, flags, Path(sys.argv[2]) / "two" / name)

@@ -1,0 +1,333 @@
+"""Laws of what befalls a run from outside: killed at any moment it goes on as if nothing had happened, asked to end it saves
+within seconds whatever it is doing, a full disk costs nothing that was saved. Each test is about a process of its own, forked
+from one that has imported the scripts already. At the end, bugs that test_fuzz.py has found, each with its story.
+"""
+
+import contextlib
+import importlib
+import json
+import math
+import multiprocessing
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import tracemalloc
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import checkpoint
+import training
+from checkpoint import load_state, save_pretrained
+from training import Metrics, Trainer, run_cli
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
+
+SCRIPTS = ("train_vit", "train_vlm", "train_siglip", "train_llmvit")
+COMMON = "--device cpu --workers 1 --save-every 2".split()
+EYES = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+FLAGS = {  # small ones, of some ten steps
+    "train_vit": "--hidden-size 32 --layers 2 --heads 2 --batch-size 64 --epochs 0.5 --ema 0.9 --dropout 0.1 --eval-every 4",
+    "train_vlm": "--size dot --batch-size 4 --per-scene 3 --pixel-shuffle 2 --eval-count 1 --vision-steps 3 "
+    "--projector-steps 2 --steps 6 --eval-every 8 --ema 0.9",
+    "train_siglip": "--size dot --batch-size 8 --eval-count 10 --steps 8 --tokens 64 --dropout 0.1 --eval-every 4",
+    "train_llmvit": "--batch-size 32 --epochs 0.2 --frozen-steps 4 --grad-accum 2 --eval-every 4",
+}
+
+
+# ---- processes -------------------------------------------------------------------------------------------------------
+
+
+def smaller(script) -> None:
+    """Small models, and no pictures painted."""
+    if script.__name__ == "train_llmvit":
+        encoder = {"hidden_dim": 16, "num_encoder_layers": 1, "nhead": 2}
+        script.SIZES["tiny"] = encoder, {"vocab_size": 64, "hidden_size": 32, "n_heads": 2, "n_layers": 2, "hidden_dim": 48}
+    elif script.__name__ == "train_siglip":
+        script.SIZES["dot"], script.GALLERY = (EYES, {**EYES, "hidden_size": 16}, 400), 20
+    elif script.__name__ == "train_vlm":
+        words = {"hidden_size": 48, "n_heads": 4, "n_kv_groups": 2, "n_layers": 2, "hidden_dim": 64, "rope_base": 10000.0}
+        words |= {"max_position_embeddings": 384, "tie_word_embeddings": True}
+        script.SIZES["dot"], script.VISION_BATCH = ({**EYES, "image_size": 64, "patch_size": 16}, words, 400), 4
+    script.draw = lambda *args: {}
+
+
+def in_child(name: str, flags: list[str], log: str, arrange) -> None:
+    """All of a process that runs a script. arrange(): what is to befall it."""
+    out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(out, 1), os.dup2(out, 2)
+    sys.stdout, sys.stderr = open(1, "w", buffering=1), open(2, "w", buffering=1)
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    script = importlib.import_module(name)
+    smaller(script)
+    if arrange is not None:
+        arrange()
+    sys.argv = [f"{name}.py", *flags]
+    run_cli(script.main)
+
+
+@pytest.fixture(scope="session")
+def nursery():
+    """Where processes come from that need not import torch first."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["test_faults", *SCRIPTS, "torch._dynamo"])  # which the first step of an optimiser imports
+    with pytest.MonkeyPatch.context() as patch:  # the server looks for these modules before it is told where
+        patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
+        importlib.import_module("multiprocessing.forkserver").ensure_running()
+    return context
+
+
+class Child:
+    """A script under way in a folder, which its output lies beside."""
+
+    def __init__(self, nursery, name: str, run: Path, *flags, arrange=None):
+        self.log = run.with_suffix(".log")
+        self.from_here = self.log.stat().st_size if self.log.exists() else 0
+        words = [*COMMON, *FLAGS[name].split(), "--out", str(run), *flags]
+        self.process = nursery.Process(target=in_child, args=(name, words, str(self.log), arrange), daemon=True)
+        self.process.start()
+
+    def said(self) -> str:
+        return self.log.read_text()[self.from_here :] if self.log.exists() else ""
+
+    def wait(self, seconds: float = 60) -> int:
+        """The exit code."""
+        self.process.join(seconds)
+        assert self.process.exitcode is not None, f"still running after {seconds} s: {self.said()}"
+        return self.process.exitcode
+
+    def until(self, condition, seconds: float = 60) -> float:
+        """Seconds until condition() holds."""
+        start = time.perf_counter()
+        while not condition():
+            assert time.perf_counter() - start < seconds, self.said()
+            time.sleep(0.002)
+        return time.perf_counter() - start
+
+    def kill(self) -> int:
+        self.process.kill()
+        return self.wait()
+
+
+def left_by(run: Path) -> tuple[bytes, list[dict]]:
+    """The weights and, but for what a clock says, the metrics of a finished run."""
+    rows = Metrics(run / "metrics.jsonl", 10**9).read()
+    rows = [{key: value for key, value in row.items() if "second" not in key} for row in rows]
+    return (run / "model.safetensors").read_bytes(), rows
+
+
+def litter(run: Path) -> list[str]:
+    return [path.name for path in run.iterdir() if path.name.startswith(".")]
+
+
+@pytest.fixture(scope="session")
+def whole(nursery, tmp_path_factory):
+    """What an uninterrupted run of a script leaves; made once."""
+    made = {}
+
+    def make(name: str):
+        if name not in made:
+            run = tmp_path_factory.mktemp("whole") / name
+            child = Child(nursery, name, run)
+            assert child.wait() == 0, child.said()
+            made[name] = left_by(run)
+        return made[name]
+
+    return make
+
+
+def goes_on(nursery, name: str, run: Path, expected) -> None:
+    """Resumed, the run ends as the uninterrupted one did and leaves nothing half-written."""
+    child = Child(nursery, name, run, "--resume")
+    assert child.wait() == 0, child.said()
+    assert left_by(run) == expected and not litter(run)
+
+
+# ---- kill -9 ---------------------------------------------------------------------------------------------------------
+
+
+def die_at(number: int, folder: str) -> None:
+    """SIGKILL at the so-manieth time that a file below the folder is opened, moved or deleted."""
+    count = 0
+
+    def hook(event: str, args) -> None:
+        nonlocal count
+        if event in ("open", "os.rename", "os.remove") and str(args[0]).startswith(folder):
+            count += 1
+            if count == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(hook)
+
+
+KILLS = 20
+
+
+def test_killed_at_twenty_random_moments_a_run_ends_as_if_uninterrupted(nursery, whole, tmp_path):
+    """Half of them by the clock, from the first line of the script to the last; half as a file is about to be opened, moved or
+    deleted. The state is saved after each step, so that many fall into a save. A run is killed again and again until it is
+    through; then the next one is."""
+    expected, rng, run, killed, number = whole("train_vit"), random.Random(0), None, 0, 0
+    start = time.perf_counter()
+    assert Child(nursery, "train_vit", tmp_path / "timed", "--save-every", "1").wait() == 0
+    lasts = time.perf_counter() - start
+    while killed < KILLS:
+        if run is None:
+            run, number = tmp_path / str(number), number + 1
+        by_event = rng.random() < 0.5
+        arrange = partial(die_at, rng.randint(1, 40), str(run)) if by_event else None
+        again = ["--resume"] * (run / "state.pt").exists()
+        child = Child(nursery, "train_vit", run, "--save-every", "1", *again, arrange=arrange)
+        child.process.join(None if by_event else rng.uniform(0, lasts))
+        code = child.kill()
+        assert code in (0, -signal.SIGKILL), child.said()
+        if code == 0:
+            assert left_by(run) == expected and not litter(run)
+            run = None
+        killed += code != 0
+    if run is not None and (run / "state.pt").exists():
+        goes_on(nursery, "train_vit", run, expected)
+
+
+@pytest.mark.parametrize("name", ["train_vlm", "train_siglip", "train_llmvit"])
+def test_the_other_scripts_killed_as_they_write(nursery, whole, tmp_path, name):
+    expected, rng, run = whole(name), random.Random(name), tmp_path / name
+    for _ in range(3):
+        again = ["--resume"] * (run / "state.pt").exists()
+        child = Child(nursery, name, run, *again, arrange=partial(die_at, rng.randint(4, 16), str(run)))
+        assert child.wait() in (0, -signal.SIGKILL), child.said()
+    goes_on(nursery, name, run, expected)
+
+
+# ---- SIGTERM ---------------------------------------------------------------------------------------------------------
+
+
+def linger(where: str, marker: str) -> None:
+    """At the third step, or in the first evaluation, or both stages' end, the process is busy for a minute."""
+
+    def busy() -> None:
+        Path(marker).touch()
+        end = time.monotonic() + 60
+        while time.monotonic() < end:
+            time.sleep(1)
+
+    if where == "step":
+        backward, calls = torch.Tensor.backward, []
+
+        def slow(tensor, *args, **options):
+            backward(tensor, *args, **options)
+            calls.append(1)
+            if len(calls) == 5:
+                busy()
+
+        torch.Tensor.backward = slow
+    else:
+        Trainer.log = lambda trainer, **figures: busy()
+
+
+CASES = [(name, "step") for name in SCRIPTS] + [("train_vit", "evaluation"), ("train_vlm", "evaluation")]
+
+
+@pytest.mark.parametrize("name, where", CASES)
+def test_sigterm_saves_within_five_seconds_in_the_middle_of_anything(nursery, whole, tmp_path, name, where):
+    """The story: it was looked at between two steps only, so a run in a long evaluation was killed before it had saved. Here
+    the step or evaluation lasts a minute; in an evaluation the model even has other weights, the averaged ones."""
+    run, marker = tmp_path / "run", tmp_path / "busy"
+    child = Child(nursery, name, run, "--save-every", "1000", arrange=partial(linger, where, str(marker)))
+    child.until(marker.exists)
+    assert not (run / "state.pt").exists() or name == "train_vlm"  # which saves at the end of each stage
+    child.process.terminate()
+    assert child.until(lambda: "saved after step" in child.said()) < 5
+    child.kill()
+    assert load_state(run)["steps_done"] >= 2
+    goes_on(nursery, name, run, whole(name))
+
+
+def test_sigterm_between_steps_ends_the_run_at_once(nursery, whole, tmp_path):
+    run = tmp_path / "run"
+    child = Child(nursery, "train_vit", run, "--epochs", "500")
+    child.until(lambda: "--epochs" not in child.said() and (run / "state.pt").exists())
+    child.process.terminate()
+    start = time.perf_counter()
+    assert child.wait() == 128 + signal.SIGTERM and time.perf_counter() - start < 5
+    assert "go on with: python train_vit.py" in child.said() and "saved after" not in child.said()
+
+
+# ---- a full disk -----------------------------------------------------------------------------------------------------
+
+
+def die_in_step(step: int) -> None:
+    take = Trainer.step
+
+    def outer(trainer, losses):
+        if trainer.steps_done == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+        take(trainer, losses)
+
+    Trainer.step = outer
+
+
+def full_disk(room: int) -> None:
+    """No file can grow past so many bytes: the same failing write as on a full disk, with another number."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, resource.RLIM_INFINITY))
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_full_disk_is_one_line_and_what_was_saved_stays(nursery, whole, tmp_path, name):
+    """Whichever file it is that does not fit: the metrics, the state, or one of what a finished run leaves."""
+    expected, run = whole(name), tmp_path / "run"
+    assert Child(nursery, name, run, arrange=partial(die_in_step, 3)).wait() == -signal.SIGKILL
+    saved = (run / "state.pt").read_bytes()
+    largest = max(len(saved), len(expected[0]))
+    for room in (0, 150, len(saved) // 3, largest - 1):
+        child = Child(nursery, name, run, "--resume", arrange=partial(full_disk, room))
+        code, lines = child.wait(), [line for line in child.said().splitlines() if "error: " in line]
+        if code == 0:
+            continue
+        assert code == 2 and "Traceback" not in child.said() and len(lines) == 1, child.said()
+        assert "cannot be written" in lines[0] and str(run) in lines[0] and not litter(run)
+        assert load_state(run)["steps_done"] >= 2
+        if room <= 150:
+            assert (run / "state.pt").read_bytes() == saved
+    goes_on(nursery, name, run, expected)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A real file system in memory, of two megabytes."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", folder], capture_output=True)
+    if done.returncode:
+        pytest.skip("this user may not mount a tmpfs; the tests above stop writes by a limit on file sizes")
+    yield folder
+    subprocess.run(["umount", "-l", folder], check=True)
+
+
+def test_on_a_file_system_that_fills_up(nursery, whole, small_disk):
+    run = small_disk / "run"
+    assert Child(nursery, "train_vit", run, arrange=partial(die_in_step, 3)).wait() == -signal.SIGKILL
+    (run / "state.pt").stat()
+    ballast = small_disk / "ballast"
+    with ballast.open("wb") as file, contextlib.suppress(OSError):
+        while True:
+            file.write(bytes(4096))
+            file.flush()
+    child = Child(nursery, "train_vit", run, "--resume")
+    assert child.wait() == 2 and child.said().count("error: ") == 1 and "Traceback" not in child.said()
+    assert "cannot be written" in child.said() and load_state(run)["steps_done"] == 2 and not litter(run)
+    ballast.unlink()
+    goes_on(nursery, "train_vit", run, whole("train_vit"))
+
+
+# ---- bugs, each with its story ---------------------------------------------------------------------------------------
