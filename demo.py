@@ -26,7 +26,6 @@ from image_folder import decode_image, one_line
 from model import MllamaForConditionalGeneration
 from processing_mllama import IMAGE_TOKEN
 from scenes import INKS, PAPERS, SceneConfig
-from tokenizer import stop_tokens
 from training import positive_int, run_cli
 
 HOST, LARGEST, SHOWN = "127.0.0.1", 10, 384  # MiB of one upload; pixels a side of pictures on the page
@@ -104,14 +103,11 @@ class Talk(generate.Conversation):
         heading = "" if before or IMAGE_TOKEN in question else f"{IMAGE_TOKEN}\n"
         messages = [*before, {"role": "user", "content": heading + question}]
         ids = self.processor.encode(messages, 1, add_generation_prompt=True)[0]
-        room = max(1, self.model.config.text_config.context_length - len(ids))  # where there is none, stream says so
-        options = {"max_new_tokens": min(self.args.max_new_tokens, room), "stop_tokens": stop_tokens(self.tokenizer)}
-        decoder, text, answer = self.tokenizer.stream_decoder(skip_special_tokens=True), "", []
-        for (token,) in self.model.stream([ids], image_features=self.features, **options):
-            answer.append(token)
-            text += (self.processor.locations or {}).get(token) or decoder.push(token)
+        text, answer = "", []
+        for piece, token in generate.speak(self.model, self.tokenizer, ids, self.args, self.features, self.processor.locations):
+            text += piece
+            answer += [] if token is None else [token]
             yield text
-        yield (text := text + decoder.flush())
         self.messages = [*messages, {"role": "assistant", "content": text.replace(IMAGE_TOKEN, "")}]
         self.words, self.maps = [], torch.zeros(0)
         if answer:

@@ -447,8 +447,10 @@ def clouds(groups: Mapping[str, torch.Tensor], names: Mapping[str, Sequence[str]
         points = points.detach().float().cpu()
         size = 70 if len(points) < 4 else 16
         axes.scatter(*points.T.tolist(), s=size, c=colour, marker=marker, alpha=0.7, label=group, linewidths=0.8)
-        for (x, y), name in zip(points.tolist(), (names or {}).get(group, ()), strict=False):
-            axes.annotate(visible(name), (x, y), (3, 2), textcoords="offset points", fontsize=8, parse_math=False)
+        for k, (point, name) in enumerate(zip(points.tolist(), (names or {}).get(group, ()), strict=False)):
+            right, up = k % 2 == 0, k % 4 < 2  # on all sides in turn: points that lie close keep their names apart
+            aside = {"ha": "left" if right else "right", "va": "bottom" if up else "top", "textcoords": "offset points"}
+            axes.annotate(visible(name), point, (3 if right else -3, 0), fontsize=8, parse_math=False, **aside)
     axes.set(xticks=[], yticks=[])
     axes.set_title(title, fontsize=11, parse_math=False)
     axes.legend(frameon=False, fontsize=9)

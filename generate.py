@@ -20,6 +20,7 @@ import argparse
 import os
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -211,8 +212,11 @@ def encode(tokenizer: BPETokenizer, text: str) -> list[int]:
     return ids
 
 
-def say(model, tokenizer: BPETokenizer, ids: list[int], args, image_features=None, shown=None) -> tuple[str, list[int]]:
-    """Stream the continuation to stdout; returns its text and ids. shown: special tokens that are part of the text, by id."""
+def speak(
+    model, tokenizer: BPETokenizer, ids: list[int], args, image_features=None, shown=None
+) -> Iterator[tuple[str, int | None]]:
+    """The continuation as it comes: (text, token), and last (what text is left, None). shown: special tokens that are part
+    of the text, by id. Raises ValueError where the model's context has no room."""
     stop = stop_tokens(tokenizer)
     options = {key: getattr(args, key) for key in ("temperature", "top_k", "top_p", "min_p")}
     options["generator"] = torch.Generator(device=next(model.parameters()).device).manual_seed(args.seed)
@@ -222,13 +226,19 @@ def say(model, tokenizer: BPETokenizer, ids: list[int], args, image_features=Non
     room = limit - len(ids)
     if room < 1:
         raise ValueError(f"the text has {len(ids)} tokens, the model's context is {limit}: shorten it or start afresh")
-    decoder, words, answer, start = tokenizer.stream_decoder(skip_special_tokens=True), [], [], time.perf_counter()
+    decoder = tokenizer.stream_decoder(skip_special_tokens=True)
     for (token,) in model.stream([ids], max_new_tokens=min(args.max_new_tokens, room), stop_tokens=stop, **options):
-        answer.append(token)
-        words.append((shown or {}).get(token) or decoder.push(token))
-        print(words[-1], end="", flush=True)
-    words.append(decoder.flush())
-    print(words[-1], flush=True)
+        yield (shown or {}).get(token) or decoder.push(token), token
+    yield decoder.flush(), None
+
+
+def say(model, tokenizer: BPETokenizer, ids: list[int], args, image_features=None, shown=None) -> tuple[str, list[int]]:
+    """Stream what speak says to stdout; returns its text and ids."""
+    words, answer, start = [], [], time.perf_counter()
+    for word, token in speak(model, tokenizer, ids, args, image_features, shown):
+        words.append(word)
+        answer += [] if token is None else [token]
+        print(word, end="" if token is not None else "\n", flush=True)
     if sys.stderr.isatty():
         print(f"[{len(answer)} tokens, {len(answer) / (time.perf_counter() - start):.1f} a second]", file=sys.stderr)
     return "".join(words), answer

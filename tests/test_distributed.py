@@ -26,13 +26,14 @@ import train_vlm  # noqa: E402
 import training  # noqa: E402
 from checkpoint import from_pretrained  # noqa: E402
 from llava_json import LlavaRows  # noqa: E402
+from scenes import make_scenes  # noqa: E402
 
 TINY = (
     {"image_size": 64, "patch_size": 16, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2},
     {"hidden_size": 32, "n_heads": 2, "n_kv_groups": 1, "n_layers": 2, "hidden_dim": 48, "max_position_embeddings": 256},
     300,
 )
-VIT = "--hidden-size 16 --layers 2 --heads 2 --pooling cls --batch-size 32 --epochs 0.07 --drop-path 0 --augment none".split()
+VIT = "--hidden-size 16 --layers 2 --heads 2 --pooling cls --batch-size 32 --epochs 0.05 --drop-path 0 --augment none".split()
 SIGLIP = "--dataset digits --batch-size 8 --steps 2 --tokens 8 --augment none".split()
 SCENES = "--batch-size 4 --per-scene 3 --vision-steps 1 --projector-steps 1 --steps 3 --eval-count 1 --save-every 3".split()
 LLAVA = "--dataset llava --batch-size 4 --image-size 32 --steps 3 --eval-count 1 --isolated".split()
@@ -75,6 +76,7 @@ def train(script, flags, folder: Path) -> None:
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(io.StringIO()):
         patch.setattr(training, "save_state", keep)
         patch.setattr(train_vlm, "VISION_BATCH", 8)
+        patch.setattr(train_vlm, "make_scenes", lambda split, count, **settings: make_scenes(split, 20, **settings))
         for module in (train_vlm, train_siglip):
             patch.setitem(module.SIZES, "tiny", TINY)
         patch.setitem(train_siglip.SIZES, "tiny", ({k: TINY[0][k] for k in list(TINY[0])[2:]},) * 2 + (300,))
