@@ -110,6 +110,7 @@ OUT_OF_MEMORY = (
 )
 
 
+NO_MEMORY = ("DefaultCPUAllocator", "Storage size calculation overflowed")
 PEER_GONE = ("Connection closed by peer", "Connection reset by peer", "NCCL communicator was aborted", "remote process exited")
 
 
@@ -120,7 +121,7 @@ def run_cli(main) -> None:
     except BrokenPipeError:  # the reader of our output, such as `head`, has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError, FloatingPointError, RuntimeError, MemoryError) as error:
-        no_memory = isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
+        no_memory = isinstance(error, torch.OutOfMemoryError | MemoryError) or any(w in str(error) for w in NO_MEMORY)
         no_peer = any(words in str(error) for words in PEER_GONE)
         if os.environ.get("TRACEBACK") or (isinstance(error, RuntimeError) and not (no_memory or no_peer)):
             raise
@@ -510,7 +511,7 @@ class Trainer:
     stages has a trainer for each, given its name and the trainer of the stage before; steps and seconds count on.
     """
 
-    POSITION = ("stage", "first_step", "first_second", "steps_done", "seconds", "total_steps")  # of the saved state
+    POSITION = ("stage", "first_step", "first_second", "steps_done", "seconds", "total_steps", "skipped")  # of the saved state
 
     def __init__(
         self, run: Run, model: nn.Module, total_steps: int, groups: list[dict], batches, unit="images",
@@ -525,6 +526,7 @@ class Trainer:
                 module.grad_checkpoint = args.grad_checkpoint
         self.optimizers, self.peaks = make_optimizers(groups), [group["lr"] for group in groups]
         self.scaler = torch.amp.GradScaler(run.device.type, enabled=run.dtype == torch.float16)
+        self.skipped = 0  # steps whose gradients overflowed in fp16
         self.ema = EMA(model, args.ema) if args.ema else None
         self.first_step, self.first_second = (before.steps_done, before.seconds) if before else (0, 0.0)
         self.steps_done, self.seconds = self.first_step, self.first_second
@@ -627,11 +629,16 @@ class Trainer:
         """What changes the weights, now that the gradients are there."""
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
-        nn.utils.clip_grad_norm_(self.raw.parameters(), self.run.args.clip)
+        norm = nn.utils.clip_grad_norm_(self.raw.parameters(), self.run.args.clip)
+        overflow = self.scaler.is_enabled() and not (norm.full_tensor() if is_sharded(norm) else norm).isfinite()
         for optimizer in self.optimizers:
-            self.scaler.step(optimizer)
+            if not overflow:
+                self.scaler.step(optimizer)
             optimizer.zero_grad(set_to_none=True)
-        self.scaler.update()
+        # All optimisers and all processes skip together: clipping has spread what is not finite over all gradients, and the
+        # scaler would look at one optimiser's, of one process, at a time.
+        self.scaler.update(self.scaler.get_scale() * self.scaler.get_backoff_factor() if overflow else None)
+        self.skipped += int(overflow)
 
         self.steps_done += 1
         if self.ema:
@@ -685,6 +692,7 @@ class Trainer:
                 loss=round(loss, 6),
                 lr=factor * max(self.peaks),
                 **{f"{self.unit}_per_second": round(speed, 1)},
+                **({"skipped": self.skipped} if self.scaler.is_enabled() else {}),
             )
             if self.max_seconds:  # for the time left that the bar shows
                 done = self.steps_done - self.first_step

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from safetensors.torch import load_file
 
 import train_vit
 from checkpoint import from_pretrained
-from training import EMA, Metrics, cosine_schedule, find_device, parameter_groups, run_cli
+from training import EMA, Metrics, Run, Trainer, argument_parser, cosine_schedule, find_device, parameter_groups, run_cli
 from vit_scratch import ViTConfig, ViTModel
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -224,3 +225,23 @@ def test_device_is_found_or_refused():
     assert find_device("cpu").type == "cpu"
     with pytest.raises(ValueError, match="--device nonsense"):
         find_device("nonsense")
+
+
+def test_where_one_gradient_overflows_no_optimiser_steps_and_it_is_counted(tmp_path):
+    """Clipping spreads what is not finite over all gradients. With AdamW and Muon side by side only one was told to skip, and
+    the other's weights became NaN."""
+    run = Run(argument_parser("", out=str(tmp_path)).parse_args(["--device", "cpu"]))
+    model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
+    groups = parameter_groups(model, 0.05, 1e-2, muon_lr=0.02)
+    trainer = Trainer(run, model, 10, groups, SimpleNamespace(state_dict=dict, fraction=0.0))
+    assert len(trainer.optimizers) == 2
+    trainer.scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    x, before = torch.randn(3, 4), {name: p.detach().clone() for name, p in model.named_parameters()}
+    hook = model[1].bias.register_hook(lambda grad: grad * float("nan"))
+    trainer.step([model(x).square().mean()])
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    assert trainer.skipped == 1 and trainer.scaler.get_scale() == 4
+    hook.remove()
+    trainer.step([model(x).square().mean()])
+    assert trainer.skipped == 1 and trainer.steps_done == 2
+    assert all(p.isfinite().all() and not torch.equal(p, before[name]) for name, p in model.named_parameters())
