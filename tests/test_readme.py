@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+import demo
 import evaluate
 import generate
 import llava_json
@@ -25,7 +26,7 @@ COMMANDS = [
     if line.startswith(("python ", "torchrun "))
 ]
 MODULES = {"train_vit.py": train_vit, "train_vlm.py": train_vlm, "train_siglip.py": train_siglip,
-           "train_llmvit.py": train_llmvit, "generate.py": generate, "evaluate.py": evaluate}
+           "train_llmvit.py": train_llmvit, "generate.py": generate, "evaluate.py": evaluate, "demo.py": demo}
 PARSERS = {name: module.parse_args for name, module in {**MODULES, "llava_json.py": llava_json}.items()}
 
 
