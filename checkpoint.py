@@ -109,7 +109,7 @@ def naming(file: Path):
     try:
         yield
     except SafetensorError as error:
-        raise ValueError(f"{file} is not a valid safetensors file ({error}): it may be damaged, get it again") from None
+        raise ValueError(f"{file} is not a valid safetensors file ({error!s:.200}): it may be damaged, get it again") from None
 
 
 def read_safetensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -572,7 +572,7 @@ def load_state(run: str | Path) -> dict:
     except (*DAMAGED, pickle.UnpicklingError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise ValueError(f"{path} is damaged ({reason}): start again without --resume") from None
-    if not isinstance(state, dict) or "settings" not in state:
+    if not isinstance(state, dict):
         raise ValueError(f"{path} is no state of a run: start again without --resume")
     return state
 

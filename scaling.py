@@ -246,7 +246,7 @@ def measure(seconds: float, batch: int) -> str:
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="?", choices=["predict", "measure"], default="predict")
-    parser.add_argument("--seconds", type=positive_float, default=30.0, help="of each of the five trial runs")
+    parser.add_argument("--seconds", type=positive_float, default=60.0, help="of each of the five trial runs")
     parser.add_argument("--batch-size", type=positive_int, default=128, help="of one process")
     return parser.parse_args(argv)
 

@@ -650,7 +650,8 @@ def finish(run: Run, trainer: Trainer, processor, tests: dict[str, list[Item]], 
         blind = read_json(twin)
         shared = {"exact_match", "compositional_exact_match", "answer_loss"} & blind.keys()
         result |= {f"blind_{key}": blind[key] for key in sorted(shared)}
-    result |= lost | {"seconds": round(trainer.seconds, 1), "steps": trainer.steps_done, "seed": args.seed, "run": str(run.folder)}
+    result |= lost
+    result |= {"seconds": round(trainer.seconds, 1), "steps": trainer.steps_done, "seed": args.seed, "run": str(run.folder)}
     write_json(run.folder / "result.json", result)
     print(json.dumps(result))
 

@@ -200,8 +200,8 @@ class Run:
             self.folder.mkdir(parents=True, exist_ok=True)
             sweep(self.folder)
         self.state = load_state(self.folder) if args.resume else None  # what a stopped run left
-        if self.state:
-            check_settings(args, self.state["settings"])
+        if self.state is not None:
+            check_settings(args, self.state.get("settings"))
         self.stop_signal: int | None = None
         for which in (signal.SIGINT, signal.SIGTERM):
             signal.signal(which, self._on_signal)
@@ -811,8 +811,10 @@ class Trainer:
             self.ema.weights = {name: sharded_like(tensor, own[name]) for name, tensor in weights.items()}
 
 
-def check_settings(args: argparse.Namespace, saved: dict) -> None:
+def check_settings(args: argparse.Namespace, saved: dict | None) -> None:
     """Raises ValueError where the saved run was started with others."""
+    if not isinstance(saved, dict):
+        raise ValueError(f"{Path(args.out) / 'state.pt'} is no state of a run: start again without --resume")
     for key, value in comparable_settings(args).items():
         if saved.get(key) != value:
             raise ValueError(

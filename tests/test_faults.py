@@ -5,13 +5,13 @@ from one that has imported the scripts already. At the end, bugs that test_fuzz.
 
 import contextlib
 import importlib
+import io
 import json
 import math
 import multiprocessing
 import os
 import random
 import resource
-import shutil
 import signal
 import subprocess
 import sys
@@ -28,9 +28,12 @@ from PIL import Image
 
 import checkpoint
 import scenes
-import training
+import train_vit
 from answers import scene_items
 from checkpoint import load_state, save_pretrained
+from image_folder import decode_image
+from model import Llama3ForCausalLM, LLAMA32Config
+from processing_mllama import image_settings
 from training import Metrics, Trainer, run_cli
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
@@ -341,3 +344,111 @@ def test_on_a_file_system_that_fills_up(nursery, whole, small_disk):
 
 
 # ---- bugs, each with its story ---------------------------------------------------------------------------------------
+
+
+def refused(capsys, main, *flags) -> str:
+    """A script with what it must refuse: exit code 2 and one line, which is returned."""
+    with pytest.raises(SystemExit) as ended:
+        run_cli(lambda: main(list(map(str, flags))))
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
+    assert ended.value.code == 2
+    return line
+
+
+FLAGS_BEYOND_ALL_BOUNDS = [
+    ("--batch-size", "1" + "0" * 400, "must be a whole number"),  # was an OverflowError's traceback, as for all whole numbers
+    ("--seed", "9" * 20, "must be a whole number"),  # was a RuntimeError's, in the first step
+    ("--seed", "-1", "must be a whole number"),  # some random generators took it, numpy's did not
+    ("--drop-path", "nan", "must be a number"),  # trained, to weights that were no numbers
+    ("--ema", "2", "below 1"),  # averaged as 1 does: not at all
+    ("--device", "meta", "no such device"),  # has no numbers: a traceback at the end of the first step
+    ("--image-size", 10**9, "out of memory"),  # was a RuntimeError's traceback
+]
+
+
+@pytest.mark.parametrize("flag, value, words", FLAGS_BEYOND_ALL_BOUNDS)
+def test_a_flag_beyond_all_bounds(tmp_path, capsys, flag, value, words):
+    """Each was a traceback, or worse, was taken."""
+    small = ["--hidden-size", 16, "--layers", 1, "--heads", 1, "--dry-run", "--device", "cpu", "--out", tmp_path / "run"]
+    assert words in refused(capsys, train_vit.main, *small, flag, value)
+
+
+CONFIGS = [
+    ({"rms_norm_eps": -1.0}, "rms_norm_eps is -1.0"),  # the root of a negative number: every logit was NaN, without a word
+    ({"rope_theta": 0, "rope_parameters": None}, "rope_base is 0"),
+    ({"rope_parameters": {"rope_type": "linear", "factor": 0.0}}, "factor 0.0"),
+    ({"num_hidden_layers": 10**9}, "1000000000 layers"),  # built them, one after the other
+    ({"hidden_size": 32.0}, "hidden_size is 32.0"),  # a TypeError's traceback
+    ({"tie_word_embeddings": "false"}, "tie_word_embeddings is 'false'"),  # a text is true
+    ({"hidden_size": 10**18, "num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 2}, "does not describe"),
+]
+
+
+@pytest.mark.parametrize("changes, words", CONFIGS)
+def test_a_config_that_makes_no_sense(tmp_path, changes, words):
+    settings = {"vocab_size": 20, "hidden_size": 32, "n_heads": 4, "n_layers": 1, "hidden_dim": 32, "context_length": 64}
+    save_pretrained(Llama3ForCausalLM(LLAMA32Config(**settings)), tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, **changes}))
+    with pytest.raises(ValueError, match=words):
+        checkpoint.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("scale", [[0.5, math.nan, 0.5], ["x", 1, 1], 0.5, [1, 1]])
+def test_pictures_cannot_be_scaled_by_what_is_no_number(scale):
+    """NaN is not below 0: it passed the check, and every pixel was NaN. A text was a TypeError's traceback."""
+    with pytest.raises(ValueError, match="three numbers each"):
+        image_settings({"image_std": scale})
+
+
+def test_a_large_deep_grey_picture_is_scaled_in_strips():
+    """All of it as float64, several times over, took 24 bytes a pixel and more: a file of 160 kB made 2 GB of it."""
+    buffer, side = io.BytesIO(), 2000
+    Image.fromarray(np.arange(side * side, dtype=np.uint32).astype(np.uint16).reshape(side, side)).save(buffer, "PNG")
+    tracemalloc.start()
+    picture = decode_image(buffer.getvalue())
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 8 * side * side and np.array_equal(np.asarray(picture)[0, ::257, 0], np.round(np.arange(0, side, 257) / 257))
+
+
+def test_other_weights_in_a_saved_state_are_noticed(tmp_path):
+    """torch.load does not look at the checksums of the archive: a flipped bit on the disk went into the weights."""
+    checkpoint.save_state(tmp_path, {"settings": {}, "model": torch.zeros(1000)})
+    data = bytearray((tmp_path / "state.pt").read_bytes())
+    data[data.index(bytes(4000)) + 2003] = 64
+    (tmp_path / "state.pt").write_bytes(data)
+    assert torch.load(tmp_path / "state.pt", weights_only=True)["model"].count_nonzero() == 1
+    with pytest.raises(ValueError, match="another checksum"):
+        load_state(tmp_path)
+
+
+@pytest.mark.parametrize("state, words", [(Path("x"), "is damaged"), ([1], "no state of a run"), ({}, "no state of a run")])
+def test_a_saved_state_of_something_else_is_refused(tmp_path, capsys, state, words):
+    """weights_only=True refuses to run it, by an UnpicklingError that nobody caught; of others the settings were missed."""
+    torch.save(state, tmp_path / "state.pt")
+    assert words in refused(capsys, train_vit.main, "--out", tmp_path, "--resume", "--device", "cpu")
+
+
+def test_resuming_with_another_number_of_classes_says_so(tmp_path, capsys, monkeypatch):
+    """The head did not fit: thirty lines of load_state_dict. Which data there were is compared first now."""
+    monkeypatch.setenv("VLM_CACHE", str(tmp_path / "cache"))
+    for name in ("ant", "bee", "cat"):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for i in range(10):
+            Image.new("RGB", (16, 16), (i * 20, 0, 0)).save(tmp_path / "photos" / name / f"{i}.png")
+        if name != "ant":
+            flags = ["--dataset", "folder", "--data", tmp_path / "photos", "--out", tmp_path / "run", "--device", "cpu"]
+            flags += "--hidden-size 16 --layers 1 --heads 1 --patch-size 8 --batch-size 9 --epochs 1 --workers 1".split()
+            monkeypatch.setattr(train_vit, "draw", lambda *args: None)
+            if name == "bee":
+                train_vit.main(list(map(str, flags)))
+    assert "the saved run has number of samples 18, this one 27" in refused(capsys, train_vit.main, *flags, "--resume")
+
+
+@pytest.mark.parametrize("line", [b"{", b"[]", b"{}", b'{"step": "x"}', b"\xff", b"null"])
+def test_a_damaged_line_of_metrics_names_its_file(tmp_path, line):
+    """A JSONDecodeError named no file, a list was an AttributeError's traceback."""
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 20}\n' + line + b'\n{"step": 40}\n')
+    with pytest.raises(ValueError, match="metrics.jsonl has lines that are no JSON object with a step"):
+        Metrics(tmp_path / "metrics.jsonl", 40)

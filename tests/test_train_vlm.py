@@ -394,7 +394,7 @@ def test_lora_trains_its_matrices_and_the_projector(runs, seeing, changed):
 @pytest.mark.parametrize("fusion", ["early", "cross"])
 def test_qlora_packs_what_comes_trained_and_trains_only_around_it(runs, seeing, changed, monkeypatch, fusion):
     found = []
-    monkeypatch.setattr(train_vlm, "finish", lambda run, trainer, model, *rest: found.append(model.language_model))
+    monkeypatch.setattr(train_vlm, "finish", lambda run, trainer, *rest: found.append(trainer.raw.model.language_model))
     flags = ["--vision", seeing[0], "--lm", seeing[0], "--qlora", 2, "--fusion", fusion, "--out", runs / f"qlora {fusion}"]
     train_vlm.main([*COMMON, *map(str, [*SCENES, *flags])])
     before = from_pretrained(seeing[0]).language_model.state_dict()
