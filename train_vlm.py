@@ -573,7 +573,9 @@ def train_stage(run: Run, learner: Learner, stage: Stage, data: Data, batches, b
     def losses(step: int):
         generator = run.seed_step(step)
         parts = next(batches)
-        for batch, share in zip(parts, shares(run, [learner.count(**part) for part in parts]), strict=True):
+        several = len(parts) * run.world_size > 1
+        weights = shares(run, [learner.count(**part) for part in parts]) if several else [torch.ones(len(READ))]
+        for batch, share in zip(parts, weights, strict=True):
             batch |= {"share": share}
             batch = {key: value.to(run.device) if hasattr(value, "to") else value for key, value in batch.items()}
             if args.shift and "pixel_values" in batch:
