@@ -262,7 +262,7 @@ def served(run, tmp_path_factory):
     finally:
         server.send_signal(signal.SIGINT)
         try:
-            server.wait(20)
+            server.wait(60)
         finally:
             server.kill()
     assert not (folder / "abroad").exists(), (folder / "abroad").read_text()
