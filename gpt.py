@@ -62,11 +62,18 @@ def preset_settings(presets: dict, name: str) -> dict:
     return presets[name]
 
 
+def check_depth(layers: int) -> None:
+    """Raise ValueError for more layers than anybody has trained: to build a billion of them would take days."""
+    if layers > 1000:
+        raise ValueError(f"{layers} layers are out of all proportion: choose at most 1000")
+
+
 def check_block_config(config) -> None:
     """Raise ValueError for sizes that no transformer block can have. Works for GPTConfig and ViTConfig."""
     for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"):
         if getattr(config, name) < 1:
             raise ValueError(f"{name} is {getattr(config, name)}: it must be at least 1")
+    check_depth(config.num_hidden_layers)
     if config.hidden_size % config.num_attention_heads:
         raise ValueError(
             f"hidden_size {config.hidden_size} cannot be split over {config.num_attention_heads} attention heads: "

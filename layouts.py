@@ -73,13 +73,6 @@ def check_types(config) -> None:
             raise ValueError(f"{field.name} is {value!r:.80}: it must be {' or '.join(kind.__name__ for kind in kinds)}")
 
 
-def depth(config) -> int:
-    """The layers of a config's deepest tower."""
-    towers = (depth(getattr(config, field.name)) for field in fields(config) if is_dataclass(getattr(config, field.name)))
-    own = getattr(config, "num_hidden_layers", 0) or getattr(config, "n_layers", 0)
-    return max([own, *towers])
-
-
 def with_defaults(published: dict, defaults: dict) -> dict:
     """config.json leaves out, or gives as null, what equals the default of transformers."""
     return {**defaults, **{key: value for key, value in published.items() if value is not None}}

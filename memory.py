@@ -86,6 +86,8 @@ def activation_bytes(model: nn.Module, losses: Iterable[torch.Tensor], device: t
     finally:
         for hook in dropping:
             hook.remove()
+    if not found:
+        raise ValueError("--dry-run compares several samples: give it a --batch-size of 2 or more")
     return sum(found) / len(found)
 
 

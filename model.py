@@ -28,7 +28,17 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from gpt import KVCache, causal_mask, collect, decode, explicit_attention, left_pad, positions_and_mask, preset_settings
+from gpt import (
+    KVCache,
+    causal_mask,
+    check_depth,
+    collect,
+    decode,
+    explicit_attention,
+    left_pad,
+    positions_and_mask,
+    preset_settings,
+)
 from siglip import SiglipModel, SiglipVisionConfig, note, whole_patches
 from vit_scratch import pair
 
@@ -90,6 +100,12 @@ class LLAMA32Config:
         for name in (*sizes, "max_position_embeddings", "context_length"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1")
+        check_depth(self.n_layers)
+        if self.max_position_embeddings > 2**20:
+            raise ValueError(
+                f"max_position_embeddings is {self.max_position_embeddings}: a table of so many rotations does not fit into "
+                "memory; give at most 2^20, and the rest as context_length"
+            )
         if self.n_heads % self.n_kv_groups:
             raise ValueError(f"{self.n_heads} query heads cannot share {self.n_kv_groups} key/value heads: choose a divisor")
         if self.head_dim is None and self.hidden_size % self.n_heads:

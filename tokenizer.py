@@ -50,6 +50,8 @@ DIGITS_REGEX = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?
 LLAMA3_REGEX = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
                 r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 QWEN2_REGEX = LLAMA3_REGEX.replace("{1,3}", "")
+PUBLISHED_REGEXES = (GPT2_REGEX, DIGITS_REGEX, LLAMA3_REGEX, QWEN2_REGEX)
+PROBE = "".join(map(chr, range(32, 127))) + "\n\t  a 12 \u00e9 \u4e2d \U0001f600\r\n"  # some of each kind of character
 
 
 def _byte_level(use_regex: bool) -> dict:
@@ -436,6 +438,9 @@ class BPETokenizer:
             self._bpe = tiktoken.Encoding("bpe", pat_str=self._regex, mergeable_ranks=ranks, special_tokens={})
         except ValueError as error:
             raise ValueError(f"{source}: the pre_tokenizer's regex does not compile: {self._regex!r}") from error
+        # On a piece without a byte tiktoken panics, which no except clause for errors catches.
+        _need(self._regex in PUBLISHED_REGEXES or all(self._pieces(PROBE)), source,
+              f"the pre_tokenizer's regex cuts out empty pieces: {self._regex!r:.200}")
 
     def _add(self, entry: dict, source) -> None:
         content, token_id = entry["content"], entry["id"]
@@ -451,7 +456,9 @@ class BPETokenizer:
     def _configure(self, config: dict, source) -> None:
         """Take over a tokenizer_config.json. As in transformers, special tokens it names are added where missing."""
         def text(token):
-            return token["content"] if isinstance(token, dict) else token
+            token = token["content"] if isinstance(token, dict) else token
+            _need(token is None or isinstance(token, str), source, f"{token!r:.80} is named as a special token, and is no text")
+            return token
 
         for name in NAMED_TOKENS:
             setattr(self, name, text(config.get(name)))
@@ -592,7 +599,10 @@ class BPETokenizer:
     def _compiled(self):
         import regex  # tiktoken depends on it
 
-        return regex.compile(self._regex)
+        try:
+            return regex.compile(self._regex)
+        except regex.error as error:
+            raise ValueError(f"the pre_tokenizer's regex does not compile ({error}): {self._regex!r:.200}") from error
 
     def _clean(self, text: str) -> str:
         if not text.isascii():
@@ -606,7 +616,7 @@ class BPETokenizer:
         """Ids of text without added tokens: by tiktoken in one go, or piece by piece where it would not do the same."""
         text = self._clean(text)
         lost = self._lost and len(text.encode().translate(None, self._lost)) < len(text.encode())
-        builtin = self._regex in (GPT2_REGEX, DIGITS_REGEX, LLAMA3_REGEX, QWEN2_REGEX)
+        builtin = self._regex in PUBLISHED_REGEXES
         long = len(text) > LONG_RUN and (not builtin or re.search(rf"\s{{{LONG_RUN}}}", text))
         if not (lost or long or self._apart):
             return [self._ids[rank] for rank in self._bpe.encode_ordinary(text)]

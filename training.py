@@ -51,7 +51,7 @@ def argument_parser(doc: str, **defaults) -> argparse.ArgumentParser:
     add("--out", metavar="DIR", help="the run folder; default runs/<script>-<dataset>")
     add("--epochs", type=positive_float, help="passes over the training data; default depends on the data set")
     add("--max-seconds", type=positive_float, help="end the training after so long; the schedule is fitted to it")
-    add("--batch-size", type=positive_int, default=64, help="samples per step, over all processes and accumulation")
+    add("--batch-size", type=at_most_a_million, default=64, help="samples per step, over all processes and accumulation")
     add("--grad-accum", type=positive_int, default=1, help="split each batch into so many parts, to save memory")
     add("--lr", type=positive_float, help="peak learning rate")
     add("--weight-decay", type=not_negative_float, default=0.05, help="AdamW's; not for norms, biases and positions")
@@ -99,6 +99,7 @@ def number(kind, good, what):
 
 positive_int = number(int, lambda v: 1 <= v < 2**31, "a whole number of at least 1 and below 2^31")
 not_negative_int = number(int, lambda v: 0 <= v < 2**31, "a whole number of at least 0 and below 2^31")
+at_most_a_million = number(int, lambda v: 1 <= v <= 2**20, "a whole number of at least 1 and at most 2^20")
 positive_float = number(float, lambda v: 0 < v < math.inf, "a number above 0")
 not_negative_float = number(float, lambda v: 0 <= v < math.inf, "a number of at least 0")
 fraction = number(float, lambda v: 0 <= v < 1, "a number of at least 0 and below 1")

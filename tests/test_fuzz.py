@@ -103,7 +103,7 @@ def read_or_refused(call, *args):
 
 
 def said_by(main, *flags) -> tuple[int, str]:
-    """Exit code and standard output of a script. A refusal is one line on standard error and exit code 2; 1 is the answer no."""
+    """Exit code and output of a script. A refusal is one line on standard error and exit code 2; 1 is the answer no."""
     out, err, code = io.StringIO(), io.StringIO(), 0
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), bounded():
         try:
@@ -119,7 +119,7 @@ def said_by(main, *flags) -> tuple[int, str]:
 
 NASTY = [
     *(None, True, False, 0, -1, 1, 2, 3, 7, 2**31, 2**63, 10**9, -(10**18), 10**400, 0.5, -0.5, 1e-300, 1e308),
-    *(math.nan, math.inf, -math.inf, "", "x", "0", "-1", "../../x", "\0", "\ud800", "<image>", "a" * 3000),
+    *(math.nan, math.inf, -math.inf, "", "x", "0", "-1", "../../x", "\0", "\ud800", "<image>", "a" * 300),
     *([], [0], [None], [16, 16, 16], ["x"], [[[]]], {}, {"x": 1}, {"type": "x"}, {"rope_type": "linear"}),
 ]
 
@@ -416,8 +416,9 @@ def numbers(model) -> torch.Tensor:
         return model(PIXELS)
     if not isinstance(model, MllamaForConditionalGeneration):
         return model(IDS)["logits"]
-    places = model.config.text_config.num_image_tokens
-    ids = torch.cat([torch.full((1, places), model.config.image_token_id), IDS], dim=1)
+    config = model.config
+    token = config.image_token_id if config.image_token_id is not None else config.text_config.vocab_size - 1
+    ids = torch.cat([torch.full((1, config.text_config.num_image_tokens), token), IDS], dim=1)
     return model(input_ids=ids, pixel_values=PIXELS)["logits"]
 
 
