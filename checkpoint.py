@@ -66,9 +66,10 @@ def writing(path: Path):
 
 
 def sweep(folder: Path) -> None:
-    """Delete what writes have left that a kill cut short. Nobody else may be writing to the folder."""
-    for file in folder.glob(".*.tmp"):
-        if re.fullmatch(r"\..+\.\d+\.tmp", file.name):
+    """Delete what writes have left that a kill cut short, write_atomic's and safetensors' (.tmpXXXXXX). Nobody else may be
+    writing to the folder."""
+    for file in folder.glob(".*tmp*"):
+        if re.fullmatch(r"\..+\.\d+\.tmp|\.tmp\w{6}", file.name):
             file.unlink(missing_ok=True)
 
 

@@ -173,8 +173,8 @@ class MLLAMAConfig:
         for name in ("pixel_shuffle", "cross_every", "projection_dim"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1")
-        if self.image_token_id is not None and self.image_token_id < 0:
-            raise ValueError(f"image_token_id is {self.image_token_id}: it must be at least 0")
+        if self.image_token_id is not None and not 0 <= self.image_token_id < 2**31:
+            raise ValueError(f"image_token_id is {self.image_token_id}: it must be at least 0 and below 2^31")
         if self.projector_bias is None:
             self.projector_bias = self.projector_type == "mlp"
         cross = self.fusion == "cross"

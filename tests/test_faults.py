@@ -186,12 +186,26 @@ def die_at(number: int, folder: str) -> None:
     sys.addaudithook(hook)
 
 
+def die_half_way(step: int, room: int) -> None:
+    """The system kills the process in the middle of the first write after so many steps that makes a file over room long."""
+    take = Trainer.step
+
+    def outer(trainer, losses):
+        if trainer.steps_done >= step:
+            signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+            resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+            resource.setrlimit(resource.RLIMIT_FSIZE, (room, resource.RLIM_INFINITY))
+        take(trainer, losses)
+
+    Trainer.step = outer
+
+
 KILLS = 20
 
 
 def test_killed_at_twenty_random_moments_a_run_ends_as_if_uninterrupted(nursery, whole, tmp_path):
-    """Half of them by the clock, from the first line of the script to the last; half as a file is about to be opened, moved or
-    deleted. The state is saved after each step, so that many fall into a save. A run is killed again and again until it is
+    """Some of them by the clock, from the first line of the script to the last; some as a file is about to be opened, moved or
+    deleted; some in the middle of a write. The state is saved after each step. A run is killed again and again until it is
     through; then the next one is."""
     expected, rng, run, killed, number = whole("train_vit"), random.Random(0), None, 0, 0
     start = time.perf_counter()
@@ -200,13 +214,14 @@ def test_killed_at_twenty_random_moments_a_run_ends_as_if_uninterrupted(nursery,
     while killed < KILLS:
         if run is None:
             run, number = tmp_path / str(number), number + 1
-        by_event = rng.random() < 0.5
-        arrange = partial(die_at, rng.randint(1, 40), str(run)) if by_event else None
+        by_event = partial(die_at, rng.randint(1, 40), str(run))
+        ways = None, by_event, partial(die_half_way, rng.randint(0, 9), rng.randint(0, 10**5))
+        arrange = ways[killed % 3]
         again = ["--resume"] * (run / "state.pt").exists()
         child = Child(nursery, "train_vit", run, "--save-every", "1", *again, arrange=arrange)
-        child.process.join(None if by_event else rng.uniform(0, lasts))
+        child.process.join(None if arrange else rng.uniform(0, lasts))
         code = child.kill()
-        assert code in (0, -signal.SIGKILL), child.said()
+        assert code in (0, -signal.SIGKILL, -signal.SIGXFSZ), child.said()
         if code == 0:
             assert left_by(run) == expected and not litter(run)
             run = None
@@ -389,6 +404,7 @@ CONFIGS = [
 ]
 
 
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
 @pytest.mark.parametrize("changes, words", CONFIGS)
 def test_a_config_that_makes_no_sense(tmp_path, changes, words):
     settings = {"vocab_size": 20, "hidden_size": 32, "n_heads": 4, "n_layers": 1, "hidden_dim": 32, "context_length": 64}
@@ -472,3 +488,11 @@ def test_a_damaged_line_of_metrics_names_its_file(tmp_path, line):
     (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 20}\n' + line + b'\n{"step": 40}\n')
     with pytest.raises(ValueError, match="metrics.jsonl has lines that are no JSON object with a step"):
         Metrics(tmp_path / "metrics.jsonl", 40)
+
+
+def test_what_a_killed_write_left_goes_and_nothing_else(tmp_path):
+    """safetensors writes beside its file, too: a kill in the middle of it left .tmpLNtnOx for good."""
+    for name in (".model.safetensors.123.tmp", ".tmpLNtnOx", ".tmp-notes", "a.tmp", ".keep.tmp", "tmpLNtnOx"):
+        (tmp_path / name).touch()
+    checkpoint.sweep(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".keep.tmp", ".tmp-notes", "a.tmp", "tmpLNtnOx"]

@@ -643,7 +643,7 @@ def checkpoint_main(argv: list[str]) -> None:
 
 
 VALUES = ["", "0", "1", "-1", "nan", "inf", "-inf", "1e999", "1e-320", "0.5", "9" * 30, "1" + "0" * 9, "1" + "0" * 5000, "x"]
-VALUES += ["\0", "\ud800", "🙂", "../../x", "/dev/null", "/proc/self/mem", "a" * 5000, "None", "True", "-", "--", "%s{}", "[1]"]
+VALUES += ["\0", "\ud800", "🙂", "../../x", "/dev/null", "/proc/self/mem", "a" * 5000, "None", "True", "-", "%s{}", "[1]"]
 TRAINED = ["--device", "cpu", "--workers", "1", "--dry-run"]
 SCRIPTS = {
     "train_vit": (train_vit.main, [*TRAINED, "--hidden-size", "16", "--layers", "1", "--heads", "1", "--batch-size", "8"]),
