@@ -16,9 +16,7 @@ what a run needs to go on exactly where it stopped.
 
 import argparse
 import itertools
-import json
 import math
-import os
 import pickle
 import re
 import shutil
@@ -34,58 +32,12 @@ import torch.nn as nn
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
+from files import read_json, write_atomic, write_json
 from layouts import LAYOUTS, TOKEN_IDS, Layout, Name, check_types, renamed, with_defaults
 from model import Linear_LORA, convert_linears_to_lora, merge_lora
 from quant import STATE, SUFFIXES, Linear4bit, is_nf4, linear_from_file, quantization_config, weight_to_file
 
 # ---- files -----------------------------------------------------------------------------------------------------------
-
-
-def write_atomic(path: Path | str, write: Callable[[Path], None]) -> None:
-    """Call write(temporary path beside `path`), then move the result into place: a reader sees the old file or the new
-    one, never half of it, whatever kills the process in between."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with writing(path):
-            write(temporary)
-            os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-@contextmanager
-def writing(path: Path):
-    """A write that fails says which file it was of; the system's own words do not, once the file is open."""
-    try:
-        yield
-    except OSError as error:
-        if error.filename is not None or error.errno is None:
-            raise
-        raise OSError(f"{path} cannot be written ({error.strerror})") from None
-
-
-def sweep(folder: Path) -> None:
-    """Delete what writes have left that a kill cut short, write_atomic's and safetensors' (.tmpXXXXXX). Nobody else may be
-    writing to the folder."""
-    for file in folder.glob(".*tmp*"):
-        if re.fullmatch(r"\..+\.\d+\.tmp|\.tmp\w{6}", file.name):
-            file.unlink(missing_ok=True)
-
-
-def write_json(path: Path | str, value) -> None:
-    write_atomic(path, lambda tmp: tmp.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8"))
-
-
-def read_json(path: Path | str) -> dict:
-    """The JSON object in a file. Raises ValueError where it holds anything else."""
-    try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON ({error}): it may be damaged, get it again") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} holds a JSON {type(value).__name__}, an object was expected")
-    return value
 
 
 def safetensors_files(folder: Path) -> list[Path]:

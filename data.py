@@ -75,6 +75,11 @@ DATASETS = {
 }  # fmt: skip
 
 
+def evenly(count: int, most: int) -> torch.Tensor:
+    """int64: indices of `most` out of so many things, or of all, evenly spread from the first to the last."""
+    return torch.linspace(0, count - 1, min(most, count)).long()
+
+
 @dataclass
 class ImageDataset:
     images: torch.Tensor  # uint8 [N, C, H, W]; read-only where it is memory-mapped (a folder's pictures)

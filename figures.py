@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from PIL import Image, ImageDraw, ImageFont
 
-from checkpoint import write_atomic
+from files import write_atomic
 
 BLUE, ORANGE, GREEN, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#999999"
 
@@ -276,7 +276,7 @@ def token_strip(rows: Mapping[str, Sequence], kinds: Mapping[str, Sequence] | No
     names = list(dict.fromkeys(str(kind) for row in kinds.values() for kind in row))
     if len(names) >= len(SHADES):
         raise ValueError(f"{len(names)} kinds of tokens: there are colours for {len(SHADES) - 1}")
-    shade = dict(zip(names, SHADES[1:], strict=False)) if kinds else {}
+    shade = dict(zip(names, SHADES[1 : len(names) + 1], strict=True))
     label = 0.3 + 0.08 * max((len(name) for name in rows), default=0)  # inches, on the left
     width, box = max(0.5, min(0.85, 10.5 / columns)), 0.34
     height = lines * (R * box + 0.15) + (0.35 if title else 0.05) + (0.35 if names else 0.05)
@@ -382,11 +382,11 @@ def line_chart(series: Mapping[str, tuple[Sequence[float], Sequence[float]]], pa
     grey will do. log: a logarithmic y axis."""
     figure = Figure(figsize=(6.4, 3.4), layout="constrained")
     axes = figure.add_subplot()
-    styles = zip((BLUE, RED, GREEN, ORANGE, "black", GREY), ("-", "--", "-.", ":", "-", "--"), "os^Dvx", strict=True)
-    for (name, (xs, ys)), (colour, dash, marker) in zip(series.items(), styles, strict=False):
-        axes.plot(xs, ys, dash, color=colour, label=name, marker=marker if len(xs) <= 30 else None, markersize=4)
-    if len(series) > 6:
+    styles = [*zip((BLUE, RED, GREEN, ORANGE, "black", GREY), ("-", "--", "-.", ":", "-", "--"), "os^Dvx", strict=True)]
+    if len(series) > len(styles):
         raise ValueError(f"{len(series)} curves in one panel: six can be told apart")
+    for (name, (xs, ys)), (colour, dash, marker) in zip(series.items(), styles[: len(series)], strict=True):
+        axes.plot(xs, ys, dash, color=colour, label=name, marker=marker if len(xs) <= 30 else None, markersize=4)
     axes.set(xlabel=x, ylabel=y, yscale="log" if log else "linear")
     axes.set_title(title, fontsize=11, parse_math=False)
     axes.grid(alpha=0.3)
@@ -397,13 +397,15 @@ def line_chart(series: Mapping[str, tuple[Sequence[float], Sequence[float]]], pa
 
 def stacked_bars(parts: Mapping[str, Sequence[float]], labels: Sequence[str], path=None, title="", x="", form="{:,.0f}"):
     """A horizontal bar for each label, put together from the parts (name -> one number for each label), with the sum at its
-    end. Parts are told apart by colour and by hatching."""
+    end. Parts are told apart by colour and by hatching. Raises ValueError for more than seven."""
     size = (0.8 + 0.085 * max((len(label) for label in labels), default=0) + 5.5, 0.36 * len(labels) + 1.2)
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.add_subplot()
     ends = [0.0] * len(labels)
-    styles = zip(SHADES[1:], ("", "///", "...", "xx", "---", "\\\\", "oo"), strict=True)
-    for (name, row), (colour, hatch) in zip(parts.items(), styles, strict=False):
+    styles = [*zip(SHADES[1:], ("", "///", "...", "xx", "---", "\\\\", "oo"), strict=True)]
+    if len(parts) > len(styles):
+        raise ValueError(f"{len(parts)} parts of a bar: seven can be told apart")
+    for (name, row), (colour, hatch) in zip(parts.items(), styles[: len(parts)], strict=True):
         axes.barh(range(len(row)), row, left=ends, label=name, facecolor=colour, edgecolor="black", lw=0.4, hatch=hatch)
         ends = [end + float(value) for end, value in zip(ends, row, strict=True)]
     for k, end in enumerate(ends):
@@ -440,15 +442,15 @@ def clouds(groups: Mapping[str, torch.Tensor], names: Mapping[str, Sequence[str]
     """Points in a plane: group -> [M, 2], told apart by colour and marker. names: of a group's points, written beside them."""
     figure = Figure(figsize=(6.4, 4.6), layout="constrained")
     axes = figure.add_subplot()
-    styles = zip((BLUE, RED, GREEN, ORANGE, "black"), "os^Dx", strict=True)
-    if len(groups) > 5:
+    styles = [*zip((BLUE, RED, GREEN, ORANGE, "black"), "os^Dx", strict=True)]
+    if len(groups) > len(styles):
         raise ValueError(f"{len(groups)} groups in one panel: five can be told apart")
     labelled = []
-    for (group, points), (colour, marker) in zip(groups.items(), styles, strict=False):
+    for (group, points), (colour, marker) in zip(groups.items(), styles[: len(groups)], strict=True):
         points = points.detach().float().cpu()
         size = 70 if len(points) < 4 else 16
         axes.scatter(*points.T.tolist(), s=size, c=colour, marker=marker, alpha=0.7, label=group, linewidths=0.8)
-        labelled += zip(points.tolist(), (names or {}).get(group, ()), strict=False)
+        labelled += zip(points.tolist(), names[group], strict=True) if names and group in names else []
     everything = torch.cat([points.detach().float().cpu() for points in groups.values()])
     low, high = everything.amin(dim=0), everything.amax(dim=0)
     scale = torch.tensor([400.0, 280.0]) / (high - low).clamp(min=1e-12)  # about so many points of print

@@ -124,7 +124,8 @@ class GGUFFile:
 
     def tensors(self, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
         """The parameters under their published names, in dtype (fp32 unless given)."""
-        rows = dict(zip(("attn_q", "attn_k"), self._heads(), strict=False))
+        queries, keys, _ = self._heads()
+        rows = {"attn_q": queries, "attn_k": keys}
         found = {}
         for name in self.stored:
             if name == "rope_freqs.weight":

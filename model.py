@@ -325,14 +325,14 @@ class GroupQueryAttention(nn.Module):
         if isinstance(mask, AttentionBlocks):
             B, _, T, _ = q.shape
             q, k, v = take_tokens(q, mask.queries), take_tokens(k, mask.keys), take_tokens(v, mask.keys)
-            y = self.look(q, k, v, mask.mask, causal, trace, name).transpose(1, 2).flatten(2)
+            y = self.look(q, k, v, mask.mask, causal, trace, name)
             y = y.flatten(0, 1).index_select(0, mask.places).view(B, T, -1)
         else:
-            y = self.look(q, k, v, mask, causal, trace, name).transpose(1, 2).flatten(2)
+            y = self.look(q, k, v, mask, causal, trace, name)
         return F.dropout(self.o_proj(y), self.dropout, self.training)
 
     def look(self, q, k, v, mask, causal, trace, name):
-        """-> [B, H, T, head_dim]."""
+        """As attend, before the last projection."""
         B, H, T, _ = q.shape
         dropout_p = self.dropout if self.training else 0.0
         if self.explicit or trace is not None:
@@ -348,7 +348,7 @@ class GroupQueryAttention(nn.Module):
             if self.group > 1 and not share:
                 k, v = (t.repeat_interleave(self.group, dim=1) for t in (k, v))
             y = F.scaled_dot_product_attention(q, k, v, mask, dropout_p, causal, enable_gqa=share)
-        return y
+        return y.transpose(1, 2).flatten(2)
 
 
 class FeedForward(nn.Module):

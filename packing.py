@@ -31,12 +31,18 @@ class Sample:
     branches: list[tuple[list[int], list[int]]]
 
     @property
+    def lengths(self) -> list[int]:
+        """Tokens of the trunk, and of each branch."""
+        return [len(ids) for ids, _ in (self.trunk, *self.branches)]
+
+    @property
     def depth(self) -> int:
         """Tokens of the longest conversation in it."""
-        return len(self.trunk[0]) + max((len(ids) for ids, _ in self.branches), default=0)
+        trunk, *branches = self.lengths
+        return trunk + max(branches, default=0)
 
     def __len__(self) -> int:
-        return len(self.trunk[0]) + sum(len(ids) for ids, _ in self.branches)
+        return sum(self.lengths)
 
 
 def encode_sample(processor, conversations: Sequence, num_images: int) -> Sample:
@@ -108,13 +114,13 @@ def _blocks(rows: Sequence[Sequence[Sample]], branch: torch.Tensor, position: to
     """The same pattern in blocks of a few branches with their trunk; None where that would not save half of it. branch and
     position [B, T] of each token."""
     (B, T), queries, keys = branch.shape, [], []
-    room = max(len(ids) for row in rows for sample in row for ids, _ in [sample.trunk, *sample.branches])
+    room = max(length for row in rows for sample in row for length in sample.lengths)
     for b, row in enumerate(rows):
         start = b * T
         for sample in row:
-            ends = itertools.accumulate((len(ids) for ids, _ in [sample.trunk, *sample.branches]), initial=start)
+            ends = itertools.accumulate(sample.lengths, initial=start)
             parts = [range(first, end) for first, end in itertools.pairwise(ends)]
-            for block in first_fit([len(part) for part in parts], room):
+            for block in first_fit(sample.lengths, room):
                 queries.append([token for k in block for token in parts[k]])
                 keys.append(queries[-1] if 0 in block else [*parts[0], *queries[-1]])
             start += len(sample)

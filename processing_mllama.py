@@ -17,7 +17,6 @@ Face tokenizer obeys every special token it finds. Pictures are squeezed into on
 Axes: B batch, T text tokens, I images of the whole batch, H and W a picture's sides.
 """
 
-import json
 import math
 import os
 import re
@@ -29,6 +28,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
+from files import write_json
 from image_folder import _to_rgb, decode_image, one_line
 from tokenizer import BPETokenizer, _read_json
 from vit_scratch import pair
@@ -106,6 +106,12 @@ def normalize(pixels: torch.Tensor, mean: Sequence[float], std: Sequence[float])
     """[..., 3, H, W]: (pixels - mean) / std, channel by channel."""
     mean, std = (torch.tensor(value, dtype=pixels.dtype)[:, None, None] for value in (mean, std))
     return (pixels - mean).div_(std)
+
+
+def to_bytes(pixels: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
+    """What rescale and normalize made of these, uint8 [..., 3, H, W]: pictures as they are drawn."""
+    mean, std = (torch.tensor(value)[:, None, None] for value in (mean, std))
+    return ((pixels * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
 
 
 def fit(image, size: tuple[int, int], resample: str, mean: Sequence[float], do_pad_square: bool, fast=False) -> np.ndarray:
@@ -211,7 +217,8 @@ def share_out(images, named: Sequence[int]) -> list[list]:
 
 def shared_length(a: Sequence, b: Sequence) -> int:
     """How many items two sequences have in common at their beginning."""
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+    most = min(len(a), len(b))
+    return next((i for i, (x, y) in enumerate(zip(a[:most], b[:most], strict=True)) if x != y), most)
 
 
 # ---- what published files say ----------------------------------------------------------------------------------------
@@ -261,17 +268,6 @@ def count_image_tokens(config: dict, size: tuple[int, int]) -> int:
     patch = pair(config.get("vision_config", config).get("patch_size", 32 if idefics else 16))
     r = config.get("scale_factor") or config.get("pixel_shuffle") or (2 if idefics else 1)
     return 1 if config.get("fusion") == "cross" else (size[0] // patch[0]) * (size[1] // patch[1]) // r**2
-
-
-def write_json(path: Path, value: dict) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
-    except OSError as error:
-        raise OSError(f"{path} cannot be written ({error.strerror or error})") from None
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 # ---- the processor ---------------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ parts of the data, each row once an epoch, and one number says where all of them
 """
 
 import argparse
+import contextlib
 import glob
 import hashlib
 import io
@@ -39,8 +40,8 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from checkpoint import write_atomic, write_json
 from data import Batches
+from files import write_atomic, write_json
 from image_folder import one_line
 from llava_json import LlavaRows, PictureCache, Row, Wrong, checked_row, new_folder, parsed, picture_groups
 from processing_mllama import ROLES, fit, normalize, rescale
@@ -81,23 +82,22 @@ def scan(path: Path) -> tuple[np.ndarray, list[str]]:
     rows, problems, end = [], [], 0
     try:
         size = path.stat().st_size
-        named = ((name and name[0], name, start, stop) for name, start, stop in members_in(path))
+        named = ((*(name or (None, None)), start, stop) for name, start, stop in members_in(path))
         for key, members in itertools.groupby(named, key=lambda member: member[0]):
-            members = list(members)
-            (_, _, start, _), (_, _, _, stop) = members[0], members[-1]
-            gaps = [b[2] - a for a, b in zip([end, *(member[3] for member in members)], members, strict=False)]
+            _, suffixes, starts, stops = zip(*members, strict=True)
+            gaps = [start - before for before, start in zip([end, *stops[:-1]], starts, strict=True)]
             problems += [f"{gap:,} bytes before {key} or in it are damaged" for gap in gaps if gap]
-            end = stop
+            start, end = starts[0], stops[-1]
             if key is None:
                 continue
-            if stop > size:
+            if end > size:
                 problems.append(f"{key} is cut off")
-            elif "json" not in (rest for _, (_, rest), _, _ in members):
+            elif "json" not in suffixes:
                 problems.append(f"{key} has no .json")
-            elif stop - start > LARGEST_ROW:
-                problems.append(f"{key} has {stop - start:,} bytes, more than {LARGEST_ROW:,}")
+            elif end - start > LARGEST_ROW:
+                problems.append(f"{key} has {end - start:,} bytes, more than {LARGEST_ROW:,}")
             else:
-                rows.append((start, stop))
+                rows.append((start, end))
         rest = size - end
         if not end:
             problems.append("is no tar file without compression")
@@ -191,29 +191,19 @@ class Shards:
     def read(self, numbers: Iterable[int], lost: dict[str, str]) -> Iterator[Row | None]:
         """Rows by number, from 0; None for one that is damaged, the reason in `lost`. A shard stays open for as long as one row
         after the other lies in it."""
-        shard, file = -1, None
-        try:
-            for number in numbers:
-                wanted = int(np.searchsorted(self.starts, number, side="right")) - 1
-                path, (start, end) = self.paths[wanted], self.spans[number].tolist()
-                try:
-                    if wanted != shard:
-                        if file:
-                            file.close()
-                        shard, file = -1, None
-                        file = path.open("rb")
-                        shard = wanted
-                    file.seek(start)
-                    yield row_of(file.read(end - start), path, number + 1)
-                except Wrong as wrong:
-                    lost[f"{path.name} row {number - self.starts[wanted] + 1}"] = ": ".join(wrong.args)
-                    yield None
-                except (OSError, ValueError, OverflowError, tarfile.TarError) as error:
-                    lost[f"{path.name} row {number - self.starts[wanted] + 1}"] = f"cannot be read ({one_line(error)})"
-                    yield None
-        finally:
-            if file:
-                file.close()
+        for shard, group in itertools.groupby(numbers, lambda number: np.searchsorted(self.starts, number, side="right") - 1):
+            path, file = self.paths[shard], None
+            with contextlib.ExitStack() as opened:
+                for number in group:
+                    start, end = self.spans[number].tolist()
+                    try:
+                        file = file or opened.enter_context(path.open("rb"))
+                        file.seek(start)
+                        row = row_of(file.read(end - start), path, number + 1)
+                    except (OSError, ValueError, OverflowError, tarfile.TarError) as error:
+                        why = ": ".join(error.args) if isinstance(error, Wrong) else f"cannot be read ({one_line(error)})"
+                        row, lost[f"{path.name} row {number - self.starts[shard] + 1}"] = None, why
+                    yield row
 
     def head(self, count: int) -> list[Row]:
         """The usable ones of the first rows."""

@@ -25,8 +25,9 @@ import torch.nn as nn
 import figures
 from augment import PRESETS as AUGMENTATIONS
 from augment import Augment, normalise
-from checkpoint import from_pretrained, naming, read_json, read_safetensors, write_json, write_tensors
-from data import DATASETS, Batches, ImageDataset
+from checkpoint import from_pretrained, naming, read_safetensors, write_tensors
+from data import DATASETS, Batches, ImageDataset, evenly
+from files import read_json, write_json
 from gpt import GPT, GPTConfig
 from llmvit import EMBEDDERS, ENCODERS, LLMVIT, METRICS, EmbedderConfig, EncoderConfig, LanguageClassifier, NoLanguageModel
 from model import Llama3ForCausalLM, LLAMA32Config, convert_linears_to_lora
@@ -310,7 +311,7 @@ def groups(model: LLMVIT, args) -> list[dict]:
 
 def part_of(dataset: ImageDataset, count: int) -> ImageDataset:
     """So many pictures, evenly spread."""
-    chosen = torch.linspace(0, len(dataset) - 1, min(count, len(dataset))).long()
+    chosen = evenly(len(dataset), count)
     return replace(dataset, images=dataset.images[chosen], labels=dataset.labels[chosen])
 
 
@@ -329,24 +330,24 @@ def draw(folder: Path, model: LLMVIT, test: ImageDataset, probabilities, spelled
     figures.curves(rows, folder / "curves.png")
     captions = [test.classes[i] if ok else f"{test.classes[i]}, is {test.classes[j]}"
                 for i, j, ok in zip(said.tolist(), labels.tolist(), right.tolist(), strict=True)]  # fmt: skip
-    shown = torch.linspace(0, len(test) - 1, min(32, len(test))).long()
+    shown = evenly(len(test), 32)
     images = test.images[shown].cpu()
     figures.sheet(images, [captions[i] for i in shown], folder / "samples.png", "what it said", good=right[shown].tolist())
     if spelled is None:
         return {}
     order = (labels * len(test) + torch.arange(len(test))).argsort()  # some of each class
-    shown = order[torch.linspace(0, len(test) - 1, min(12, len(test))).long()]
+    shown = order[evenly(len(test), 12)]
     device = next(model.parameters()).device
     some = normalise(part_of(test, 200).images.to(device), mean, std)
-    count = model.words(some)["ids"].flatten().bincount(minlength=len(spelled))
+    uses = model.words(some)["ids"].flatten().bincount(minlength=len(spelled))
     read = model.words(normalise(test.images[shown].to(device), mean, std), WordList(spelled))["words"]
     grids = [[[words[0].strip() for words in row] for row in grid] for grid in read]
     figures.word_grid(
         test.images[shown].cpu(), grids, pair(model.config.patch_size), [captions[i] for i in shown], folder / "words.png",
         "the word that each patch is nearest to", good=right[shown].tolist(),
     )  # fmt: skip
-    most = [spelled[i].strip() for i in count.argsort(descending=True)[:10].tolist() if count[i]]
-    return {"words_used": int((count > 0).sum()), "most_used_words": most}
+    most = [spelled[i].strip() for i in uses.argsort(descending=True)[:10].tolist() if uses[i]]
+    return {"words_used": int((uses > 0).sum()), "most_used_words": most}
 
 
 def save_run(folder: Path, model: LLMVIT, config: dict, args) -> None:
@@ -380,8 +381,7 @@ def main(argv=None) -> None:
     run.print(
         f"{args.dataset}: {len(train):,} training and {len(test):,} test pictures of {size[0]}x{size[1]}, {K} classes\n"
         + "".join(f"{line}\n" for line in describe(model, args, config))
-        + f"{total_steps:,} steps of {args.batch_size} pictures on {run.device} in {run.dtype}"
-        f"{f', at most {args.max_seconds:g} s' if args.max_seconds else ''} -> {run.folder}"
+        + f"{total_steps:,} steps of {args.batch_size} pictures {run}"
     )
 
     def losses(step: int):

@@ -26,6 +26,7 @@ import os
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,11 +37,12 @@ from torch.utils.checkpoint import checkpoint
 import figures
 from augment import PRESETS as AUGMENTATIONS
 from augment import Augment
-from checkpoint import from_pretrained, read_json, save_pretrained, write_json
-from data import Batches
+from checkpoint import from_pretrained, save_pretrained
+from data import Batches, evenly
+from files import read_json, write_json
 from generate import caption_ids
 from llava_json import PictureCache, Row
-from processing_mllama import IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD, RESAMPLE, normalize, rescale
+from processing_mllama import IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD, RESAMPLE, normalize, rescale, to_bytes
 from scenes import COLOURS, PLACES, SLOTS, SceneConfig, Scenes, SceneStream, corpus, make_scenes, with_article
 from shards import ShardPictures, ShardStream
 from siglip import SiglipConfig, SiglipTextConfig, SiglipTwoTower, SiglipVisionConfig
@@ -253,7 +255,7 @@ class ScenePairs:
 
 
 class Shuffled:
-    """What pairs from a finite data set share: `batches` of it."""
+    """What pairs from a finite data set share: `batches` of it, which know where they stand."""
 
     def __len__(self) -> int:
         return len(self.batches)
@@ -261,6 +263,12 @@ class Shuffled:
     @property
     def fraction(self) -> float:
         return self.batches.fraction
+
+    def state_dict(self) -> dict:
+        return self.batches.state_dict()
+
+    def load_state_dict(self, state: dict) -> None:
+        self.batches.load_state_dict(state)
 
 
 class ClassPairs(Shuffled):
@@ -272,7 +280,6 @@ class ClassPairs(Shuffled):
         self.captions = [args.caption.format(name.replace("_", " ")) for name in self.train.classes]
         self.image_size = tuple(self.train.images.shape[-2:])
         self.batches = Batches(len(self.train), args.batch_size // run.world_size, args.seed, True, run.rank, run.world_size)
-        self.state_dict, self.load_state_dict = self.batches.state_dict, self.batches.load_state_dict
         self.augment = Augment(AUGMENTATIONS[args.augment], self.mean, self.std)
 
     def texts(self) -> list[str]:
@@ -333,7 +340,7 @@ class RowPairs(Shuffled):
         where none can be read in a whole epoch."""
         for _ in range(len(self) + 1):
             good = self.next_rows()
-            if good if self.run.world_size == 1 else not self.run.any(not good):  # in all processes, to stay together
+            if self.run.all(bool(good)):  # to stay together
                 chosen = [good[k % len(good)] for k in range(self.size)]
                 captions = [first_answer(row) for row, _ in chosen]
                 true = [self.true.get(row.images[0], frozenset([first_answer(row)])) for row, _ in chosen]
@@ -346,30 +353,33 @@ class RowPairs(Shuffled):
         if not first:
             raise ValueError(f"{self.test.source}: none of the test pictures can be read")
         rows = list(reversed(first.values()))
-        rows = rows[:: max(1, -(-len(rows) // GALLERY))]
-        mean, std = (torch.tensor(values)[:, None, None] for values in (self.mean, self.std))
-        images = torch.stack([self.pictures[row.images[0]] for row in rows]) * std + mean
-        true = [self.true[row.images[0]] for row in rows]
-        return {"": Test((images * 255).round().to(torch.uint8), [first_answer(row) for row in rows], true)}
+        rows = rows[:: -(-len(rows) // GALLERY)]
+        images = to_bytes(torch.stack([self.pictures[row.images[0]] for row in rows]), self.mean, self.std)
+        return {"": Test(images, [first_answer(row) for row in rows], [self.true[row.images[0]] for row in rows])}
+
+    @cached_property
+    def _rows_hash(self) -> str:
+        rows = [(row.images[0].name, first_answer(row)) for row in self.rows]
+        return hashlib.sha256(repr(rows).encode()).hexdigest()
 
     def state_dict(self) -> dict:
-        rows = [(str(row.images[0].name), first_answer(row)) for row in self.rows]
-        return {"rows": hashlib.sha256(repr(rows).encode()).hexdigest(), **self.batches.state_dict()}
+        return {"rows": self._rows_hash, **super().state_dict()}
 
     def load_state_dict(self, state: dict) -> None:
         """Raises ValueError if the state is that of other rows."""
-        if state["rows"] != self.state_dict()["rows"]:
+        if state["rows"] != self._rows_hash:
             raise ValueError(f"cannot resume: {self.rows.source} holds other rows now than when the run was started")
-        self.batches.load_state_dict(state)
+        super().load_state_dict(state)
 
 
 class ShardPairs(RowPairs):
     """The same of shards (shards.py). Whether a picture comes again with another caption is not known there."""
 
+    state_dict, load_state_dict = Shuffled.state_dict, Shuffled.load_state_dict  # a ShardStream knows whose rows it has
+
     def open(self, rows, seed: int) -> None:
         self.rows, ranks = rows, (self.run.rank, self.run.world_size, self.workers)
         self.batches = ShardStream(rows, ShardPictures(self.image_size), self.size, seed, *ranks)
-        self.state_dict, self.load_state_dict = self.batches.state_dict, self.batches.load_state_dict
 
     def texts(self) -> list[str]:
         return [first_answer(row) for row in self.rows.head(FIRST_ROWS)]
@@ -463,16 +473,15 @@ def losses(run: Run, model, towers: SiglipTwoTower, pixels, ids, true) -> Iterat
 
 
 @torch.no_grad()
-def logits_of(model: SiglipTwoTower, tokenizer: BPETokenizer, test: Test, pairs, run: Run, batch_size: int = 250):
+def logits_of(model: SiglipTwoTower, tokenizer: BPETokenizer, test: Test, pairs, run: Run):
     """[N pictures, M captions], on the CPU."""
-    images, texts = [], []
+    images, texts, some = [], [], 250  # at a time
     with run.autocast():
-        for part in test.images.split(batch_size):
+        for part in test.images.split(some):
             pixels = normalize(rescale(part.to(run.device).expand(-1, 3, -1, -1)).cpu(), pairs.mean, pairs.std)
             images.append(model.image_embeddings(pixels.to(run.device)).float())
-        for start in range(0, len(test.captions), batch_size):
-            ids = caption_ids(tokenizer, test.captions[start : start + batch_size], model.config.text_config)
-            texts.append(model.text_embeddings(ids.to(run.device)).float())
+        for part in caption_ids(tokenizer, test.captions, model.config.text_config).split(some):
+            texts.append(model.text_embeddings(part.to(run.device)).float())
     return (torch.cat(images) @ torch.cat(texts).T * model.logit_scale.exp() + model.logit_bias).cpu()
 
 
@@ -507,8 +516,7 @@ def evaluate(model, tokenizer, tests: dict[str, Test], pairs, run: Run) -> tuple
 def draw(folder: Path, test: Test, logits: torch.Tensor, rows: list[dict]) -> None:
     """curves.png; samples.png: pictures with the caption that the model finds likeliest of all, and a true one."""
     figures.curves(rows, folder / "curves.png")
-    N = len(test.images)
-    chosen = torch.linspace(0, N - 1, min(24, N)).long().tolist()
+    chosen = evenly(len(test.images), 24).tolist()
     best, said = logits[chosen].sigmoid().max(dim=1)
     answers = [test.captions[i] for i in said.tolist()]
     good = [answer in test.true[i] for i, answer in zip(chosen, answers, strict=True)]
@@ -554,8 +562,7 @@ def main(argv=None) -> None:
         f"{args.dataset}: pictures of {'x'.join(map(str, pairs.image_size))} in {'x'.join(map(str, config.vision_config.grid))}"
         f" patches, captions of {config.text_config.max_position_embeddings} tokens out of {len(tokenizer)}\n"
         f"towers: vision {count['vision_model']:,}, text {count['text_model']:,} parameters, {trained:,} trained in all\n"
-        f"{total_steps:,} steps of {args.batch_size} pairs in parts of {args.batch_size // args.grad_accum}, on {run.device} "
-        f"in {run.dtype}{f', at most {args.max_seconds:g} s' if args.max_seconds else ''} -> {run.folder}"
+        f"{total_steps:,} steps of {args.batch_size} pairs in parts of {args.batch_size // args.grad_accum}, {run}"
     )
 
     def batch_losses(step: int):

@@ -20,8 +20,9 @@ import torch.nn.functional as F
 import figures
 from augment import PRESETS as AUGMENTATIONS
 from augment import Augment, normalise
-from checkpoint import from_pretrained, save_pretrained, write_json
-from data import DATASETS, Batches, ImageDataset, load_images
+from checkpoint import from_pretrained, save_pretrained
+from data import DATASETS, Batches, ImageDataset, evenly, load_images
+from files import write_json
 from training import Run, Trainer, argument_parser, fraction, not_negative_int, parameter_groups, positive_int, run_cli
 from vit_scratch import ViTConfig, ViTModel, pair
 
@@ -86,13 +87,12 @@ def load_data(args, run: Run) -> tuple[ImageDataset, ImageDataset]:
 
 
 @torch.no_grad()
-def predict(model: ViTModel, dataset: ImageDataset, mean, std, run: Run, batch_size: int = 500) -> torch.Tensor:
+def predict(model: ViTModel, dataset: ImageDataset, mean, std, run: Run) -> torch.Tensor:
     """Probabilities [N, K] for every picture of a data set."""
     rows = []
-    for start in range(0, len(dataset), batch_size):
-        images = dataset.images[start : start + batch_size].to(run.device)
+    for images in dataset.images.split(500):
         with run.autocast():
-            logits = model(normalise(images, mean, std))
+            logits = model(normalise(images.to(run.device), mean, std))
         rows.append(logits.float().softmax(dim=-1).cpu())
     return torch.cat(rows)
 
@@ -114,7 +114,7 @@ def draw(folder: Path, model: ViTModel, test: ImageDataset, probabilities: torch
         ]
         figures.sheet(images[chosen], captions, folder / name, title, good=right[chosen].tolist())
 
-    sheet(torch.linspace(0, len(test) - 1, min(32, len(test))).long(), "samples.png", "what it saw, what it said")
+    sheet(evenly(len(test), 32), "samples.png", "what it saw, what it said")
     wrong = (~right).nonzero()[:, 0]
     sheet(wrong[confidence[wrong].argsort(descending=True)][:32], "mistakes.png", "the most confident mistakes")
     K = len(test.classes)
@@ -154,8 +154,7 @@ def main(argv=None) -> None:
     run.print(
         f"{args.dataset}: {len(train):,} training and {len(test):,} test pictures of {size[0]}x{size[1]}, {K} classes\n"
         f"ViT: {parameters:,} parameters, {config.grid[0]}x{config.grid[1]} patches of {pair(config.patch_size)[0]} pixels\n"
-        f"{total_steps:,} steps of {args.batch_size} pictures, learning rate {args.lr:g}, on {run.device} in {run.dtype}"
-        f"{f', at most {args.max_seconds:g} s' if args.max_seconds else ''} -> {run.folder}"
+        f"{total_steps:,} steps of {args.batch_size} pictures, learning rate {args.lr:g}, {run}"
     )
 
     def losses(step: int):

@@ -37,7 +37,8 @@ from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from checkpoint import load_state, save_state, sweep, write_atomic, writing
+from checkpoint import DTYPES, load_state, save_state
+from files import sweep, write_atomic, writing
 from memory import activation_bytes, along_a_line, mib, step_memory
 
 # ---- command line ----------------------------------------------------------------------------------------------------
@@ -60,7 +61,7 @@ def argument_parser(doc: str, **defaults) -> argparse.ArgumentParser:
     add("--ema", type=fraction, default=0.0, help="decay of an averaged copy of the weights, e.g. 0.999; 0: none")
     add("--seed", type=not_negative_int, default=0)
     add("--device", help="cpu, cuda, cuda:1, mps; default: the best there is")
-    add("--dtype", choices=["fp32", "fp16", "bf16"], help="precision of the matrix products; default fp16 on CUDA, else fp32")
+    add("--dtype", choices=DTYPES, help="precision of the matrix products; default fp16 on CUDA, else fp32")
     add("--compile", action="store_true", help="torch.compile the model: slower to start, faster on a GPU")
     add("--grad-checkpoint", action="store_true", help="recompute activations in the backward pass: less memory, slower")
     add("--fsdp", action="store_true", help="under torchrun: spread weights, gradients and averages over the processes "
@@ -109,8 +110,6 @@ OUT_OF_MEMORY = (
     "out of memory: lower --batch-size, raise --grad-accum (the same step in smaller parts), pass --grad-checkpoint, or train "
     "less (train_vlm.py: --lora or --qlora); --dry-run says what a step takes"
 )
-
-
 NO_MEMORY = ("DefaultCPUAllocator", "Storage size calculation overflowed")
 PEER_GONE = ("Connection closed by peer", "Connection reset by peer", "NCCL communicator was aborted", "remote process exited")
 
@@ -154,11 +153,19 @@ def find_device(name: str | None = None) -> torch.device:
     try:
         device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
         torch.empty(1, device=device)
-        if device.type not in ("cpu", "cuda", "mps"):  # "meta" computes nothing, without a word
-            raise NotImplementedError
     except (RuntimeError, AssertionError, NotImplementedError):  # torch's own ways to say that there is none
-        raise ValueError(f"--device {name}: this machine or this build of torch has no such device") from None
+        device = None
+    if device is None or device.type not in ("cpu", "cuda", "mps"):  # "meta" computes nothing, without a word
+        raise ValueError(f"--device {name}: this machine or this build of torch has no such device")
     return device
+
+
+def find_dtype(name: str | None, device: torch.device) -> torch.dtype:
+    """Precision of the matrix products: the one asked for, or fp16 on CUDA, else fp32. Raises ValueError for fp16 on a CPU."""
+    dtype = DTYPES[name or ("fp16" if device.type == "cuda" else "fp32")]
+    if dtype == torch.float16 and device.type == "cpu":
+        raise ValueError("--dtype fp16 needs a GPU: on a CPU train in fp32 (the default)")
+    return dtype
 
 
 class Run:
@@ -188,11 +195,7 @@ class Run:
             if self.world_size > 1:
                 raise ValueError("--dry-run is for one process: leave torchrun away, and give one process's --batch-size")
             args.grad_accum = args.batch_size
-        self.dtype = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, None: None}[args.dtype]
-        if self.dtype is None:
-            self.dtype = torch.float16 if self.device.type == "cuda" else torch.float32
-        if self.dtype == torch.float16 and self.device.type == "cpu":
-            raise ValueError("--dtype fp16 needs a GPU: on a CPU train in fp32 (the default)")
+        self.dtype = find_dtype(args.dtype, self.device)
         if self.device.type == "cuda":
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
 
@@ -206,6 +209,11 @@ class Run:
         self.stop_signal: int | None = None
         for which in (signal.SIGINT, signal.SIGTERM):
             signal.signal(which, self._on_signal)
+
+    def __str__(self) -> str:
+        """How and where, for what is printed before the first step."""
+        limit = f", at most {self.args.max_seconds:g} s" if self.args.max_seconds else ""
+        return f"on {self.device} in {self.dtype}{limit} -> {self.folder}"
 
     def _on_signal(self, number, frame):
         if self.stop_signal is not None and number == signal.SIGINT:
@@ -242,6 +250,10 @@ class Run:
     def any(self, mine: bool) -> bool:
         """Whether it holds in any process."""
         return bool(self.sum(torch.tensor(float(mine))))
+
+    def all(self, mine: bool) -> bool:
+        """Whether it holds in every process."""
+        return not self.any(not mine)
 
     def barrier(self) -> None:
         """Wait for the other processes: leaving while rank 0 still writes would end the job under it."""
@@ -539,9 +551,9 @@ class Trainer:
         self.model = model
         if args.compile and not args.dry_run:
             self.model = torch.compile(self.model)
-        if run.args.fsdp and not any(is_sharded(p) for p in model.parameters()):
+        if args.fsdp and not any(is_sharded(p) for p in model.parameters()):
             raise ValueError("--fsdp is not for this script: leave it out")
-        if run.world_size > 1 and not run.args.fsdp:  # no buffer changes in training: masks, rotary tables, 4-bit weights
+        if run.world_size > 1 and not args.fsdp:  # no buffer changes in training: masks, rotary tables, 4-bit weights
             self.model = DistributedDataParallel(self.model, broadcast_buffers=False, gradient_as_bucket_view=True)
         keep = self.steps_done if resumed or before else None
         self.metrics = Metrics(run.folder / "metrics.jsonl", keep) if run.is_main and not args.dry_run else None

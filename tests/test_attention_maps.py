@@ -213,7 +213,7 @@ def test_an_overlay_has_a_panel_a_word_and_the_pictures(tmp_path, words, images,
     pictures = [torch.randint(256, (3, 16, 24), dtype=torch.uint8) for _ in range(images)]
     figure = figures.attention_overlay(pictures, said, maps, tmp_path / "a.png", "What costs $5 or $7?", most=10)
     assert len(figure.axes) == panels and Image.open(tmp_path / "a.png").format == "PNG"
-    assert texts(figure) == [f"{word}\n{float(m.sum()):.0%}" for word, m in zip(said[:10], maps, strict=False)]
+    assert texts(figure) == [f"{word}\n{float(m.sum()):.0%}" for word, m in zip(said[:10], maps[:10], strict=True)]
     assert ("the first 10 of 12 words" in figure.get_suptitle()) == (words == 12)
 
 

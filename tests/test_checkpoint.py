@@ -6,7 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from checkpoint import from_pretrained, load_state, save_pretrained, save_state, write_atomic
+from checkpoint import from_pretrained, load_state, save_pretrained, save_state
+from files import write_atomic
 from gpt import GPTConfig
 from vit_scratch import ViTConfig, ViTModel
 
@@ -214,6 +215,11 @@ def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path):
     with pytest.raises(OSError, match="disk full"):
         write_atomic(path, fail)
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_write_that_cannot_begin_names_its_file_and_not_the_temporary_one(tmp_path):
+    with pytest.raises(OSError, match=r"nowhere/file cannot be written \(No such file or directory\)$"):
+        write_atomic(tmp_path / "nowhere" / "file", lambda tmp: tmp.write_text("new"))
 
 
 def test_state_round_trip_and_damage(tmp_path):

@@ -12,6 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import checkpoint
+import files
 import layouts
 from checkpoint import from_pretrained, load_lora, save_lora, save_pretrained, show
 from model import (
@@ -537,7 +538,7 @@ def test_shards_hold_all_and_leave_nothing_of_what_was_there_before(tmp_path):
 def test_killed_while_writing_shards_nobody_reads_two_models_as_one(tmp_path, monkeypatch, limit, killed_at):
     old, new = tiny_llama(), lively(tiny_llama())
     save_pretrained(old, tmp_path, max_shard_bytes=limit)
-    real, calls = checkpoint.write_atomic, []
+    real, calls = files.write_atomic, []
 
     def killed(path, write):
         calls.append(path)
@@ -545,7 +546,8 @@ def test_killed_while_writing_shards_nobody_reads_two_models_as_one(tmp_path, mo
             raise KeyboardInterrupt
         real(path, write)
 
-    monkeypatch.setattr(checkpoint, "write_atomic", killed)
+    for module in (files, checkpoint):
+        monkeypatch.setattr(module, "write_atomic", killed)
     with pytest.raises(KeyboardInterrupt):
         save_pretrained(new, tmp_path, max_shard_bytes=9000)
     monkeypatch.undo()

@@ -2,6 +2,7 @@
 and of the page in a real browser: a picture, an answer, where it looked; what is no picture is refused; all stays at home."""
 
 import importlib.util
+import itertools
 import os
 import shutil
 import signal
@@ -147,7 +148,7 @@ def test_an_answer_grows_and_is_that_of_generate(make_talk, follow_up):
         if not follow_up:
             reference = make_talk(generate.Conversation)
         growing = list(talk.ask(question, follow_up))
-        assert len(growing) > 3 and all(after.startswith(before) for before, after in zip(growing, growing[1:], strict=False))
+        assert len(growing) > 3 and all(after.startswith(before) for before, after in itertools.pairwise(growing))
         reference.answer(question)
         assert growing[-1] == reference.messages[-1]["content"] != ""
         assert talk.messages == reference.messages

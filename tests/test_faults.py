@@ -30,7 +30,9 @@ import checkpoint
 import scenes
 import train_vit
 from answers import scene_items
+from calls import refused
 from checkpoint import load_state, save_pretrained
+from files import sweep
 from image_folder import decode_image
 from model import Llama3ForCausalLM, LLAMA32Config
 from processing_mllama import image_settings
@@ -362,15 +364,6 @@ def test_on_a_file_system_that_fills_up(nursery, whole, small_disk):
 # ---- bugs, each with its story ---------------------------------------------------------------------------------------
 
 
-def refused(capsys, main, *flags) -> str:
-    """A script with what it must refuse: exit code 2 and one line, which is returned."""
-    with pytest.raises(SystemExit) as ended:
-        run_cli(lambda: main(list(map(str, flags))))
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
-    assert ended.value.code == 2
-    return line
-
-
 FLAGS_BEYOND_ALL_BOUNDS = [
     ("--batch-size", "1" + "0" * 400, "must be a whole number"),  # was an OverflowError's traceback, as for all whole numbers
     ("--seed", "9" * 20, "must be a whole number"),  # was a RuntimeError's, in the first step
@@ -494,5 +487,5 @@ def test_what_a_killed_write_left_goes_and_nothing_else(tmp_path):
     """safetensors writes beside its file, too: a kill in the middle of it left .tmpLNtnOx for good."""
     for name in (".model.safetensors.123.tmp", ".tmpLNtnOx", ".tmp-notes", "a.tmp", ".keep.tmp", "tmpLNtnOx"):
         (tmp_path / name).touch()
-    checkpoint.sweep(tmp_path)
+    sweep(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == [".keep.tmp", ".tmp-notes", "a.tmp", "tmpLNtnOx"]

@@ -124,6 +124,8 @@ def test_stacked_bars_stand_end_to_end_and_say_their_sum():
     assert bars == [(0, 4), (0, 2), (4, 3), (2, 1)]
     assert len({(bar.get_facecolor(), bar.get_hatch()) for bar in figure.axes[0].patches}) == 2
     assert {"memory", "MiB", "all", "lora", "weights", "gradients", "7", "3"} <= set(texts(figure))
+    with pytest.raises(ValueError, match="seven"):
+        figures.stacked_bars(dict.fromkeys("abcdefgh", [1]), ["all"])
 
 
 def test_code_book_counts_all_values_and_marks_the_code():

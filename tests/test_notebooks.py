@@ -115,7 +115,7 @@ def test_it_says_first_what_you_will_understand(path):
 @each
 def test_nobody_meets_a_wall(path):
     cells = read(path).cells
-    for before, cell in zip([None, *cells], cells, strict=False):
+    for before, cell in zip([None, *cells[:-1]], cells, strict=True):
         if cell.cell_type == "code":
             assert len(cell.source.splitlines()) <= MOST_LINES, cell.source
             assert before is not None and before.cell_type == "markdown", f"no reason is given for:\n{cell.source}"

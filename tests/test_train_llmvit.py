@@ -1,7 +1,5 @@
 """Laws of train_llmvit.py: every combination runs and comes back from its folder; resumed is as good as uninterrupted."""
 
-import contextlib
-import io
 import json
 import os
 import signal
@@ -14,13 +12,13 @@ import augment
 import figures
 import train_llmvit
 from augment import mix, normalise
+from calls import printed, refused
 from checkpoint import load_state, save_pretrained
 from data import load_images
 from gpt import GPT, GPTConfig
 from llmvit import LanguageClassifier
 from model import Linear_LORA, Llama3ForCausalLM, LLAMA32Config
 from tokenizer import BPETokenizer
-from training import run_cli
 
 TINY = "--batch-size 32 --epochs 0.1 --eval-every 1000".split()  # 4 steps
 TEXT = "the cat and the dog saw that one bird fly over the sea and then the cat sat with the dog " * 20
@@ -38,19 +36,8 @@ def small(request, monkeypatch):
 
 
 def train(*flags) -> dict:
-    """The script in this process; returns its last line."""
-    out = io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(io.StringIO()):
-        train_llmvit.main([*TINY, *map(str, flags)])
-    return json.loads(out.getvalue().strip().splitlines()[-1])
-
-
-def refused(capsys, *flags) -> str:
-    with pytest.raises(SystemExit) as stopped:
-        run_cli(lambda: train_llmvit.main([*TINY, *map(str, flags)]))
-    error = capsys.readouterr().err
-    assert stopped.value.code == 2 and "Traceback" not in error
-    return error
+    """The script's last line."""
+    return json.loads(printed(train_llmvit.main, *TINY, *flags)[-1])
 
 
 @pytest.fixture(scope="module")
@@ -213,7 +200,7 @@ def test_frozen_steps_count_steps_whatever_the_accumulation(tmp_path):
 )
 def test_bad_settings_are_one_line_and_exit_code_2(tmp_path, capsys, language_models, flags, message):
     flags = [language_models[0].get(word.lower(), word) for word in flags]
-    assert message in refused(capsys, "--out", tmp_path / "run", *flags)
+    assert message in refused(capsys, train_llmvit.main, *TINY, "--out", tmp_path / "run", *flags)
 
 
 def test_other_folders_are_refused(tmp_path, language_models):

@@ -2,7 +2,6 @@
 is uninterrupted; the run folder is transformers' SiglipModel and train_vlm.py's tower; bad input is one line, exit code 2."""
 
 import contextlib
-import io
 import json
 import os
 import signal
@@ -17,11 +16,12 @@ import generate
 import scenes
 import train_siglip
 import train_vlm
+from calls import printed, refused
 from checkpoint import from_pretrained
 from scenes import COLOURS, PLACES, make_scenes
 from siglip import SiglipConfig, SiglipTwoTower, sigmoid_loss
 from train_siglip import Test, losses, measure, pair_loss, parse_args, scene_captions
-from training import Trainer, run_cli
+from training import Trainer
 
 Test.__test__ = False  # no test of pytest's
 draw = train_siglip.draw
@@ -42,21 +42,8 @@ def quick():
 
 
 def train(*flags) -> dict:
-    """The script in this process; its last line."""
-    out = io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(io.StringIO()):
-        train_siglip.main([*COMMON, *map(str, flags)])
-    return json.loads(out.getvalue().splitlines()[-1])
-
-
-def refused(capsys, *flags) -> str:
-    """The script with what it must refuse: exit code 2 and one line, which is returned."""
-    with pytest.raises(SystemExit) as stopped:
-        run_cli(lambda: train_siglip.main([*COMMON, *map(str, flags)]))
-    error = capsys.readouterr().err
-    assert stopped.value.code == 2 and "Traceback" not in error
-    (line,) = [line for line in error.splitlines() if "error: " in line]
-    return line
+    """The script's last line."""
+    return json.loads(printed(train_siglip.main, *COMMON, *flags)[-1])
 
 
 @pytest.fixture(scope="module")
@@ -350,7 +337,7 @@ def test_the_tower_is_train_vlms_with_its_pixels(finished):
 
 def rows_of(photos, *flags):
     args = parse_args([*COMMON, "--dataset", "llava", "--data", str(photos / "scenes.json"), *flags])
-    return train_siglip.RowPairs(args, SimpleNamespace(rank=0, world_size=1, is_main=False, print=print))
+    return train_siglip.RowPairs(args, SimpleNamespace(rank=0, world_size=1, is_main=False, print=print, all=bool))
 
 
 def test_rows_of_one_picture_share_their_captions(photos):
@@ -401,9 +388,10 @@ def test_other_rows_than_before_are_refused(photos):
 def test_bad_input_is_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys, flags, message):
     flags = [str(tmp_path) if flag == "FOLDER" else flag for flag in flags]
     monkeypatch.chdir(tmp_path)
-    assert message in refused(capsys, "--steps", 1, "--out", tmp_path / "run", *flags)
+    assert message in refused(capsys, train_siglip.main, *COMMON, "--steps", 1, "--out", tmp_path / "run", *flags)
 
 
 def test_another_runs_settings_are_refused(finished, capsys):
     run, _ = finished
-    assert "--muon-lr is 0.5, the run in" in refused(capsys, *SAME, "--out", run, "--resume", "--muon-lr", 0.5)
+    flags = [*COMMON, *SAME, "--out", run, "--resume", "--muon-lr", 0.5]
+    assert "--muon-lr is 0.5, the run in" in refused(capsys, train_siglip.main, *flags)

@@ -1,13 +1,12 @@
 """Laws of training.py and of every training script's end: a resumed run is the uninterrupted run, bit for bit."""
 
-import contextlib
-import io
 import json
 import re
 import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,30 +16,16 @@ import torch.nn as nn
 from safetensors.torch import load_file
 
 import train_vit
+from calls import printed, refused
 from checkpoint import from_pretrained
-from training import EMA, Metrics, Run, Trainer, argument_parser, cosine_schedule, find_device, parameter_groups, run_cli
+from training import EMA, Metrics, Run, Trainer, argument_parser, cosine_schedule, find_device, parameter_groups
 from vit_scratch import ViTConfig, ViTModel
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = "--hidden-size 32 --layers 2 --heads 2 --pooling cls --batch-size 32 --epochs 1 --eval-every 1000".split()  # 44 steps
 
 
-def train(*flags) -> str:
-    """The script in this process; returns what it printed on stdout."""
-    out = io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(io.StringIO()):
-        train_vit.main([*TINY, *map(str, flags)])
-    return out.getvalue()
-
-
-def refused(capsys, *flags) -> str:
-    """The script with settings that it must refuse: exit code 2 and one line on stderr, which is returned."""
-    with pytest.raises(SystemExit) as stopped:
-        run_cli(lambda: train_vit.main([*TINY, *map(str, flags)]))
-    error = capsys.readouterr().err
-    assert stopped.value.code == 2 and "Traceback" not in error
-    assert len([line for line in error.splitlines() if "error: " in line]) == 1
-    return error
+train = partial(printed, train_vit.main, *TINY)
 
 
 def start(run: Path, *flags) -> subprocess.Popen:
@@ -61,8 +46,8 @@ def finished(tmp_path_factory):
 
 
 def test_a_finished_run_leaves_what_is_promised(finished):
-    run, printed, _ = finished
-    result = json.loads(printed.strip().splitlines()[-1])
+    run, lines, _ = finished
+    result = json.loads(lines[-1])
     assert {"test_accuracy", "seconds", "images_per_second", "parameters"} <= result.keys()
     left = {path.name for path in run.iterdir()}
     assert {"config.json", "model.safetensors", "metrics.jsonl", "state.pt", "preprocessor_config.json"} <= left
@@ -147,7 +132,7 @@ def test_two_processes_train_as_one(tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_with_its_step(tmp_path, capsys):
-    error = refused(capsys, "--out", tmp_path, "--lr", 1e30, "--clip", 1e30)
+    error = refused(capsys, train_vit.main, *TINY, "--out", tmp_path, "--lr", 1e30, "--clip", 1e30)
     assert re.search(r"error: the loss is not finite at step \d+: try a lower --lr", error)
 
 
@@ -171,12 +156,13 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_its_step(tmp_path, capsys)
     ],
 )
 def test_bad_settings_are_one_line_and_exit_code_2(tmp_path, capsys, flags, message):
-    assert message in refused(capsys, "--out", tmp_path / "run", *flags)
+    assert message in refused(capsys, train_vit.main, *TINY, "--out", tmp_path / "run", *flags)
 
 
 def test_resuming_with_other_settings_is_refused(finished, capsys):
     run, _, flags = finished
-    assert "--lr is 0.5, the run in" in refused(capsys, "--out", run, *flags, "--resume", "--lr", 0.5)
+    flags = [*TINY, *flags, "--out", run, "--resume", "--lr", 0.5]
+    assert "--lr is 0.5, the run in" in refused(capsys, train_vit.main, *flags)
 
 
 # ---- parts -------------------------------------------------------------------------------------------------------------
