@@ -104,7 +104,8 @@ class Talk(generate.Conversation):
         messages = [*before, {"role": "user", "content": heading + question}]
         ids = self.processor.encode(messages, 1, add_generation_prompt=True)[0]
         text, answer = "", []
-        for piece, token in generate.speak(self.model, self.tokenizer, ids, self.args, self.features, self.processor.locations):
+        shown, blank = self.processor.locations, self.tokenizer.answer_blank
+        for piece, token in generate.speak(self.model, self.tokenizer, ids, self.args, self.features, shown, blank):
             text += piece
             answer += [] if token is None else [token]
             yield text

@@ -27,10 +27,11 @@ from pathlib import Path
 import torch
 
 from attention_maps import group_into_words, where_it_looks
-from checkpoint import find_source, from_pretrained, put_adapter, read_json
+from checkpoint import DTYPES, find_source, from_pretrained, put_adapter
+from files import read_json
 from image_folder import one_line
 from model import Llama3ForCausalLM, MllamaForConditionalGeneration, arrange_for_decoding
-from processing_mllama import IMAGE_TOKEN, LOCATION_TOKENS, MllamaImageProcessor, image_settings, process_images
+from processing_mllama import IMAGE_TOKEN, LOCATION_TOKENS, MllamaImageProcessor, image_settings, process_images, to_bytes
 from siglip import SiglipTwoTower
 from tokenizer import BPETokenizer, stop_tokens
 from training import find_device, not_negative_float, not_negative_int, positive_float, positive_int, run_cli
@@ -60,7 +61,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--min-p", type=not_negative_float)
     add("--seed", type=not_negative_int, default=0)
     add("--device", help="cpu, cuda, mps; default: the best there is")
-    add("--dtype", choices=["fp32", "fp16", "bf16"], default="fp32")
+    add("--dtype", choices=DTYPES, default="fp32")
     args = parser.parse_intermixed_args(argv)  # so that PROMPT may stand after the flags
     if args.zero_shot and (not args.image or args.prompt or args.chat or args.top or args.attention or args.adapter):
         parser.error("--zero-shot compares captions with pictures: give an --image, and only --device and --dtype beside it")
@@ -74,8 +75,7 @@ def parse_args(argv=None) -> argparse.Namespace:
 
 
 def load_model(args) -> torch.nn.Module:
-    dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[args.dtype]
-    return from_pretrained(args.source, dtype=dtype, device=find_device(args.device))
+    return from_pretrained(args.source, dtype=DTYPES[args.dtype], device=find_device(args.device))
 
 
 def check_vocabulary(source: str, needed: int, known: int) -> None:
@@ -213,10 +213,10 @@ def encode(tokenizer: BPETokenizer, text: str) -> list[int]:
 
 
 def speak(
-    model, tokenizer: BPETokenizer, ids: list[int], args, image_features=None, shown=None
+    model, tokenizer: BPETokenizer, ids: list[int], args, image_features=None, shown=None, blank=""
 ) -> Iterator[tuple[str, int | None]]:
     """The continuation as it comes: (text, token), and last (what text is left, None). shown: special tokens that are part
-    of the text, by id. Raises ValueError where the model's context has no room."""
+    of the text, by id; blank: what is taken from its beginning. Raises ValueError where the model's context has no room."""
     stop = stop_tokens(tokenizer)
     options = {key: getattr(args, key) for key in ("temperature", "top_k", "top_p", "min_p")}
     options["generator"] = torch.Generator(device=next(model.parameters()).device).manual_seed(args.seed)
@@ -228,14 +228,16 @@ def speak(
         raise ValueError(f"the text has {len(ids)} tokens, the model's context is {limit}: shorten it or start afresh")
     decoder = tokenizer.stream_decoder(skip_special_tokens=True)
     for (token,) in model.stream([ids], max_new_tokens=min(args.max_new_tokens, room), stop_tokens=stop, **options):
-        yield (shown or {}).get(token) or decoder.push(token), token
+        word = (shown or {}).get(token) or decoder.push(token)
+        yield word.removeprefix(blank), token
+        blank = "" if word else blank
     yield decoder.flush(), None
 
 
-def say(model, tokenizer: BPETokenizer, ids: list[int], args, image_features=None, shown=None) -> tuple[str, list[int]]:
+def say(*args, **kwargs) -> tuple[str, list[int]]:
     """Stream what speak says to stdout; returns its text and ids."""
     words, answer, start = [], [], time.perf_counter()
-    for word, token in speak(model, tokenizer, ids, args, image_features, shown):
+    for word, token in speak(*args, **kwargs):
         words.append(word)
         answer += [] if token is None else [token]
         print(word, end="" if token is not None else "\n", flush=True)
@@ -258,10 +260,9 @@ class Conversation:
     def show(self, file: str) -> None:
         """A picture for the next question. Raises ValueError or OSError where it cannot be read."""
         pixels = self.processor([IMAGE_TOKEN], [file])["pixel_values"]
-        mean, std = (torch.tensor(value)[:, None, None] for value in (self.processor.image_mean, self.processor.image_std))
         features = self.model.image_features(pixels.to(next(self.model.parameters()).device))
         self.features = features if self.features is None else torch.cat([self.features, features])
-        self.pictures.append(((pixels[0] * std + mean) * 255).round().clamp(0, 255).to(torch.uint8))
+        self.pictures.append(to_bytes(pixels[0], self.processor.image_mean, self.processor.image_std))
         self.unasked += 1
 
     def answer(self, question: str) -> None:
@@ -270,7 +271,8 @@ class Conversation:
         self.messages.append({"role": "user", "content": before + question})
         ids = self._ids()
         self.unasked, shown = 0, self.processor and self.processor.locations
-        text, answer = say(self.model, self.tokenizer, ids, self.args, self.features, shown)
+        blank = self.tokenizer.answer_blank
+        text, answer = say(self.model, self.tokenizer, ids, self.args, self.features, shown, blank)
         self.messages.append({"role": "assistant", "content": text.replace(IMAGE_TOKEN, "")})  # no answer shows a picture
         if self.args.attention and self.pictures:
             self._draw(question, ids, answer)

@@ -42,6 +42,8 @@ from typing import NamedTuple
 
 import tiktoken
 
+from files import write_atomic
+
 # --- tables: pre-tokenisers and chat formats as published ---
 
 GPT2_REGEX = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -79,6 +81,7 @@ class ChatFormat(NamedTuple):
     """A turn is start, role, middle, gap, content, end, tail. start, middle and end are special tokens (or empty).
 
     opens: bos_token comes before the first turn. strips: contents are trimmed. jinja: the same, for other tools.
+    blank: what an answer begins with, and its reader strips.
     """
 
     start: str
@@ -89,12 +92,19 @@ class ChatFormat(NamedTuple):
     opens: bool
     strips: bool
     jinja: str
+    blank: str = ""
 
 
 CHAT_FORMATS = {
     "chatml": ChatFormat("<|im_start|>", "", "\n", "<|im_end|>", "\n", False, False, (
         r"{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] }}"
         r"{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")),
+    # The first word of an answer is then the token that it is within a text: " red", not "re" and "d". A model that starts
+    # from nothing learned most kinds of questions about scenes in half the steps.
+    "chatml_spaced": ChatFormat("<|im_start|>", "", "\n", "<|im_end|>", "\n", False, False, (
+        r"{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
+        r"{{ (' ' if message['role'] == 'assistant' else '') + message['content'] + '<|im_end|>\n' }}{% endfor %}"
+        r"{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"), " "),
     "llama3": ChatFormat("<|start_header_id|>", "<|end_header_id|>", "\n\n", "<|eot_id|>", "", True, True, (
         r"{% if bos_token %}{{ bos_token }}{% endif %}{% for message in messages %}{{ '<|start_header_id|>' "
         r"+ message['role'] + '<|end_header_id|>\n\n' + (message['content'] | trim) + '<|eot_id|>' }}{% endfor %}"
@@ -539,14 +549,7 @@ class BPETokenizer:
             (folder / "chat_template.jinja").unlink(missing_ok=True)
         files["tokenizer_config.json"] = json.dumps(config, ensure_ascii=False, indent=2)
         for name, text in files.items():
-            temporary = folder / f".{name}.{os.getpid()}.tmp"
-            try:
-                temporary.write_bytes(text.encode())
-                os.replace(temporary, folder / name)
-            except OSError as error:
-                raise OSError(f"{folder / name} cannot be written ({error.strerror or error})") from None
-            finally:
-                temporary.unlink(missing_ok=True)
+            write_atomic(folder / name, lambda tmp, text=text: tmp.write_bytes(text.encode()))
 
     # --- vocabulary ---
 
@@ -725,10 +728,16 @@ class BPETokenizer:
         self._jinja = CHAT_FORMATS[value].jinja if value in CHAT_FORMATS else value
         self._chat_format, self._system = None, None
         for name, form in CHAT_FORMATS.items():
-            if self._jinja and form.start in self._jinja and form.end in self._jinja:
+            signs = [form.jinja] if form.blank else [form.start, form.end]
+            if self._jinja and all(sign in self._jinja for sign in signs):
                 opening = re.escape(form.start + "system" + form.middle) + r"(?:\n|\\n)+"
                 system = re.search(opening + r"([^'\"{}<|]+)" + re.escape(form.end), self._jinja)
                 self._chat_format, self._system = name, system[1] if system else None
+
+    @property
+    def answer_blank(self) -> str:
+        """What the chat template writes before an answer, and a model says first."""
+        return CHAT_FORMATS[self._chat_format].blank if self._chat_format else ""
 
     def _chat_parts(self, messages: list[dict], add_generation_prompt: bool) -> list[_Part]:
         _need(self._chat_format, "chat", f"no known template; set chat_template to one of {list(CHAT_FORMATS)}")
@@ -749,7 +758,8 @@ class BPETokenizer:
         for message in messages:
             answer = message["role"] == "assistant"
             content = message["content"].strip() if form.strips else message["content"]
-            parts += [*opening(message["role"]), _Part(content, content=True, answer=answer),
+            parts += [*opening(message["role"]), _Part(form.blank if answer else ""),
+                      _Part(content, content=True, answer=answer),
                       _Part(form.end, special=True, answer=answer), _Part(form.tail)]
         return [part for part in parts + (opening("assistant") if add_generation_prompt else []) if part.text]
 

@@ -14,6 +14,7 @@ from PIL import Image
 import checkpoint
 import figures
 import generate
+from calls import refused
 from checkpoint import from_pretrained, lora_layers, put_adapter, save_lora, save_pretrained
 from gpt import GPT, GPTConfig
 from model import (
@@ -87,6 +88,18 @@ def test_a_conversation_remembers_what_was_said(run, capsys, monkeypatch):
     assert [m["role"] for m in asked[1]] == ["user", "assistant", "user"] and asked[1][0]["content"] == "hello"
 
 
+def test_the_blank_that_the_template_writes_before_an_answer_is_not_shown(run, capsys, monkeypatch):
+    """Nor does it come in twice, when the answer is put before the next question."""
+    args = generate.parse_args([str(run)])
+    model, tokenizer = generate.load(args)
+    tokenizer.chat_template = "chatml_spaced"
+    monkeypatch.setattr(model, "stream", lambda *_, **__: ([token] for token in tokenizer.encode("  red and ")))
+    conversation = generate.Conversation(model, tokenizer, None, args)
+    conversation.answer("hello")
+    assert capsys.readouterr().out == " red and \n"
+    assert conversation.messages[-1] == {"role": "assistant", "content": " red and "}
+
+
 def test_the_question_may_stand_after_the_flags(run, capsys):
     """argparse took the missing PROMPT for granted as soon as it had SOURCE, and then refused the question."""
     flags = ["--chat", "--max-new-tokens", 3]
@@ -112,10 +125,7 @@ def test_special_token_text_in_a_question_stays_text(run, capsys):
     ],
 )
 def test_bad_calls_are_one_line_and_exit_code_2(run, capsys, argv, message):
-    with pytest.raises(SystemExit) as stopped:
-        run_cli(lambda: generate.main([str(run) if word == "RUN" else word for word in argv]))
-    error = capsys.readouterr().err
-    assert stopped.value.code == 2 and message in error and "Traceback" not in error
+    assert message in refused(capsys, generate.main, *(run if word == "RUN" else word for word in argv))
 
 
 def test_a_tokenizer_of_another_model_is_refused(run, tmp_path):
@@ -257,7 +267,7 @@ def test_attention_draws_the_words_of_the_answer(vlms, photos, tmp_path, capsys,
     assert path == str(file) and Image.open(file).format == "PNG" and os.listdir(tmp_path) == ["map.png"]
     grid = 4 if kind in ("llava", "cross") else 2
     assert maps.shape == (len(said), 2, grid, grid) and 0 < maps.sum(dim=(1, 2, 3)).max() <= 1 + 1e-5
-    for picture, photo in zip(pictures, photos, strict=False):
+    for picture, photo in zip(pictures, photos[:2], strict=True):
         squeezed = np.asarray(Image.open(photo).resize((32, 32), Image.Resampling.BICUBIC))
         assert (picture.permute(1, 2, 0).numpy() == squeezed).all()
 
@@ -289,11 +299,7 @@ def test_bad_calls_with_pictures_are_one_line_and_exit_code_2(run, vlms, towers,
     known = {"RUN": run, "VLM": vlms["idefics3"], "TOWERS": towers, "PHOTO": photos[0], "FOLDER": tmp_path}
     for name, path in known.items():
         argv = [word.replace(name, str(path)) for word in argv]
-    with pytest.raises(SystemExit) as stopped:
-        run_cli(lambda: generate.main(argv))
-    error = capsys.readouterr().err
-    assert stopped.value.code == 2 and message in error and "Traceback" not in error
-    assert not error.startswith("error:") or error.count("\n") == 1
+    assert message in refused(capsys, generate.main, *argv)
 
 
 @pytest.mark.parametrize(
@@ -403,10 +409,8 @@ def test_a_tokenizer_that_nobody_reads_is_one_line(towers, tmp_path, photos, cap
     (tmp_path / "tokenizer.json").write_text('{"model": {"type": "Unigram", "vocab": 7}}')
     if not installed:
         monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(SystemExit) as stopped:
-        run_cli(lambda: generate.main([str(tmp_path), *map(str, flags(photos[:1])), "--zero-shot", "a dog"]))
-    error = capsys.readouterr().err
-    assert stopped.value.code == 2 and error.count("\n") == 1 and "not byte-level BPE" in error
+    error = refused(capsys, generate.main, tmp_path, *flags(photos[:1]), "--zero-shot", "a dog")
+    assert "not byte-level BPE" in error
     assert ("nor can transformers read it" if installed else "`pip install transformers` reads other kinds") in error
 
 

@@ -371,8 +371,7 @@ def test_training_mistakes_are_one_line(corpus, size, message):
 # --- files ---
 
 def chat_of(*contents):
-    roles = ("user", "assistant") * len(contents)
-    return [{"role": role, "content": content} for role, content in zip(roles, contents, strict=False)]
+    return [{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate(contents)]
 
 
 CHATS = [chat_of("Hi!"), chat_of("What is 12?", "Twelve.", "And\n13?", "  \n\nThirteen 13 \n"),
@@ -721,13 +720,32 @@ def test_the_default_system_prompt_of_a_template(chatml, tmp_path, newline):
     assert "You are kind." in ours.decode(ours.encode_chat(CHATS[0])) not in ours.decode(ours.encode_chat(CHATS[2]))
 
 
-@pytest.fixture(scope="module", params=["chatml", "llama3"])
+@pytest.fixture(scope="module", params=["chatml", "chatml_spaced", "llama3"])
 def chatty(request):
-    specials = CHATML if request.param == "chatml" else LLAMA3
+    specials = LLAMA3 if request.param == "llama3" else CHATML
     tok = BPETokenizer.train([SOURCE[:20000]], 600, [*specials, "<image>"], "llama3")
     tok.bos_token = "<|begin_of_text|>" if request.param == "llama3" else None
+    tok.chat_template = tok.chat_template if request.param != "chatml_spaced" else request.param
     assert tok.chat_template == request.param
     return tok
+
+
+def test_spaced_chatml_begins_an_answer_with_the_token_of_its_word(tmp_path):
+    theirs = pytest.importorskip("transformers", reason="transformers is the reference").AutoTokenizer
+    tok = BPETokenizer.train(["which colour? red or green"] * 50, 400, CHATML, "smollm2", at_most=True)
+    tok.chat_template = "chatml_spaced"
+    tok.save_pretrained(tmp_path)
+    again, theirs = BPETokenizer.from_pretrained(tmp_path), theirs.from_pretrained(tmp_path)
+    assert again.chat_template == "chatml_spaced"
+    chat = [*chat_of("which colour?", "red", "red or green?", "green"), {"role": "system", "content": "red"}]
+    for messages in (chat, chat[:1], chat[:3]):
+        for add in (False, True):
+            expected = theirs.apply_chat_template(messages, add_generation_prompt=add, return_dict=False)
+            assert again.encode_chat(messages, add) == expected
+    ids, mask = again.encode_chat(chat[:2], return_assistant_mask=True)
+    prompt = again.encode_chat(chat[:1], add_generation_prompt=True)
+    assert ids[: len(prompt)] == prompt and not any(mask[: len(prompt)])
+    assert ids[len(prompt)] == again.encode("or red", add_special_tokens=False)[-1]
 
 
 def test_the_assistant_mask_covers_the_answers_and_their_ends(chatty):
@@ -746,7 +764,8 @@ def test_the_assistant_mask_covers_the_answers_and_their_ends(chatty):
     assert not current and len(groups) == len(answers)
     for group, answer in zip(groups, shown, strict=True):
         text = chatty.decode(group)  # only blanks that begin an answer may share a token with the header's newline
-        assert text == answer if answer == answer.lstrip() else text.strip() == answer.strip()
+        whole = answer == answer.lstrip() and chatty.chat_template != "chatml_spaced"
+        assert text == answer if whole else text.strip() == answer.strip()
     assert sum(chatty.encode_chat(chat_of("only a question"), True, True)[1]) == 0
 
 
