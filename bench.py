@@ -56,7 +56,7 @@ from processing_mllama import process_images
 from quant import Linear4bit, bytes_of, quantised_memory, quantize_
 from siglip import SiglipVisionConfig
 from tokenizer import BPETokenizer
-from training import find_device, not_negative_int, positive_int, run_cli
+from training import find_device, find_dtype, not_negative_int, positive_int, run_cli
 from vit_scratch import ViTConfig, ViTModel, pair
 from vlm_data import SceneBatches, scene_pixels
 
@@ -386,9 +386,7 @@ def vlm_row(mode: str, sides: dict[str, tuple], inputs: dict, dtype: torch.dtype
 def bench_vlm(args, device: torch.device) -> list[dict]:
     """Our VLM against transformers' Idefics3: the same weights, kernels, precision and optimiser. With features given, as
     --cache-features trains, the idle tower's weights are still counted on both sides."""
-    dtype = DTYPES[args.dtype or ("fp16" if device.type == "cuda" else "fp32")]
-    if dtype == torch.float16 and device.type == "cpu":
-        raise ValueError("--dtype fp16 needs a GPU: on a CPU train in fp32 (the default)")
+    dtype = find_dtype(args.dtype, device)
     torch.manual_seed(args.seed)
     ours, theirs = equal_vlms(args.size)
     rows = []
@@ -418,9 +416,12 @@ def bench_vlm(args, device: torch.device) -> list[dict]:
 
 def bench_questions(args, device: torch.device) -> list[dict]:
     """A step of train_vlm.py's language stage, scenes with twelve questions each: packed rows, in which the questions share the
-    picture, against transformers' Idefics3 with a padded row and the picture for each. Same weights, answers and loss."""
-    settings = train_vlm.parse_args(["--seed", str(args.seed)])
-    model, processor = train_vlm.build(settings, scenes.corpus(), [0.5] * 3, [0.5] * 3)
+    picture, against transformers' Idefics3 with a padded row and the picture for each. Same weights, answers and loss. --size
+    smol: 2x2 pixel shuffle, as in bench_vlm, and as many words as SmolLM2 has."""
+    flags = ["--seed", str(args.seed), "--size", args.size, "--pixel-shuffle", "2" if args.size == "smol" else "1"]
+    model, processor = train_vlm.build(train_vlm.parse_args(flags), scenes.corpus(), [0.5] * 3, [0.5] * 3)
+    if args.size == "smol":
+        model.resize_token_embeddings(LLAMA32Config.PRESETS["smollm2-135m"]["vocab_size"])
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         save_pretrained(model, folder, layout="idefics3")
@@ -430,9 +431,8 @@ def bench_questions(args, device: torch.device) -> list[dict]:
         freeze(each, "frozen tower").train()
     for batch in args.batch:
         batches = SceneBatches(processor, batch, args.seed)
-        packed = next(batches)[0]
-        alone = padded_rows(batches, batch, args.seed)
-        inputs = {"ours": packed, "transformers": alone}
+        pictures = next(batches.stream)
+        inputs = {"ours": batches.batch(pictures), "transformers": padded_rows(batches, pictures)}
         inputs = {name: {key: value.to(device) for key, value in given.items()} for name, given in inputs.items()}
         losses = {"ours": lambda m, given: m(**given)["loss"],
                   "transformers": lambda m, given: m(**given, use_cache=False).loss}  # fmt: skip
@@ -443,15 +443,14 @@ def bench_questions(args, device: torch.device) -> list[dict]:
         steps = {name: training_step(m, partial(losses[name], given=inputs[name])) for name, m in models.items()}
         for step in steps.values():
             step()
-        count = len(alone["input_ids"])
-        rows.append(compare("questions, training step", steps, count, args.rounds, device, size="tiny", batch=count))
+        count = len(inputs["transformers"]["input_ids"])
+        rows.append(compare("questions, training step", steps, count, args.rounds, device, size=args.size, batch=count))
     return rows
 
 
-def padded_rows(batches: SceneBatches, batch: int, seed: int) -> dict[str, torch.Tensor]:
-    """The first batch of these, each question in a row of its own, as transformers takes them."""
-    pictures = next(scenes.SceneStream("train", batch, seed))
-    asked = scenes.questions(pictures, seed, batches.per_scene, batches.mix)
+def padded_rows(batches: SceneBatches, pictures: scenes.Scenes) -> dict[str, torch.Tensor]:
+    """The batch of these pictures, each question in a row of its own, as transformers takes them."""
+    asked = scenes.questions(pictures, batches.seed, batches.per_scene, batches.mix)
     found = [batches.row(turn) for turns in asked for turn in turns]
     longest, pad = max(len(ids) for ids, _ in found), batches.processor.tokenizer.pad_token_id or 0
     columns = zip(*((ids + [pad] * (n := longest - len(ids)), labels + [-100] * n, [1] * len(ids) + [0] * n)
@@ -601,7 +600,8 @@ def notes(row: dict) -> list[str]:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", choices=[*WORK, "all"], help="what to measure")
-    sizes = f"vit: {', '.join(ViTConfig.PRESETS)}; vlm: {', '.join(VLM_SIZES)}; default: vit-s16, 222m"
+    sizes = {"vit": ViTConfig.PRESETS, "vlm": VLM_SIZES, "questions": train_vlm.SIZES}
+    sizes = "; ".join(f"{work}: {', '.join(names)}" for work, names in sizes.items()) + "; default: vit-s16, 222m, tiny"
     parser.add_argument("--size", help=sizes)
     parser.add_argument("--source", help="decode, quant: a LLaMA checkpoint, decode's default: SmolLM2-135M's shape, random; "
         "pictures: a folder of JPEGs")  # fmt: skip
@@ -621,7 +621,7 @@ def main(argv: list[str] | None = None) -> None:
     device, rows = find_device(args.device), []
     for work in WORK if args.work == "all" else [args.work]:
         batch = {"vit": [8, 64], "vlm": [2], "questions": [16], "quant": [1, 256]}.get(work, [1, 16])
-        size = {"vit": "vit-s16", "vlm": "222m"}.get(work)
+        size = {"vit": "vit-s16", "vlm": "222m", "questions": "tiny"}.get(work)
         chosen = {**vars(args), "batch": args.batch or batch, "size": args.size or size}
         rows += WORK[work](argparse.Namespace(**chosen), device)
     where = {"device": str(device), "threads": torch.get_num_threads(), "torch": torch.__version__, "seed": args.seed}

@@ -27,6 +27,7 @@ from answers import (
     answer,
     bleu4,
     cider_d,
+    load_vlm,
     mean_answer_loss,
     picture_key,
     prompt_rows,
@@ -34,12 +35,12 @@ from answers import (
     scene_items,
     score,
 )
-from checkpoint import find_source, from_pretrained, read_json, write_json
+from checkpoint import find_source
+from files import read_json, write_json
 from model import MllamaForConditionalGeneration
-from processing_mllama import IMAGE_TOKEN, LOCATION_TOKENS, MllamaImageProcessor
+from processing_mllama import MllamaImageProcessor
 from scenes import KINDS, final_number
 from training import HelpFormatter, find_device, not_negative_int, positive_int, run_cli
-from vit_scratch import pair
 
 ASKED = {  # who answers, as eval.json calls it, and as it is printed
     "model": "with the picture",
@@ -81,35 +82,9 @@ def load(folder: Path, device) -> tuple[MllamaForConditionalGeneration, MllamaIm
     """A run's model, its processor and what settings.json says ({} without one). Raises ValueError or an OSError unless the
     folder holds a model that looks at pictures, with the tokenizer and the picture settings it was trained with."""
     folder = find_source(folder)
-    model = from_pretrained(folder, device=device)
-    if not isinstance(model, MllamaForConditionalGeneration):
-        raise ValueError(f"{folder} holds a {type(model).__name__}, which does not answer questions about pictures")
-    processor = MllamaImageProcessor.from_pretrained(folder)
-    check_pair(folder, model.config, processor)
+    model, processor = load_vlm(folder, device)
     settings = read_json(folder / "settings.json") if (folder / "settings.json").exists() else {}
     return model, processor, settings
-
-
-def check_pair(folder: Path, config, processor: MllamaImageProcessor) -> None:
-    """Raises ValueError where tokenizer, model and picture settings do not belong together."""
-    tokenizer, known = processor.tokenizer, config.text_config.vocab_size
-    beyond = (tokenizer.convert_ids_to_tokens(token) for token in range(known, len(tokenizer)))
-    rowless = {None, IMAGE_TOKEN, *LOCATION_TOKENS}  # tokens that a model need not have a row for
-    if any(token not in rowless for token in beyond):
-        raise ValueError(
-            f"the tokenizer in {folder} has {len(tokenizer)} tokens, the model knows {known}: they do not belong together"
-        )
-    if config.image_token_id not in (None, processor.image_token_id):
-        raise ValueError(
-            f"the tokenizer in {folder} calls {IMAGE_TOKEN} {processor.image_token_id}, the model {config.image_token_id}: "
-            "they do not belong together"
-        )
-    theirs, wanted = processor.image_size, pair(config.vision_config.image_size)
-    if theirs != wanted or processor.num_image_token != config.text_config.num_image_tokens:
-        raise ValueError(
-            f"{folder} makes pictures of {theirs[0]}x{theirs[1]} pixels and {processor.num_image_token} tokens, its model "
-            f"takes {wanted[0]}x{wanted[1]} and {config.text_config.num_image_tokens}: its config files do not belong together"
-        )
 
 
 def load_twin(folder: Path, device, settings: dict):

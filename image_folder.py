@@ -179,7 +179,7 @@ class _Plan:
     notes: list[str] = field(default_factory=list)
 
 
-def _arrange(entries: dict[str, int], split_seed: int) -> _Plan:
+def arrange(entries: dict[str, int], split_seed: int) -> _Plan:
     """Which file belongs to which part and class. Raises ValueError for two classes that differ only in case."""
     parts = {name: [p for p in _printable(name).split("/") if p not in ("", ".")] for name in entries}
     parts = {name: p for name, p in parts.items() if p and not any(_is_litter(x) for x in p)}
@@ -332,7 +332,7 @@ def _build_cache(path: Path, home: Path, size, split_seed: int, progress: bool, 
     part = Path(tempfile.mkdtemp(prefix=home.name, suffix=".part", dir=home.parent))
     try:
         with open_source(path) as (entries, read):
-            plan = _arrange(entries, split_seed)
+            plan = arrange(entries, split_seed)
             # Without a size, the pictures are taken to be of one size until one is not.
             for attempt in [size] if size else [None, (_DEFAULT_SIZE, _DEFAULT_SIZE)]:
                 skipped = list(plan.skipped)

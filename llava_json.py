@@ -9,6 +9,7 @@
     python llava_json.py check train.json --images images    # the report; exit code 1 if rows had to be dropped
     python llava_json.py easy-vqa easy_vqa.tar FOLDER        # FOLDER/train.json, test.json and images/
     python llava_json.py coco-captions coco_captions_permissive.tar FOLDER
+    python llava_json.py classes photos.zip FOLDER           # class/*.jpg, each answered with "A photo of a CLASS."
 
 The file is a list of {"id", "image": name, [names] or absent, "conversations": [{"from": "human" | "gpt" | "system", "value":
 text}, ...]} (Liu et al. 2023, Visual Instruction Tuning), or .jsonl with one such object a line. Each <image> in the texts
@@ -17,6 +18,7 @@ Rows are counted from 1; those of a .jsonl are its lines.
 """
 
 import argparse
+import collections
 import json
 import os
 import re
@@ -36,8 +38,8 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from checkpoint import write_json
-from image_folder import _FORMATS, DAMAGED, one_line, open_source
+from files import write_json
+from image_folder import _FORMATS, DAMAGED, arrange, one_line, open_source
 from processing_mllama import (
     IMAGE_TOKEN,
     IMAGENET_STANDARD_MEAN,
@@ -442,7 +444,7 @@ class PictureCache:
         return pixels
 
 
-# ---- two real data sets ----------------------------------------------------------------------------------------------
+# ---- data sets as they come --------------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -579,6 +581,38 @@ def convert_coco_captions(source: Path, folder: Path, test_photos: int = 16, see
     return f"{folder}: {counts}, {test_photos} test photos with {len(rows['test'])}"
 
 
+def convert_classes(source: Path, folder: Path, per_class: int | None = None, question: str = "", caption: str = "") -> str:
+    """A folder or archive of class/*.jpg (see image_folder), a row per picture: the first per_class of each class and part.
+
+    caption: what is answered, {} being the class. Where no part is held out, a tenth of each class is.
+    """
+    if "{}" not in caption:
+        raise ValueError(f"--caption {caption!r} has no {{}} where the class comes in")
+    if not source.exists():
+        raise FileNotFoundError(f"{source} does not exist: name an archive or folder of classes")
+    rows, counts = {"train": [], "test": []}, collections.Counter()
+    with open_source(source) as (sizes, read), new_folder(folder) as whole:
+        (whole / "images").mkdir()
+        for name, part, label in arrange(sizes, split_seed=0).files:
+            counts[part, label] += 1
+            if per_class and counts[part, label] > per_class:
+                continue
+            image = f"{part}-{len(rows[part])}{re.sub(r'[^.a-z0-9]', '', Path(name).suffix.lower())}"
+            try:
+                (whole / "images" / image).write_bytes(read(name))
+            except DAMAGED as error:
+                raise ValueError(f"{source}: {name} cannot be read ({one_line(error)}), get it again") from None
+            answer = caption.format(label.replace("_", " "))
+            rows[part].append(llava_row(f"{part}-{len(rows[part])}", image, [(question, answer, "class")]))
+        if not all(rows.values()):
+            found = f"{len(rows['train'])} training and {len(rows['test'])} test pictures"
+            raise ValueError(f"{source} has {found} in class folders: lay them out as class/picture.jpg")
+        for part, found in rows.items():
+            write_rows(whole / f"{part}.json", found)
+    classes = len({label for _, label in counts})
+    return f"{folder}: {len(rows['train']):,} train and {len(rows['test']):,} test pictures of {classes} classes"
+
+
 # ---- command line ----------------------------------------------------------------------------------------------------
 
 
@@ -590,11 +624,15 @@ def parse_args(argv=None) -> argparse.Namespace:
     check.add_argument("--images", metavar="DIR", type=Path, help="default: the file's own folder, or its images/")
     easy = commands.add_parser("easy-vqa", help="convert easy-VQA", allow_abbrev=False)
     coco = commands.add_parser("coco-captions", help="convert captioned COCO photos", allow_abbrev=False)
-    for command in (easy, coco):
+    classes = commands.add_parser("classes", help="convert pictures in class folders", allow_abbrev=False)
+    for command in (easy, coco, classes):
         command.add_argument("source", metavar="SOURCE", type=Path, help="an archive or a folder")
         command.add_argument("folder", metavar="FOLDER", type=Path, help="to be made")
     coco.add_argument("--test-photos", type=positive_int, default=16, help="photos held out (default 16)")
     coco.add_argument("--seed", type=not_negative_int, default=0, help="which (default 0)")
+    classes.add_argument("--per-class", type=positive_int, help="most pictures of a class, in each part; default: all")
+    classes.add_argument("--question", default="Describe the picture.")
+    classes.add_argument("--caption", default="A photo of a {}.", help="the answer, {} being the class")
     return parser.parse_args(argv)
 
 
@@ -606,6 +644,8 @@ def main(argv=None) -> None:
         sys.exit(1 if rows.problems else 0)
     elif args.command == "easy-vqa":
         print(convert_easy_vqa(args.source, args.folder))
+    elif args.command == "classes":
+        print(convert_classes(args.source, args.folder, args.per_class, args.question, args.caption))
     else:
         print(convert_coco_captions(args.source, args.folder, args.test_photos, args.seed))
 

@@ -4,6 +4,7 @@
     python train_vlm.py --blind                          its twin that never sees a picture: what can be guessed
     python train_vlm.py --dataset llava --data train.json --images DIR --test-data test.json          your own pictures
     python train_vlm.py --dataset llava --data train.json --lm model.gguf --lora 8          a published language model
+    python train_vlm.py --dataset llava --data train.json --model runs/vlm-llava --lora 8   a whole model learns more
     python train_vlm.py --dataset llava --data 'OUT/shard-*.tar' --test-data test.json      more than fits (see shards.py)
     torchrun --nproc-per-node 8 train_vlm.py ...         on 8 GPUs; with --fsdp a model that does not fit on one
     python train_vlm.py --out runs/vlm-scenes --resume   go on after Ctrl-C, exactly
@@ -32,6 +33,7 @@ from answers import (
     MOST_NEW_TOKENS,
     Item,
     answer,
+    load_vlm,
     mean_answer_loss,
     picture_key,
     prompt_ids,
@@ -41,7 +43,8 @@ from answers import (
 )
 from attention_maps import group_into_words, where_it_looks
 from augment import GEOMETRY, warp
-from checkpoint import find_source, from_pretrained, read_json, save_lora, save_pretrained, write_json
+from checkpoint import find_source, from_pretrained, save_lora, save_pretrained
+from files import read_json, write_json
 from llava_json import LlavaRows, PictureCache
 from model import (
     Llama3ForCausalLM,
@@ -103,6 +106,9 @@ SIZES = {
 SHARES = {"vision": 0.4, "projector": 0.02, "language": 0.58}  # of --max-seconds
 READ = 11, len(COLOURS) + 1, len(PLACES[3])  # digits and colours, each with "nothing", and places
 VISION_BATCH = 64  # scenes a step of stage 1
+# With 0.02 the language model of one seed in four never learned to find a digit by its name, with 0.05 none did: too few of
+# a step's questions tell each digit, and Muon takes a step of the same length whether the gradient is sure or not.
+MUON_LR = {"vision": 0.02, "projector": 0.02, "language": 0.01}
 READ_WEIGHTS = 1.0, 0.5, 0.2  # digits are hardest; where places weigh more, digits show less in the features
 FIRST_ROWS = 5000  # of shards: what a tokenizer is trained on
 QUICK = 600  # questions of each split, the first of its test questions, asked every --eval-every steps
@@ -118,6 +124,8 @@ def parse_args(argv=None):
     add("--test-data", metavar="FILE.json", help="held-out rows; default: --test-part of --data, split by picture")
     add("--test-part", type=positive_float, default=0.1)
     add("--size", choices=list(SIZES), default="tiny", help="of what is not taken from --vision or --lm")
+    add("--model", metavar="SOURCE", help="go on from a whole vision-language model, its projector too: a run, a LLaVA or "
+        "Idefics3 folder or hub name")  # fmt: skip
     add("--vision", metavar="SOURCE", help="take the vision tower of a run, a SigLIP, LLaVA or Idefics3 folder or hub name")
     add("--lm", metavar="SOURCE", help="take language model and tokenizer of a run, a LLaMA folder or hub name, a .gguf file")
     add("--image-size", type=positive_int, help="pixels; default: the tower's")
@@ -133,7 +141,8 @@ def parse_args(argv=None):
     add("--qlora", type=positive_int, metavar="RANK", help="the same over matrices of four bits a weight (quant.py)")
     add("--lora-alpha", type=positive_float, help="default: twice the rank")
     add("--lr-pretrained", type=positive_float, default=1e-4, help="peak learning rate of what comes trained, LoRA apart")
-    add("--muon-lr", type=not_negative_float, default=0.02, help="Muon's, for matrices that start untrained; 0: AdamW for all")
+    add("--muon-lr", type=not_negative_float, help="Muon's, for matrices that start untrained; 0: AdamW for all; default: "
+        "0.02, for stage 3 0.01")  # fmt: skip
     add("--vision-steps", type=not_negative_int, help="of stage 1; default: 1000, with your own data 400")
     add("--projector-steps", type=not_negative_int, help="of stage 2; default: 20, or a tenth of stage 3")
     add("--steps", type=positive_int, help="of stage 3, in place of --epochs; default for scenes 1000")
@@ -156,6 +165,13 @@ def parse_args(argv=None):
     if args.lora and args.qlora:
         parser.error("--lora and --qlora: choose one")
     args.lora = args.lora or args.qlora
+    if args.model:
+        settled = [("projector", "linear"), ("pixel_shuffle", 1), ("fusion", "early"), *dict.fromkeys(
+            ("vision", "lm", "image_size", "patch_size")).items()]  # fmt: skip
+        chosen = [f"--{name.replace('_', '-')}" for name, default in settled if getattr(args, name) != default]
+        if chosen:
+            parser.error(f"--model {args.model} brings its own: leave out {', '.join(chosen)}")
+        args.vision = args.lm = args.model
     if args.projector == "mlp" and args.pixel_shuffle > 1:
         parser.error("--pixel-shuffle goes with --projector linear: no published layout has it with an mlp")
     if args.dataset == "scenes" and args.cache_features is not None:
@@ -199,9 +215,28 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> BPETokenizer:
     return BPETokenizer.train([*texts, *roles], vocab_size, special, at_most=True)
 
 
+def teach_to_converse(tokenizer: BPETokenizer) -> None:
+    """A base model's tokenizer, or one that is trained here, has no chat template."""
+    if tokenizer.chat_template is None:
+        tokenizer.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+        tokenizer.chat_template = "chatml_spaced"
+
+
+def whole_model(args) -> tuple[MllamaForConditionalGeneration, MllamaImageProcessor]:
+    """--model, ready to learn more."""
+    model, processor = load_vlm(args.model)
+    teach_to_converse(processor.tokenizer)
+    model.resize_token_embeddings(max(len(processor.tokenizer), model.config.text_config.vocab_size))
+    model.config = replace(model.config, image_token_id=processor.image_token_id)
+    torch.manual_seed(args.seed)
+    return model, processor
+
+
 def build(args, texts: list[str], mean, std) -> tuple[MllamaForConditionalGeneration, MllamaImageProcessor]:
     """The model, with what --vision and --lm bring, and its processor. texts: to train a tokenizer on; mean, std: of pixels,
     unless the tower comes with its own."""
+    if args.model:
+        return whole_model(args)
     vision_settings, text_settings, vocabulary = SIZES[args.size]
     tower = find_part(args.vision, "vision") if args.vision else None
     lm = find_part(args.lm, "lm") if args.lm else None
@@ -211,9 +246,7 @@ def build(args, texts: list[str], mean, std) -> tuple[MllamaForConditionalGenera
             f"--lm {args.lm}: its tokenizer has {len(tokenizer)} tokens, its model {lm.config.vocab_size}: "
             "they do not belong together"
         )
-    if tokenizer.chat_template is None:
-        tokenizer.add_special_tokens(["<|im_start|>", "<|im_end|>"])
-        tokenizer.chat_template = "chatml"  # a base model learns to converse here
+    teach_to_converse(tokenizer)
     changes = {key: getattr(args, key) for key in ("image_size", "patch_size") if getattr(args, key)}
     if tower and changes:
         raise ValueError(f"--{next(iter(changes)).replace('_', '-')} cannot be chosen with --vision: the tower has its own")
@@ -344,8 +377,8 @@ def stages(args, epoch: int | None, common=()) -> list[Stage]:
         if common:
             why = f"the answers to {len(common)} common questions, by a linear reader: there must be something to talk about"
         found.append(Stage("vision", why, args.vision_steps or (400 if common else 1000), ("model.vision_tower", "reader")))
-    if first is None:  # where both towers come trained, or nearly so
-        first = 20 if found or epoch is None else steps // 10 if args.vision and args.lm else 0
+    if first is None:  # where both towers come trained, or nearly so, and what is between them does not
+        first = 0 if args.model else 20 if found or epoch is None else steps // 10 if args.vision and args.lm else 0
     if args.fusion == "cross":  # its gates are closed at first, and let no gradient through to the projector
         if "lm" in frozen and not args.lora:
             raise ValueError("--fusion cross --freeze lm: the language model holds the layers that look: add --lora")
@@ -374,9 +407,11 @@ def choose_parameters(learner: Learner, stage: Stage, args) -> list[dict]:
         if lora:
             for name, parameter in module.named_parameters():
                 parameter.requires_grad_(name.endswith(("lora_a", "lora_b")) or "cross_layers" in name)
-        pretrained = {"model.vision_tower": args.vision, "model.language_model": args.lm and not lora}.get(part)
-        lr, muon = args.lr or (1e-3 if lora else 2e-3), None if lora else args.muon_lr
-        if pretrained and part == "model.language_model":  # the layers between start untrained
+        pretrained = {"model.vision_tower": args.vision, "model.multi_modal_projector": args.model,
+                      "model.language_model": args.lm and not lora}.get(part)  # fmt: skip
+        lr, muon = args.lr or (1e-3 if lora else 2e-3), MUON_LR[stage.name] if args.muon_lr is None else args.muon_lr
+        muon = None if lora else muon
+        if pretrained and part == "model.language_model" and not args.model:  # the layers between start untrained
             between = module.model.cross_layers
             groups += parameter_groups(between, args.weight_decay, lr, muon)
             between.requires_grad_(False)
@@ -489,7 +524,7 @@ class Data:
     """Where a run's batches and its test questions come from, and what a tokenizer and the pixels' scale are made from."""
 
     def __init__(self, args, run: Run):
-        self.args, self.run, self.rows = args, run, None
+        self.args, self.run, self.rows, self.sharded = args, run, None, is_sharded_data(args)
         if args.dataset == "scenes":
             pixels = rescale(make_scenes("train", 500, seed=args.seed).images)
             self.mean, self.std = (f(pixels, dim=(0, 2, 3)).tolist() for f in (torch.mean, torch.std))
@@ -497,9 +532,9 @@ class Data:
         else:
             self.rows, self.test_rows = load_rows(args, run)
             self.mean, self.std = IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD
-            first = self.rows.head(FIRST_ROWS) if is_sharded_data(args) else self.rows
+            first = self.rows.head(FIRST_ROWS) if self.sharded else self.rows
             self.texts = [message["content"] for row in first for message in row.messages]
-            self.common = {} if is_sharded_data(args) else common_questions(self.rows)
+            self.common = {} if self.sharded else common_questions(self.rows)
 
     def batches(self, model, processor):
         args, run = self.args, self.run
@@ -508,19 +543,18 @@ class Data:
         if self.rows is None:
             return SceneBatches(processor, size, args.seed, args.per_scene, **ranks)
         pixels = processor.image_size, processor.image_mean, processor.image_std, processor.resample, processor.do_pad_square
-        sharded = is_sharded_data(args)
-        pictures, features = (ShardPictures if sharded else PictureCache)(*pixels), None
+        pictures, features = (ShardPictures if self.sharded else PictureCache)(*pixels), None
         frozen = "vision" in frozen_towers(args, self.common)
         if args.cache_features is not None and not frozen:
             raise ValueError("--cache-features: the vision tower is trained, so its features change: add --freeze vision")
-        if frozen and not (args.fsdp or sharded) and (run.device.type == "cpu" or args.cache_features is not None):
+        if frozen and not (args.fsdp or self.sharded) and (run.device.type == "cpu" or args.cache_features is not None):
             features = FrozenFeatures(model, pictures, args.blind)
         if args.shift and features and not args.blind and not looks_first(args, self.common):
             raise ValueError("--shift: the vision tower is frozen and looks at each picture once: add --freeze none")
         ranks |= {"workers": args.workers, "features": features, "isolated": args.isolated}
-        ranks |= {"all_ranks": lambda good: not run.any(not good), "always_see": args.fsdp}
+        ranks |= {"all_ranks": run.all, "always_see": args.fsdp}
         ranks["context"] = model.config.text_config.context_length
-        kind = ShardBatches if sharded else LlavaBatches
+        kind = ShardBatches if self.sharded else LlavaBatches
         return kind(self.rows, processor, pictures, size, args.seed, args.max_length, **ranks)
 
     def keep_features(self, batches) -> None:
@@ -537,7 +571,7 @@ class Data:
         ranks = {"grad_accum": args.grad_accum, "rank": run.rank, "world_size": run.world_size}
         if self.rows is None:
             return LabelledScenes(processor, batch_size, args.seed, **ranks)
-        ranks |= {"workers": args.workers, "all_ranks": lambda good: not run.any(not good)}
+        ranks |= {"workers": args.workers, "all_ranks": run.all}
         return CommonAnswers(self.rows, self.common, pictures, batch_size, args.seed, **ranks)
 
     def tests(self, count: int, model, processor) -> dict[str, list[Item]]:
@@ -609,7 +643,7 @@ def main(argv=None) -> None:
     tests = data.tests(args.eval_count, model, processor)
     quick = {split: items[:QUICK] for split, items in tests.items()}
     plan = stages(args, None if data.rows is None else len(batches), data.common)
-    run.print(f"{args.dataset} on {run.device} in {run.dtype} -> {run.folder}; "
+    run.print(f"{args.dataset} {run}; "
               + ", ".join(f"{name} {count:,}" for name, count in parts.items()) + " parameters")  # fmt: skip
 
     trainer, names = None, [stage.name for stage in plan]

@@ -20,8 +20,8 @@ import torch
 from tqdm import tqdm
 
 from answers import about_picture, blind_pixels
-from checkpoint import read_json, write_atomic, write_json
 from data import Batches
+from files import read_json, write_atomic, write_json
 from llava_json import LlavaRows, PictureCache, Row, isolated_turns
 from packing import Sample, encode_row, encode_sample, pack, share_beginning
 from processing_mllama import IMAGE_TOKEN, normalize, rescale

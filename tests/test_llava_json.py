@@ -489,6 +489,27 @@ def test_coco_photos_stay_on_one_side_with_their_credit(tmp_path, pack):
     assert len(held) > 2
 
 
+@pytest.mark.parametrize("pack", [as_tar, as_folder])
+def test_classes_become_captions(tmp_path, pack):
+    files = {f"pets/{label}/{k}.png": picture(10 * (label == "cat") + k) for label in ("cat", "guinea_pig") for k in range(10)}
+    files |= {"pets/notes.txt": b"of no class"}
+    source = pack(tmp_path / "source", files)
+    main(["classes", str(source), str(tmp_path / "out")])
+    parts = {part: LlavaRows.read(tmp_path / "out" / f"{part}.json") for part in ("train", "test")}
+    assert {part: len(rows) for part, rows in parts.items()} == {"train": 18, "test": 2}
+    seen = {}
+    for row in [*parts["train"], *parts["test"]]:
+        assert row.messages[0]["content"] == "<image>\nDescribe the picture." and row.kinds == ("class",)
+        seen.setdefault(row.messages[1]["content"], set()).add(row.images[0].read_bytes())
+    expected = {"A photo of a cat.": range(10, 20), "A photo of a guinea pig.": range(10)}
+    assert seen == {caption: {picture(k) for k in numbers} for caption, numbers in expected.items()}
+    few = ["--per-class", "3", "--question", "What?", "--caption", "{}!"]
+    main(["classes", str(source), str(tmp_path / "few"), *few])
+    rows = LlavaRows.read(tmp_path / "few" / "train.json")
+    found = Counter(tuple(message["content"] for message in row.messages) for row in rows)
+    assert found == {("<image>\nWhat?", "cat!"): 3, ("<image>\nWhat?", "guinea pig!"): 3}
+
+
 def photo(**changes) -> list[dict]:
     return [*PHOTOS[:3], PHOTOS[3] | changes]
 
@@ -500,6 +521,8 @@ BAD_SOURCES = [
     ("easy-vqa", easy([None]), "row 1 is not"), ("easy-vqa", easy({}), "is an object"), ("easy-vqa", easy([]), "is a list"),
     ("easy-vqa", easy(**{"easy_vqa/data/test/questions.json": b'[["wh'}), "cut off"),
     ("coco-captions", easy(), "has no annotations.json"), ("coco-captions", coco(PHOTOS[:2]), "16 test photos cannot"),
+    ("classes", {"a.png": b"x"}, "0 training and 0 test pictures"), ("classes", {"cat/1.png": b"x"}, "1 training and 0 test"),
+    ("classes --caption cat", {"cat/1.png": b"x"}, "has no {}"),
     ("coco-captions --test-photos 3", coco(PHOTOS[:3]), "ask for fewer"),
     ("coco-captions --test-photos 1", coco(PHOTOS[:2] * 2), "ask for fewer"),
     ("coco-captions --test-photos 1", coco(photo(file_name="9.jpg")), "lacks images/9.jpg"),

@@ -2,7 +2,6 @@
 folder answers in transformers as it does here; what does not belong together is one line and exit code 2."""
 
 import contextlib
-import io
 import json
 import os
 import re
@@ -18,6 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
+import calls
 import checkpoint
 import evaluate
 import scenes
@@ -29,7 +29,7 @@ from model import Llama3ForCausalLM, LLAMA32Config
 from quant import Linear4bit, quantize_nf4
 from tokenizer import BPETokenizer
 from train_vlm import Learner, Stage, build, choose_parameters, parse_args, stages
-from training import Metrics, Trainer, run_cli
+from training import Metrics, Trainer
 from vit_scratch import ViTConfig, ViTModel
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -56,11 +56,7 @@ def quick():
 
 
 def printed(*flags) -> list[str]:
-    """The lines that the script, in this process, prints to stdout."""
-    out = io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(io.StringIO()):
-        train_vlm.main([*COMMON, *map(str, flags)])
-    return out.getvalue().splitlines()
+    return calls.printed(train_vlm.main, *COMMON, *flags)
 
 
 def train(*flags) -> dict:
@@ -69,13 +65,7 @@ def train(*flags) -> dict:
 
 
 def refused(capsys, *flags) -> str:
-    """The script with what it must refuse: exit code 2 and one line, which is returned."""
-    with pytest.raises(SystemExit) as stopped:
-        run_cli(lambda: train_vlm.main([*COMMON, *map(str, flags)]))
-    error = capsys.readouterr().err
-    assert stopped.value.code == 2 and "Traceback" not in error
-    (line,) = [line for line in error.splitlines() if "error: " in line]
-    return line
+    return calls.refused(capsys, train_vlm.main, *COMMON, *flags)
 
 
 def bytes_of(run: Path) -> bytes:
@@ -473,6 +463,21 @@ def test_the_parts_of_a_run_are_taken_over_exactly(seeing, fusion):
         assert len(state) == len(source.language_model.state_dict())
 
 
+def test_a_whole_model_learns_on_from_what_it_knows(runs, seeing):
+    flags = ["--model", seeing[0], "--pixel-shuffle", 1, "--freeze", "none"]
+    args, learner = initial([*flags, "--seed", 7])
+    same(learner.model, from_pretrained(seeing[0]))
+    assert [stage.name for stage in stages(args, None)] == ["language"], "nothing in it is random"
+    assert set.union(*rates([*flags, "--lr-pretrained", 5e-5]).values()) == {(5e-5, False)}
+    assert train(*flags, "--steps", 2, "--out", runs / "on")["steps"] == 2
+    first = evaluate.load(seeing[0], "cpu")[1]
+    again = evaluate.load(runs / "on", "cpu")[1]
+    question = [{"role": "user", "content": "<image>What?"}, {"role": "assistant", "content": "red"}]
+    assert again.encode(question, 1) == first.encode(question, 1)
+    last = train("--model", seeing[0], "--pixel-shuffle", 1, "--lora", 2, "--blind", "--steps", 1, "--out", runs / "on blind")
+    assert last["steps"] == 1 and last["blind"]
+
+
 def test_pictures_are_scaled_as_the_tower_learned_to_see_them(seeing):
     ours = build(parse_args([*COMMON, "--vision", str(seeing[0])]), scenes.corpus(), (0.1,) * 3, (0.2,) * 3)[1]
     theirs = evaluate.load(seeing[0], "cpu")[1]
@@ -704,6 +709,8 @@ REFUSED = [
     ("--image-size 8", "8x8"),
     ("--pixel-shuffle 3", "3"),
     ("--freeze eyes", "--freeze eyes: it takes vision, lm"),
+    ("--model RUN --vision RUN", "--model .* brings its own: leave out --pixel-shuffle, --vision"),
+    ("--model LM --pixel-shuffle 1", "holds a Llama3ForCausalLM, which does not answer questions about pictures"),
     ("--lora 0", "argument --lora"),
     ("--lora 2 --qlora 2", "--lora and --qlora: choose one"),
     ("--cache-features", "--cache-features: scenes are new at every step"),
