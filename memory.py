@@ -5,7 +5,10 @@ meant for, one and then several at once, and what autograd keeps for them grows 
 Weights, gradients and the optimiser's averages are counted, which needs no trying.
 """
 
+import os
+import sys
 from collections.abc import Callable, Iterable
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import islice
 
@@ -17,6 +20,20 @@ from quant import bytes_of
 MOST_TRIED = 4  # parts of a step
 
 
+@contextmanager
+def silent():
+    """Without what is written to stderr: torch 2.13's profiler says there when it starts and stops, and what it cannot see."""
+    sys.stderr.flush()
+    stderr = os.dup(2)
+    try:
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        yield
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
+
+
 def peak_bytes(step: Callable[[], object], device: torch.device) -> int:
     """The most memory that tensors made during step() take up at once."""
     if device.type == "cuda":
@@ -26,7 +43,8 @@ def peak_bytes(step: Callable[[], object], device: torch.device) -> int:
         step()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    cpu = [torch.profiler.ProfilerActivity.CPU]
+    with silent(), torch.profiler.profile(activities=cpu, profile_memory=True) as profile:
         step()
     events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
     now = peak = 0

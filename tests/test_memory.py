@@ -1,6 +1,7 @@
 """Laws of memory.py: what --dry-run foretells is what a step then takes, and a dry run leaves nothing behind."""
 
 import re
+import sys
 
 import pytest
 import torch
@@ -29,6 +30,16 @@ SCRIPTS = {
 
 class Measured(Exception):
     """Ends a run that was only there to be measured."""
+
+
+def test_measuring_says_nothing_and_lets_errors_through(capfd):
+    """torch 2.13's profiler wrote some thirty lines about itself to stderr in a --dry-run."""
+    peak_bytes(lambda: torch.zeros(1000).add(1), torch.device("cpu"))
+    assert capfd.readouterr() == ("", "")
+    with pytest.raises(ZeroDivisionError):
+        peak_bytes(lambda: 1 / 0, torch.device("cpu"))
+    print("heard", file=sys.stderr)
+    assert "heard" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("script, flags", [(script, flags) for script, *flags in SCRIPTS.values()], ids=SCRIPTS)
