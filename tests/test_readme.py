@@ -1,19 +1,35 @@
-"""The README keeps its word: its code runs, its commands parse, its links lead somewhere, its test command is CI's."""
+"""The README keeps its word: its code and commands run, its links lead somewhere, its test command is CI's."""
 
+import gzip
+import io
+import json
 import re
 import shlex
+import shutil
+import sys
+import tarfile
 from pathlib import Path
 
 import pytest
+import torch
 
+import checkpoint
 import demo
 import evaluate
 import generate
 import llava_json
+import scenes
+import shards
 import train_llmvit
 import train_siglip
 import train_vit
 import train_vlm
+from checkpoint import save_pretrained
+from model import Llama3ForCausalLM, LLAMA32Config
+from siglip import SiglipModel, SiglipVisionConfig
+from test_data import mnist_files
+from test_fuzz import gguf_bytes  # noqa: F401, a fixture
+from tokenizer import BPETokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -43,6 +59,70 @@ def test_its_commands_name_scripts_and_settings_that_exist(command):
     assert (ROOT / script).exists()
     if script in PARSERS and "--help" not in words:
         PARSERS[script](words[words.index(script) + 1 :])
+
+
+# What makes a command short; and those that are not run here, with the reason.
+BRIEF = {
+    "train_vlm.py": "--vision-steps 2 --projector-steps 1 --steps 2 --eval-count 2 --batch-size 4 --per-scene 2",
+    "train_siglip.py": "--steps 2 --eval-count 10 --batch-size 16", "train_llmvit.py": "--max-seconds 0.1",
+    "train_vit.py": "--max-seconds 0.1 --batch-size 4",
+}  # fmt: skip
+ELSEWHERE = {"torchrun": "test_distributed.py", "demo.py": "test_demo.py, with a browser", "cifar10": "needs the network"}
+SHARED = ROOT.parent / "shared" / "data"
+
+
+def what_it_names(desk: Path) -> None:
+    """The files and folders that the commands speak of."""
+    shutil.copytree(ROOT / "assets", desk / "assets")
+    for name in "ab":
+        shutil.copy(ROOT / "assets" / "scene.png", desk / f"{name}.png")
+    for name in ("train", "test"):
+        scenes.export(desk / name, name, 8, per_scene=2)
+        shutil.move(desk / name / "scenes.json", desk / f"{name}.json")
+        shutil.copytree(desk / name / "images", desk / "photos", dirs_exist_ok=True)
+    torch.manual_seed(0)
+    size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
+    save_pretrained(SiglipModel(SiglipVisionConfig(**size, intermediate_size=64)), desk / "SIGLIP")
+    tokenizer = BPETokenizer.train(scenes.corpus(), 300, ("<|endoftext|>", "<|im_start|>", "<|im_end|>"))
+    size = {"hidden_size": 32, "n_heads": 4, "n_kv_groups": 2, "n_layers": 2, "hidden_dim": 48, "context_length": 512}
+    lm = Llama3ForCausalLM(LLAMA32Config(**size, vocab_size=len(tokenizer), max_position_embeddings=512))
+    for folder in ("SMOLLM2", "SOURCE"):
+        save_pretrained(lm, desk / folder)
+        tokenizer.save_pretrained(desk / folder)
+    (desk / "DIR").mkdir()
+    for name, content in mnist_files(10).items():
+        (desk / "DIR" / f"{name}.gz").write_bytes(gzip.compress(content))
+    with tarfile.open(desk / "photos.tar.gz", "w:gz") as archive:
+        for k, path in enumerate(sorted((desk / "photos").iterdir())):
+            archive.add(path, f"photos/{('light', 'dark')[k % 2]}/{path.name}")
+    for name in ("easy_vqa.tar", "coco_captions_permissive.tar"):
+        if (SHARED / name).exists():
+            (desk / name).symlink_to(SHARED / name)
+
+
+def test_its_commands_run_one_after_the_other(tmp_path, monkeypatch, capsys, request):
+    """On small things of the names they use, with fewer steps."""
+    what_it_names(tmp_path)
+    (tmp_path / "model.gguf").write_bytes(request.getfixturevalue("gguf_bytes"))
+    monkeypatch.chdir(tmp_path)
+    scripts = {**MODULES, "llava_json.py": llava_json, "shards.py": shards, "checkpoint.py": checkpoint}
+    for command in ["python train_vlm.py", *COMMANDS]:
+        _, script, *words = shlex.split(command)
+        absent = any(name in command for name in ("easy", "coco")) and not (tmp_path / "easy_vqa.tar").exists()
+        if absent or any(word in command for word in ELSEWHERE):
+            continue
+        monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+        monkeypatch.setattr(sys, "argv", [script, *words, *BRIEF.get(script, "").split()])
+        try:
+            scripts[script].main()
+        except SystemExit as stop:
+            assert not stop.code, f"{command}: {capsys.readouterr().err}"
+        said = capsys.readouterr()
+        if script.startswith("train_") and "--help" not in words:
+            assert json.loads(said.out.splitlines()[-1])["steps"], command
+        if "--lora" in words:
+            shutil.copytree("runs/vlm-llava", "RUN")
+    assert Path("looks.png").stat().st_size > 5000 and Path("FOLDER", "model.safetensors").exists()
 
 
 def test_its_links_lead_somewhere():
