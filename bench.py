@@ -4,6 +4,7 @@
     python bench.py vit --batch 8 64 --json
     python bench.py vit --size tiny-digits --rounds 20
     python bench.py decode --source model.gguf     one token after another, against transformers' generate
+    python bench.py decode --int8 --source model.gguf     ours with its matrices in 8 bits, against transformers in fp32
     python bench.py loss                           memory of the training loss: chunks against all logits at once
     python bench.py vlm                            training SigLIP-B/16 + SmolLM2-135M, whole or in part, against Idefics3
     python bench.py questions                      twelve questions a picture, packed, against a padded row for each
@@ -53,7 +54,7 @@ from model import (
     convert_linears_to_lora,
 )
 from processing_mllama import process_images
-from quant import Linear4bit, bytes_of, quantised_memory, quantize_
+from quant import Linear4bit, bytes_of, quantised_memory, quantize_, quantize_8bit_
 from siglip import SiglipVisionConfig
 from tokenizer import BPETokenizer
 from training import find_device, find_dtype, not_negative_int, positive_int, run_cli
@@ -165,16 +166,22 @@ def memory_bandwidth(device: torch.device) -> float:
 @torch.no_grad()
 def bench_decode(args, device: torch.device) -> list[dict]:
     """Greedy decoding of the same weights: ours against transformers' generate. Also the share of the bound that is reached:
-    every weight must be read once a token, so no more than bandwidth / bytes tokens a second are possible at batch 1."""
+    every weight must be read once a token, so no more than bandwidth / bytes tokens a second are possible at batch 1. --int8:
+    ours in 8 bits; then also what that costs in perplexity, where --source is given."""
+    if args.int8 and device.type != "cpu":
+        raise ValueError(f"--int8 is for decoding on a CPU, not on {device}: leave it out, or give --device cpu")
     peer = from_transformers("LlamaForCausalLM")
     torch.manual_seed(args.seed)
     ours = from_pretrained(args.source) if args.source else Llama3ForCausalLM(LLAMA32Config.preset("smollm2-135m"))
     with tempfile.TemporaryDirectory() as folder:
         save_pretrained(ours, folder)
         theirs = peer.from_pretrained(folder).eval().to(device)
-    ours = arrange_for_decoding(ours.eval().to(device))
-    weight_bytes = sum(p.nbytes for p in ours.parameters())
-    bound = memory_bandwidth(device) / weight_bytes
+    ours, facts = ours.eval().to(device), {}
+    if args.int8:
+        facts = quantise(ours, partial(quantize_8bit_, ours), text_to_read(args, device) if args.source else None)
+    arrange_for_decoding(ours)
+    untied = set() if ours.config.tie_word_embeddings else {ours.model.embed_tokens.weight}  # of which a token reads one row
+    bound = memory_bandwidth(device) / bytes_of({*ours.parameters(), *ours.buffers()} - untied)
     rows, new = [], args.new_tokens
     for batch in args.batch:
         ids = torch.randint(0, ours.config.vocab_size, (batch, 32), device=device)
@@ -187,9 +194,10 @@ def bench_decode(args, device: torch.device) -> list[dict]:
         steps = {"ours": lambda ids=ids: ours.generate(ids, max_new_tokens=new), "transformers": run_theirs}
         first, second = (step() for step in steps.values())
         same = sum(a == b for one, two in zip(first, second, strict=True) for a, b in zip(one, two, strict=True))
-        row = compare("decoding", steps, batch * new, args.rounds, device, size="smollm2-135m", batch=batch)
+        what = "decoding in 8 bits" if args.int8 else "decoding"
+        row = compare(what, steps, batch * new, args.rounds, device, size="smollm2-135m", batch=batch)
         share = round(row["per_second"] / batch / bound, 3)
-        rows.append({**row, "equal_tokens": same / (batch * new), "share_of_bound": share})
+        rows.append({**row, "equal_tokens": same / (batch * new), "share_of_bound": share, **facts})
     return rows
 
 
@@ -216,7 +224,7 @@ def bench_loss(args, device: torch.device) -> list[dict]:
     return rows
 
 
-# ---- four bits a weight ----------------------------------------------------------------------------------------------
+# ---- four and eight bits a weight ------------------------------------------------------------------------------------
 
 TEXT_LENGTH, WINDOW = 2048, 512  # tokens of a text that are read, at a time
 
@@ -253,29 +261,37 @@ def perplexity(model: nn.Module, ids: torch.Tensor) -> float:
     return math.exp(sum(losses) / (len(ids) - len(windows)))
 
 
-def bench_quantised_model(args, device: torch.device) -> dict:
-    floats = from_pretrained(args.source, device=device)
-    if not isinstance(floats, Llama3ForCausalLM):
-        raise ValueError(f"--source {args.source} is a {type(floats).__name__}: quant reads a text with a language model")
+def text_to_read(args, device: torch.device) -> torch.Tensor:
+    """The ids [T] of --text's first tokens. Raises ValueError where they are too few to predict one from another."""
     file = Path(args.text or Path(__file__).with_name("README.md"))
     ids = BPETokenizer.from_pretrained(args.source).encode(file.read_text(encoding="utf-8", errors="replace"))
     if len(ids) < 2:
         raise ValueError(f"{file} holds {len(ids)} tokens: give a --text of some hundred words")
-    ids = torch.tensor(ids[:TEXT_LENGTH], device=device)
-    ours = copy.deepcopy(floats)
-    start = time.perf_counter()
-    quantize_(ours)
-    seconds = time.perf_counter() - start
-    found = {name: perplexity(model, ids) for name, model in (("ours", ours), ("floats", floats))}
+    return torch.tensor(ids[:TEXT_LENGTH], device=device)
+
+
+def quantise(model: nn.Module, in_place: Callable[[], object], ids: torch.Tensor | None) -> dict:
+    """Call in_place, which quantises the model: what it did to its memory and, where there is a text, to its perplexity."""
+
+    def figures_of(ending: str) -> dict:
+        memory = {f"weights{ending}_mib": round(bytes_of([*model.parameters(), *model.buffers()]) / 2**20, 1)}
+        return memory if ids is None else {**memory, f"perplexity{ending}": round(perplexity(model, ids), 3)}
+
+    before, start = figures_of("_floats"), time.perf_counter()
+    in_place()
+    found = {"quantising_seconds": round(time.perf_counter() - start, 2), **quantised_memory(model)}
+    return {**({} if ids is None else {"tokens": len(ids)}), **before, **figures_of(""), **found}
+
+
+def bench_quantised_model(args, device: torch.device) -> dict:
+    floats = from_pretrained(args.source, device=device)
+    if not isinstance(floats, Llama3ForCausalLM):
+        raise ValueError(f"--source {args.source} is a {type(floats).__name__}: quant reads a text with a language model")
+    ids, ours = text_to_read(args, device), copy.deepcopy(floats)
+    facts = quantise(ours, partial(quantize_, ours), ids)
     steps = {"ours": partial(perplexity, ours, ids[:WINDOW]), "floats": partial(perplexity, floats, ids[:WINDOW])}
     row = compare("reading a text", steps, len(ids[:WINDOW]), args.rounds, device, size=Path(args.source).name, batch=1)
-    weights = {name: bytes_of([*m.parameters(), *m.buffers()]) / 2**20 for name, m in (("ours", ours), ("floats", floats))}
-    return {
-        **row,
-        **{"tokens": len(ids), "perplexity": round(found["ours"], 3), "perplexity_floats": round(found["floats"], 3)},
-        **{"weights_mib": round(weights["ours"], 1), "weights_floats_mib": round(weights["floats"], 1)},
-        **{"quantising_seconds": round(seconds, 2), **quantised_memory(ours)},
-    }
+    return {**row, **facts}
 
 
 # ---- a training step of a VLM ----------------------------------------------------------------------------------------
@@ -580,21 +596,23 @@ def print_table(rows: list[dict]) -> None:
 
 def notes(row: dict) -> list[str]:
     """What the table has no column for."""
+    lines = []
     if "share_of_bound" in row:
         equal, share = row["equal_tokens"], row["share_of_bound"]
-        return [f"batch {row['batch']}: {equal:.1%} of the tokens are equal; {share:.0%} of the bound (see bench_decode)"]
+        lines += [f"batch {row['batch']}: {equal:.1%} of the tokens are equal; {share:.0%} of the bound (see bench_decode)"]
+    if "perplexity" in row:
+        before, after = row["perplexity_floats"], row["perplexity"]
+        change = f"{before:.2f} in floats, {after:.2f} quantised ({after / before - 1:+.1%})"
+        lines += [f"perplexity on {row['tokens']} tokens: {change}"]
     if "bytes_per_weight" in row:
-        before, after, each = row["perplexity_floats"], row["perplexity"], row["bytes_per_weight"]
-        return [
-            f"perplexity on {row['tokens']} tokens: {before:.2f} in floats, {after:.2f} in 4 bits ({after / before - 1:+.1%})",
-            f"{row['layers']} layers of {row['weights'] / 1e6:.1f}M weights, {each:.4f} bytes each; the whole model: "
-            f"{row['weights_floats_mib']} -> {row['weights_mib']} MiB in {row['quantising_seconds']} s",
-        ]
+        each = f"{row['layers']} layers of {row['weights'] / 1e6:.1f}M weights, {row['bytes_per_weight']:.4f} bytes each"
+        whole = f"{row['weights_floats_mib']} -> {row['weights_mib']} MiB in {row['quantising_seconds']} s"
+        lines += [f"{each}; the whole model: {whole}"]
     if "peak_total_mib" in row:
         size, ours, theirs = row["parameters"] / 1e6, row["peak_total_mib"], row["peer_peak_total_mib"]
         trained = f"{row['what']}, batch {row['batch']}, {row['dtype']}: {row['trained'] / 1e6:.1f}M of {size:.1f}M parameters"
-        return [f"{trained}; {ours:,.0f} MiB at the peak in all, {row['peer']} {theirs:,.0f}"]
-    return []
+        lines += [f"{trained}; {ours:,.0f} MiB at the peak in all, {row['peer']} {theirs:,.0f}"]
+    return lines
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -605,9 +623,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--size", help=sizes)
     parser.add_argument("--source", help="decode, quant: a LLaMA checkpoint, decode's default: SmolLM2-135M's shape, random; "
         "pictures: a folder of JPEGs")  # fmt: skip
-    parser.add_argument("--text", metavar="FILE", help="quant: what --source reads, its first 2,048 tokens, default README.md; "
-        "bpe: what it learns")  # fmt: skip
+    parser.add_argument("--text", metavar="FILE", help="quant, decode --int8: what --source reads, its first 2,048 tokens, "
+        "default README.md; bpe: what it learns")  # fmt: skip
     parser.add_argument("--new-tokens", type=positive_int, default=64, help="decode: tokens per prompt")
+    parser.add_argument("--int8", action="store_true", help="decode: ours in 8 bits, so that not all tokens are equal")
     parser.add_argument(
         "--batch", type=positive_int, nargs="+", help="default: vit 8 64, decode 1 16, vlm 2, questions 16, quant 1 256"
     )
@@ -618,6 +637,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--json", action="store_true", help="one JSON object a line in place of the table")
     parser.add_argument("--picture", metavar="FILE", help="draw the ratios")
     args = parser.parse_args(argv)
+    if args.int8 and args.work != "decode":
+        parser.error("--int8 is for decode")
     device, rows = find_device(args.device), []
     for work in WORK if args.work == "all" else [args.work]:
         batch = {"vit": [8, 64], "vlm": [2], "questions": [16], "quant": [1, 256]}.get(work, [1, 16])

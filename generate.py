@@ -8,6 +8,7 @@
     python generate.py SOURCE --image a.png --image b.png          a conversation about them; "/image c.png" shows another one
     python generate.py SOURCE --image a.png --zero-shot "a red 3" "a blue 7"     how well captions fit it (SigLIP's two towers)
     python generate.py SOURCE --adapter FOLDER "..."               with another LoRA adapter, PEFT's or ours, than its own
+    python generate.py SOURCE --int8 "..."                         the decoder in 8 bits: sooner on a CPU, in less memory
 
 SOURCE: a run folder, a Hugging Face folder, a .gguf file, or a hub name. Without --temperature the likeliest token is taken.
 What a vision-language model is asked is always a question, put in its chat template. Pictures stand before the question they
@@ -32,6 +33,7 @@ from files import read_json
 from image_folder import one_line
 from model import Llama3ForCausalLM, MllamaForConditionalGeneration, arrange_for_decoding
 from processing_mllama import IMAGE_TOKEN, LOCATION_TOKENS, MllamaImageProcessor, image_settings, process_images, to_bytes
+from quant import quantize_8bit_
 from siglip import SiglipTwoTower
 from tokenizer import BPETokenizer, stop_tokens
 from training import find_device, not_negative_float, not_negative_int, positive_float, positive_int, run_cli
@@ -62,8 +64,14 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--seed", type=not_negative_int, default=0)
     add("--device", help="cpu, cuda, mps; default: the best there is")
     add("--dtype", choices=DTYPES, default="fp32")
+    add(
+        "--int8",
+        action="store_true",
+        help="the decoder's matrices in 8 bits: less memory, faster on a CPU, not exactly the published logits",
+    )
     args = parser.parse_intermixed_args(argv)  # so that PROMPT may stand after the flags
-    if args.zero_shot and (not args.image or args.prompt or args.chat or args.top or args.attention or args.adapter):
+    about_text = args.prompt or args.chat or args.top or args.attention or args.adapter or args.int8
+    if args.zero_shot and (not args.image or about_text):
         parser.error("--zero-shot compares captions with pictures: give an --image, and only --device and --dtype beside it")
     if args.prompt is None and (args.top or args.chat):
         parser.error("--top and --chat need a PROMPT")
@@ -85,6 +93,8 @@ def check_vocabulary(source: str, needed: int, known: int) -> None:
 
 def load(args) -> tuple[torch.nn.Module, BPETokenizer]:
     """The model and its tokenizer, which must belong together."""
+    if args.int8 and (device := find_device(args.device)).type != "cpu":
+        raise ValueError(f"--int8 is for decoding on a CPU, not on {device}: leave it out, or give --device cpu")
     model = load_model(args)
     if not hasattr(model, "stream"):
         hint = ": ask how well captions fit a picture, with --zero-shot" if isinstance(model, SiglipTwoTower) else ""
@@ -103,7 +113,9 @@ def load(args) -> tuple[torch.nn.Module, BPETokenizer]:
     while needed - 1 in without_row:
         needed -= 1
     check_vocabulary(args.source, needed, decoder.config.vocab_size)
-    if isinstance(decoder, Llama3ForCausalLM) and next(model.parameters()).device.type == "cpu":
+    if args.int8:
+        quantize_8bit_(model)
+    elif isinstance(decoder, Llama3ForCausalLM) and next(model.parameters()).device.type == "cpu":
         arrange_for_decoding(decoder)
     return model, tokenizer
 

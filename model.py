@@ -660,41 +660,47 @@ class Llama3ForCausalLM(nn.Module):
 # ---- decoding on a CPU: the same weights, laid out and walked through for one token at a time -------------------------------
 
 
+def read_together(module: nn.Module) -> Iterator[tuple[nn.Module, ...]]:
+    """The linear layers of a decoder that gain from lying side by side in memory, in groups that read the same input."""
+    for part in module.modules():
+        if isinstance(part, GroupQueryAttention):
+            yield part.q_proj, part.k_proj, part.v_proj
+            yield (part.o_proj,)
+        elif isinstance(part, FeedForward):
+            yield part.gate_proj, part.up_proj
+        elif isinstance(part, Llama3ForCausalLM):
+            yield (part.lm_head,)
+
+
 @torch.no_grad()
 def arrange_for_decoding(module: nn.Module) -> nn.Module:
     """Lay out a decoder's weights as a CPU reads them fastest for one new token: q, k and v side by side, gate and up side by
     side, the head column by column. Values, shapes and names stay; anything that copies the weights undoes it. Only such
     a decoder without biases gains from it, and FSDP refuses weights that are laid out like this."""
-
-    def lay_out(*layers):
+    for layers in read_together(module):
         if all(type(layer) is nn.Linear and layer.bias is None for layer in layers):
             block = torch.cat([layer.weight.t() for layer in layers], dim=1)  # [in, all out]
             for layer, part in zip(layers, block.split([layer.out_features for layer in layers], dim=1), strict=True):
                 layer.weight.data = part.t()
-
-    for part in module.modules():
-        if isinstance(part, GroupQueryAttention):
-            lay_out(part.q_proj, part.k_proj, part.v_proj)
-            lay_out(part.o_proj)
-        elif isinstance(part, FeedForward):
-            lay_out(part.gate_proj, part.up_proj)
-        elif isinstance(part, Llama3ForCausalLM):
-            lay_out(part.lm_head)
     return module
 
 
-def side_by_side(*layers: nn.Module) -> torch.Tensor | None:
-    """The weights of layers that read the same input as one matrix [all out, in], where they lie in memory as
-    arrange_for_decoding leaves them; None where they do not (any more)."""
-    if not all(type(layer) is nn.Linear and layer.bias is None for layer in layers):
+def side_by_side(*layers: nn.Module) -> Callable | None:
+    """Layers that read the same input as one function of it, x [B, 1, in] -> [B, 1, all out], where their weights lie in memory
+    as arrange_for_decoding leaves them; None where they do not (any more). A class of layers that keeps its weights in
+    another form than floats may have a function of the same name for them, as quant.Linear8bit has."""
+    kind = type(layers[0])
+    if any(type(layer) is not kind or getattr(layer, "bias", None) is not None for layer in layers):
         return None
+    if kind is not nn.Linear:
+        return kind.side_by_side(layers) if hasattr(kind, "side_by_side") else None
     first, rows = layers[0].weight, sum(layer.out_features for layer in layers)
     place = first.data_ptr()
     for layer in layers:
         if layer.weight.data_ptr() != place or layer.weight.stride() != (1, rows):
-            return first if len(layers) == 1 else None
+            return partial(linear_on_all_cores, weight=first) if len(layers) == 1 else None
         place += layer.out_features * first.element_size()
-    return first.as_strided((rows, layers[0].in_features), (1, rows))
+    return partial(linear_on_all_cores, weight=first.as_strided((rows, layers[0].in_features), (1, rows)))
 
 
 def linear_on_all_cores(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -712,34 +718,34 @@ class OneToken:
     between the matrix products takes a third of the time. tests/test_model.py holds it to the same logits."""
 
     def __init__(self, model: "Llama3ForCausalLM"):
-        self.model, self.head, self.weights = model, side_by_side(model.lm_head), []
+        self.model, self.head, self.layers = model, side_by_side(model.lm_head), []
         for attn, mlp in ((block.self_attn, block.mlp) for block in model.model.layers):
             qkv, gate_up = side_by_side(attn.q_proj, attn.k_proj, attn.v_proj), side_by_side(mlp.gate_proj, mlp.up_proj)
-            self.weights.append((qkv, side_by_side(attn.o_proj), gate_up, side_by_side(mlp.down_proj)))
+            self.layers.append((qkv, side_by_side(attn.o_proj), gate_up, side_by_side(mlp.down_proj)))
 
     @classmethod
     def for_model(cls, model: "Llama3ForCausalLM") -> Callable:
         """This faster step where the model is arranged for it, else the model itself."""
         config, step = model.config, cls(model)
         usual = config.attention == "sdpa" and not config.cross_every and not (config.dropout and model.training)
-        arranged = all(weight is not None for weight in chain([step.head], *step.weights))
+        arranged = all(linear is not None for linear in chain([step.head], *step.layers))
         return step if usual and arranged else model
 
     def __call__(self, input_ids: torch.Tensor, cache: KVCache) -> dict[str, torch.Tensor]:
-        model, config, B, linear = self.model.model, self.model.config, len(input_ids), linear_on_all_cores
+        model, config, B = self.model.model, self.model.config, len(input_ids)
         H, KV = config.n_heads, config.n_kv_groups
         x = model.embed(input_ids)
         rope, mask = model._rope_and_mask(x, None, None, cache)
-        for i, (block, (qkv, o, gate_up, down)) in enumerate(zip(model.layers, self.weights, strict=True)):
-            heads = linear(block.input_layernorm(x), qkv).view(B, H + 2 * KV, 1, -1)
+        for i, (block, (qkv, o, gate_up, down)) in enumerate(zip(model.layers, self.layers, strict=True)):
+            heads = qkv(block.input_layernorm(x)).view(B, H + 2 * KV, 1, -1)
             turned = rotate(heads[:, : H + KV], *rope)
             k, v = cache.write(i, turned[:, H:], heads[:, H + KV :])
             q = turned[:, :H].reshape(B, KV, H // KV, -1)  # the queries of a group in the place of T
             y = F.scaled_dot_product_attention(q, k, v, mask)
-            x = x + linear(y.reshape(B, 1, -1), o)
-            gate, up = linear(block.post_attention_layernorm(x), gate_up).chunk(2, dim=-1)
-            x = x + linear(F.silu(gate) * up, down)
-        return {"logits": linear(model.norm(x), self.head)}
+            x = x + o(y.reshape(B, 1, -1))
+            gate, up = gate_up(block.post_attention_layernorm(x)).chunk(2, dim=-1)
+            x = x + down(F.silu(gate) * up)
+        return {"logits": self.head(model.norm(x))}
 
 
 # ---- LoRA: learn a small correction to a frozen matrix -------------------------------------------------------------------
@@ -807,7 +813,7 @@ class Linear_LORA(nn.Module):
 
 
 def find_linears(
-    module: nn.Module, targets: Sequence[str] | str | None = None, kind: type[nn.Module] = nn.Module
+    module: nn.Module, targets: Sequence[str] | str | None = None, kind: type | tuple[type, ...] = nn.Module
 ) -> dict[str, nn.Module]:
     """The linear layers of this kind, by name, that have no LoRA yet and that `targets` names.
 

@@ -1,6 +1,6 @@
 """Train a vision-language model (model.py): a vision tower, a projector and a language model that answers about pictures.
 
-    python train_vlm.py                                  scenes of handwritten digits, from nothing, eight minutes on a laptop CPU
+    python train_vlm.py                                  scenes of handwritten digits, from nothing, in eight minutes on a CPU
     python train_vlm.py --blind                          its twin that never sees a picture: what can be guessed
     python train_vlm.py --dataset llava --data train.json --images DIR --test-data test.json          your own pictures
     python train_vlm.py --dataset llava --data train.json --lm model.gguf --lora 8          a published language model

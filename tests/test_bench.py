@@ -9,6 +9,9 @@ import torch
 
 import bench
 from calls import refused
+from checkpoint import save_pretrained
+from model import Llama3ForCausalLM, LLAMA32Config
+from tokenizer import BPETokenizer
 
 pytest.importorskip("transformers")
 
@@ -96,6 +99,7 @@ def test_its_rows_as_json_and_a_peer_without_peft_says_so(pair, monkeypatch, cap
         (["vlm", "--size", "vit-s16"], "unknown preset 'vit-s16': choose one of 222m, tiny"),
         (["vit", "--size", "222m"], "unknown preset '222m'"),
         (["vlm", "--dtype", "fp16", "--device", "cpu"], "--dtype fp16 needs a GPU"),
+        (["quant", "--int8"], "--int8 is for decode"),
     ],
 )
 def test_what_cannot_be_measured_is_one_line(flags, words, capsys):
@@ -118,6 +122,32 @@ def test_work_on_what_a_model_is_fed_with_gives_ratios_and_a_picture(work, rows,
 def test_questions_that_share_a_picture_take_less_than_half_the_memory_of_padded_rows(capsys):
     bench.main(["questions", "--batch", "4", "--rounds", "1", "--json"])
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["memory_ratio"] < 0.5
+
+
+@pytest.mark.parametrize("int8", [False, True])
+def test_decoding_in_8_bits_says_what_it_costs_and_saves(tmp_path, capsys, int8):
+    torch.manual_seed(0)
+    model, (text, run) = Llama3ForCausalLM(LLAMA32Config.preset("tiny")), (tmp_path / "text.txt", tmp_path / "run")
+    save_pretrained(model, run)
+    text.write_text("a red 7 above a blue 3, and what is left of the green 5? " * 30)
+    BPETokenizer.train(text.read_text(), 280).save_pretrained(run)
+    flags = f"decode --source {run} --text {text} --new-tokens 5 --batch 1 3 --rounds 1 --device cpu".split()
+    flags += ["--int8"] if int8 else []
+    bench.main([*flags, "--json"])
+    found = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
+    assert [row["batch"] for row in found] == [1, 3]
+    for row in found:
+        assert row["speed_ratio"] > 0 and 0 <= row["equal_tokens"] <= 1 and (int8 or row["equal_tokens"] == 1)
+        if int8:
+            assert 0 < abs(row["perplexity"] / row["perplexity_floats"] - 1) < 0.02
+            assert row["bytes_per_weight"] < 1.02 and row["weights_mib"] < 0.4 * row["weights_floats_mib"]
+    lines = [line for row in found[:1] for line in bench.notes(row)]
+    assert len(lines) == (3 if int8 else 1)
+
+
+def test_8_bits_are_for_a_cpu(capsys, monkeypatch):
+    monkeypatch.setattr(bench, "find_device", lambda name: torch.device("cuda"))
+    assert "--int8 is for decoding on a CPU, not on cuda" in refused(capsys, bench.main, "decode", "--int8")
 
 
 @pytest.mark.parametrize("side", bench.FIRST_STEPS)

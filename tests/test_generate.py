@@ -26,7 +26,7 @@ from model import (
     convert_linears_to_lora,
 )
 from processing_mllama import MllamaImageProcessor
-from quant import Linear4bit, quantize_
+from quant import Linear4bit, Linear8bit, quantize_, quantize_8bit_
 from scenes import make_scenes
 from siglip import SiglipModel
 from tokenizer import BPETokenizer
@@ -252,6 +252,42 @@ def test_on_a_cpu_the_decoder_is_arranged_where_that_helps(vlms, kind):
     assert isinstance(OneToken.for_model(model.language_model), OneToken) == (kind != "cross")
     convert_linears_to_lora(model.language_model, rank=2, alpha=2, targets=["q_proj"])
     assert OneToken.for_model(model.language_model) is model.language_model
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_int8_puts_the_words_in_8_bits_and_says_what_that_model_says(vlms, photos, capsys, monkeypatch, kind):
+    argv = [vlms[kind], "--image", photos[0], QUESTION, "--max-new-tokens", 9, "--int8", "--device", "cpu"]
+    model, _ = generate.load(generate.parse_args([str(word) for word in argv]))
+    assert {type(layer) for layer in model.modules() if hasattr(layer, "in_features")} == {torch.nn.Linear, Linear8bit}
+    assert isinstance(OneToken.for_model(model.language_model), OneToken) == (kind != "cross")
+    plain = from_pretrained(vlms[kind])
+    quantize_8bit_(plain)
+    printed = call(capsys, *argv)
+    monkeypatch.setattr(sys.modules[__name__], "from_pretrained", lambda folder: plain)
+    assert printed == expected(vlms[kind], [{"role": "user", "content": f"<image>\n{QUESTION}"}], photos[:1], 9) + "\n" != "\n"
+
+
+def test_int8_continues_and_tables_a_text(run, tmp_path, capsys):
+    tokenizer = BPETokenizer.from_pretrained(run)
+    tokenizer.save_pretrained(tmp_path)
+    torch.manual_seed(0)
+    model = Llama3ForCausalLM(LLAMA32Config(**WORDS, vocab_size=len(tokenizer), tie_word_embeddings=True)).eval()
+    save_pretrained(model, tmp_path)
+    quantize_8bit_(model)
+    ids = tokenizer.encode("The cat sat")
+    said = tokenizer.decode(model.generate([ids], 8)[0])
+    assert call(capsys, tmp_path, "The cat sat", "--int8", "--max-new-tokens", 8) == f"The cat sat{said}\n"
+    table = call(capsys, tmp_path, "The cat sat", "--int8", "--top", 1)
+    assert len(table.splitlines()) == 1 + len(ids)
+
+
+def test_int8_where_it_cannot_be_is_one_line(run, vlms, towers, photos, capsys, monkeypatch):
+    assert "a GPT has no decoder like LLaMA's" in refused(capsys, generate.main, run, "x", "--int8")
+    flags = [towers, "--image", photos[0], "--zero-shot", "x", "--int8"]
+    assert "only --device and --dtype beside it" in refused(capsys, generate.main, *flags)
+    monkeypatch.setattr(generate, "find_device", lambda name: torch.device("cuda"))
+    line = refused(capsys, generate.main, vlms["llava"], "x", "--int8")
+    assert "--int8 is for decoding on a CPU, not on cuda: leave it out, or give --device cpu" in line
 
 
 @pytest.mark.filterwarnings("ignore:Glyph")

@@ -38,7 +38,7 @@ COMMANDS = [
     line.split("#")[0].strip()
     for kind, block in BLOCKS
     if kind == "bash"
-    for line in block.splitlines()
+    for line in block.replace("\\\n", " ").splitlines()
     if line.startswith(("python ", "torchrun "))
 ]
 MODULES = {"train_vit.py": train_vit, "train_vlm.py": train_vlm, "train_siglip.py": train_siglip,
