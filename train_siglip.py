@@ -1,6 +1,6 @@
 """Train two towers (siglip.py) to tell which caption belongs to which picture: sight that is learned from words alone.
 
-    python train_siglip.py                                    scenes of handwritten digits and their captions, five minutes
+    python train_siglip.py                                    scenes of handwritten digits and their captions, in five minutes
     python train_siglip.py --dataset llava --data train.json --images DIR            captions: each row's first answer
     python train_siglip.py --dataset llava --data 'OUT/shard-*.tar' --test-data test.json            see shards.py
     python train_siglip.py --dataset cifar10 --size small     "a photo of a {class}": a classifier made of captions
@@ -78,9 +78,10 @@ SIZES = {
     "medium": (VIT_SIZES["medium"], {"hidden_size": 384, "num_hidden_layers": 4, "num_attention_heads": 6}, 8192),
     "base": ({}, {}, 32000),
 }
-# Per data set. Every value has a flag that replaces it. Of scenes, which never end, 10,000 are called an epoch.
+# Per data set. Every value has a flag that replaces it. Of scenes, which never end, 10,000 are called an epoch. With Muon at
+# 0.03 in place of 0.01, 936 steps taught it half as many of the scenes' digits (14.6 % for 28.4); elsewhere it was not tried.
 RECIPES = {
-    "scenes": {"image_size": 64, "patch_size": 16, "epochs": 6, "batch_size": 64},
+    "scenes": {"image_size": 64, "patch_size": 16, "epochs": 8, "batch_size": 64, "muon_lr": 0.01},
     "llava": {"image_size": 64, "patch_size": 8, "epochs": 30, "batch_size": 64},
     "digits": {"image_size": 16, "patch_size": 4, "epochs": 30, "batch_size": 64},
     "mnist": {"image_size": 28, "patch_size": 7, "epochs": 2, "batch_size": 64},
@@ -112,13 +113,13 @@ def parse_args(argv=None):
     add("--caption", default="a photo of a {}", help="what is said of a picture of a class, {} being the class")
     add("--augment", choices=list(AUGMENTATIONS), help="of pictures with classes; default: made for the data set")
     add("--dropout", type=not_negative_float, default=0.0, help="of attention weights, in both towers")
-    add("--muon-lr", type=not_negative_float, default=0.03, help="Muon's, for matrices; 0: AdamW for all (far slower)")
+    add("--muon-lr", type=not_negative_float, help="Muon's: default 0.03, scenes 0.01; 0: AdamW for all (far slower)")
     add("--steps", type=positive_int, help="in place of --epochs")
     add("--chunk", type=positive_int, metavar="N", help="hold the activations of N pairs at a time (of each process); same "
         "gradients, half as much time again")  # fmt: skip
     add("--eval-count", type=positive_int, default=500, help="test scenes of one digit, with the 80 prompts")
     args = parser.parse_args(argv)
-    for key, value in RECIPES[args.dataset].items():
+    for key, value in {"muon_lr": 0.03, **RECIPES[args.dataset]}.items():
         if getattr(args, key) is None:
             setattr(args, key, value)
     if args.dataset == "llava" and not args.data:
