@@ -581,7 +581,7 @@ def convert_coco_captions(source: Path, folder: Path, test_photos: int = 16, see
     return f"{folder}: {counts}, {test_photos} test photos with {len(rows['test'])}"
 
 
-def convert_classes(source: Path, folder: Path, per_class: int | None = None, question: str = "", caption: str = "") -> str:
+def convert_classes(source: Path, folder: Path, per_class: int | None, question: str, caption: str) -> str:
     """A folder or archive of class/*.jpg (see image_folder), a row per picture: the first per_class of each class and part.
 
     caption: what is answered, {} being the class. Where no part is held out, a tenth of each class is.
@@ -602,7 +602,7 @@ def convert_classes(source: Path, folder: Path, per_class: int | None = None, qu
                 (whole / "images" / image).write_bytes(read(name))
             except DAMAGED as error:
                 raise ValueError(f"{source}: {name} cannot be read ({one_line(error)}), get it again") from None
-            answer = caption.format(label.replace("_", " "))
+            answer = caption.replace("{}", label.replace("_", " "))
             rows[part].append(llava_row(f"{part}-{len(rows[part])}", image, [(question, answer, "class")]))
         if not all(rows.values()):
             found = f"{len(rows['train'])} training and {len(rows['test'])} test pictures"

@@ -106,8 +106,8 @@ SIZES = {
 SHARES = {"vision": 0.4, "projector": 0.02, "language": 0.58}  # of --max-seconds
 READ = 11, len(COLOURS) + 1, len(PLACES[3])  # digits and colours, each with "nothing", and places
 VISION_BATCH = 64  # scenes a step of stage 1
-# With 0.02 the language model of one seed in four never learned to find a digit by its name, with 0.05 none did: too few of
-# a step's questions tell each digit, and Muon takes a step of the same length whether the gradient is sure or not.
+# With 0.02 the language model of one run in four never learned to find a digit by its name, with 0.05 it learned all late: too
+# few of a step's questions tell each digit, and Muon's step is of the same length whether the gradient is sure or not.
 MUON_LR = {"vision": 0.02, "projector": 0.02, "language": 0.01}
 READ_WEIGHTS = 1.0, 0.5, 0.2  # digits are hardest; where places weigh more, digits show less in the features
 FIRST_ROWS = 5000  # of shards: what a tokenizer is trained on
@@ -166,9 +166,8 @@ def parse_args(argv=None):
         parser.error("--lora and --qlora: choose one")
     args.lora = args.lora or args.qlora
     if args.model:
-        settled = [("projector", "linear"), ("pixel_shuffle", 1), ("fusion", "early"), *dict.fromkeys(
-            ("vision", "lm", "image_size", "patch_size")).items()]  # fmt: skip
-        chosen = [f"--{name.replace('_', '-')}" for name, default in settled if getattr(args, name) != default]
+        settled = ("projector", "pixel_shuffle", "fusion", "vision", "lm", "image_size", "patch_size")
+        chosen = [f"--{name.replace('_', '-')}" for name in settled if getattr(args, name) != parser.get_default(name)]
         if chosen:
             parser.error(f"--model {args.model} brings its own: leave out {', '.join(chosen)}")
         args.vision = args.lm = args.model

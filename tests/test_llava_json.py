@@ -503,11 +503,11 @@ def test_classes_become_captions(tmp_path, pack):
         seen.setdefault(row.messages[1]["content"], set()).add(row.images[0].read_bytes())
     expected = {"A photo of a cat.": range(10, 20), "A photo of a guinea pig.": range(10)}
     assert seen == {caption: {picture(k) for k in numbers} for caption, numbers in expected.items()}
-    few = ["--per-class", "3", "--question", "What?", "--caption", "{}!"]
+    few = ["--per-class", "3", "--question", "What?", "--caption", "{}!{"]  # a lone brace was a traceback
     main(["classes", str(source), str(tmp_path / "few"), *few])
     rows = LlavaRows.read(tmp_path / "few" / "train.json")
     found = Counter(tuple(message["content"] for message in row.messages) for row in rows)
-    assert found == {("<image>\nWhat?", "cat!"): 3, ("<image>\nWhat?", "guinea pig!"): 3}
+    assert found == {("<image>\nWhat?", "cat!{"): 3, ("<image>\nWhat?", "guinea pig!{"): 3}
 
 
 def photo(**changes) -> list[dict]:
