@@ -127,6 +127,7 @@ def training_step(model: nn.Module, loss: Callable, dtype: torch.dtype = torch.f
 def bench_vit(args, device: torch.device) -> list[dict]:
     """Our ViT against transformers' ViTForImageClassification with the same weights and the same attention kernel."""
     peer = from_transformers("ViTForImageClassification")
+    dtype = find_dtype(args.dtype, device)
     torch.manual_seed(args.seed)
     ours = ViTModel(ViTConfig.preset(args.size, pooling="cls")).to(device)
     with tempfile.TemporaryDirectory() as folder:
@@ -149,10 +150,11 @@ def bench_vit(args, device: torch.device) -> list[dict]:
             return F.cross_entropy(out if isinstance(out, torch.Tensor) else out.logits, labels)
 
         models = {"ours": ours, "transformers": theirs}
-        train = {name: training_step(copy.deepcopy(model).train(), loss) for name, model in models.items()}
+        train = {name: training_step(copy.deepcopy(model).train(), loss, dtype) for name, model in models.items()}
         for step in train.values():
             step()  # AdamW makes its state in the first step: not part of what a step costs
-        rows.append(compare("ViT training step", train, batch, args.rounds, device, size=args.size, batch=batch))
+        what = "ViT training step" if dtype == torch.float32 else f"ViT training step, {args.dtype or 'fp16'}"
+        rows.append(compare(what, train, batch, args.rounds, device, size=args.size, batch=batch))
     return rows
 
 
@@ -632,7 +634,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--rounds", type=positive_int, default=7, help="turns of each; their median counts")
     parser.add_argument("--device", help="cpu, cuda, mps; default: the best there is")
-    parser.add_argument("--dtype", choices=DTYPES, help="vlm: of the matrix products; default fp16 on CUDA, else fp32")
+    parser.add_argument("--dtype", choices=DTYPES, help="vlm, vit (training): default fp16 on CUDA, else fp32")
     parser.add_argument("--seed", type=not_negative_int, default=0)
     parser.add_argument("--json", action="store_true", help="one JSON object a line in place of the table")
     parser.add_argument("--picture", metavar="FILE", help="draw the ratios")

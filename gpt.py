@@ -169,6 +169,14 @@ def explicit_attention(q, k, v, mask=None, dropout_p=0.0) -> tuple[torch.Tensor,
     return weights @ v, weights
 
 
+def products_win(q: torch.Tensor, k: torch.Tensor) -> bool:
+    """Whether explicit_attention is faster than torch's fused kernel: in bf16 on a CPU, where that one takes two to seven times
+    as long; not with many keys, for whose weights, [B, H, T, S] a layer, there would be no room (docs/speed.md)."""
+    if q.device.type != "cpu" or k.shape[-2] > 600:
+        return False
+    return (torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else q.dtype) == torch.bfloat16
+
+
 class MultiHeadAttention(nn.Module):
     """Every token asks all earlier ones a question (q), matches it with what they offer (k) and takes their content (v)."""
 
@@ -194,7 +202,7 @@ class MultiHeadAttention(nn.Module):
 
         dropout_p = self.dropout if self.training else 0.0
         causal = self.causal and mask is None and T > 1  # a single new token may look at everything there is
-        if self.explicit or trace is not None:
+        if self.explicit or trace is not None or products_win(q, k):
             if causal:
                 mask = causal_mask(torch.ones(1, T, dtype=torch.bool, device=x.device), T)
             y, weights = explicit_attention(q, k, v, mask, dropout_p)

@@ -38,6 +38,7 @@ from gpt import (
     left_pad,
     positions_and_mask,
     preset_settings,
+    products_win,
 )
 from siglip import SiglipModel, SiglipVisionConfig, note, whole_patches
 from vit_scratch import pair
@@ -335,7 +336,7 @@ class GroupQueryAttention(nn.Module):
         """As attend, before the last projection."""
         B, H, T, _ = q.shape
         dropout_p = self.dropout if self.training else 0.0
-        if self.explicit or trace is not None:
+        if self.explicit or trace is not None or products_win(q, k):
             if causal:
                 mask = causal_mask(torch.ones(1, T, dtype=torch.bool, device=q.device), T)
             # A group is one key/value head looked at by `group` queries per token: as a longer T nothing is repeated.

@@ -22,7 +22,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from gpt import check_block_config, explicit_attention, preset_settings
+from gpt import check_block_config, explicit_attention, preset_settings, products_win
 from vit_scratch import pair, resize_positions
 
 # What differs from the defaults below (which are B/16 at 224 pixels), per published size: (vision tower, text tower). The
@@ -187,7 +187,7 @@ class SiglipTextEmbeddings(nn.Module):
 def attend(q, k, v, config, mask=None, dropout_p=0.0, trace=None, name="") -> torch.Tensor:
     """q [B, T, D] looks at k, v [B, S, D] with all heads: [B, T, D]. mask: bool [B, 1, 1, S], False where not to look."""
     q, k, v = (x.unflatten(-1, (config.num_attention_heads, -1)).transpose(1, 2) for x in (q, k, v))
-    if config.attention == "explicit" or trace is not None:
+    if config.attention == "explicit" or trace is not None or products_win(q, k):
         y, weights = explicit_attention(q, k, v, mask, dropout_p)
         note(trace, name, weights)
     else:

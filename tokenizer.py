@@ -643,7 +643,7 @@ class BPETokenizer:
             longest_first = "|".join(map(re.escape, sorted(named, key=len, reverse=True)))
             self._finders[key] = re.compile(f"({longest_first})" if named else "(?!)()")
         parts = self._finders[key].split(text)
-        return [self._added[part]["id"] if i % 2 else part for i, part in enumerate(parts)]
+        return [self._added[part]["id"] if i % 2 else part for i, part in enumerate(parts) if part]
 
     def encode(self, text: str, add_special_tokens: bool = True,
                parse_special: bool | Collection[str] = False) -> list[int]:

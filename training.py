@@ -160,6 +160,11 @@ def find_device(name: str | None = None) -> torch.device:
     return device
 
 
+def has_bf16_products(device: torch.device) -> bool:
+    """Whether this is a CPU that multiplies bf16 matrices faster than fp32 ones: twice as fast, or more (docs/speed.md)."""
+    return device.type == "cpu" and any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16"))
+
+
 def find_dtype(name: str | None, device: torch.device) -> torch.dtype:
     """Precision of the matrix products: the one asked for, or fp16 on CUDA, else fp32. Raises ValueError for fp16 on a CPU."""
     dtype = DTYPES[name or ("fp16" if device.type == "cuda" else "fp32")]
@@ -212,8 +217,10 @@ class Run:
 
     def __str__(self) -> str:
         """How and where, for what is printed before the first step."""
+        faster = self.dtype == torch.float32 and has_bf16_products(self.device)
+        hint = " (--dtype bf16 would be faster on this CPU)" if faster else ""
         limit = f", at most {self.args.max_seconds:g} s" if self.args.max_seconds else ""
-        return f"on {self.device} in {self.dtype}{limit} -> {self.folder}"
+        return f"on {self.device} in {self.dtype}{hint}{limit} -> {self.folder}"
 
     def _on_signal(self, number, frame):
         if self.stop_signal is not None and number == signal.SIGINT:
@@ -322,21 +329,26 @@ def parameter_groups(model: nn.Module, weight_decay: float, lr: float, muon_lr: 
     return [group for group in groups if group["params"]]
 
 
-def make_optimizers(groups: list[dict], betas: tuple[float, float] = (0.9, 0.98)) -> list[torch.optim.Optimizer]:
-    """AdamW for the groups of parameter_groups and Muon for those that are meant for it."""
+def make_optimizers(
+    groups: list[dict], betas: tuple[float, float] = (0.9, 0.98), dtype: torch.dtype = torch.float32
+) -> list[torch.optim.Optimizer]:
+    """AdamW for the groups of parameter_groups and Muon for those that are meant for it. dtype: see Muon."""
     adam, muon = ([dict(group, initial_lr=group["lr"]) for group in groups if group["muon"] == kind] for kind in (False, True))
     optimizers = [torch.optim.AdamW(adam, betas=betas, fused=True)] if adam else []
-    return optimizers + ([Muon(muon)] if muon else [])
+    return optimizers + ([Muon(muon, dtype=dtype)] if muon else [])
 
 
 class Muon(torch.optim.Optimizer):
     """Momentum whose step for a matrix is made orthogonal, so that it moves all directions alike, rare ones too (Jordan et
     al. 2024). Five Newton-Schulz steps push the singular values to about 1; a tall matrix [out, in] gets sqrt(out / in)
-    times the learning rate. Matrices of one shape go together and in fp32: on a CPU torch.optim.Muon, one matrix at a time
-    and in bf16, took 30 times as long."""
+    times the learning rate. Matrices of one shape go together: one at a time, as in torch.optim.Muon, took 30 times as long
+    on a CPU. dtype: of the Newton-Schulz products."""
 
-    def __init__(self, params, lr: float = 0.02, weight_decay: float = 0.0, momentum: float = 0.95):
+    def __init__(
+        self, params, lr: float = 0.02, weight_decay: float = 0.0, momentum: float = 0.95, dtype: torch.dtype = torch.float32
+    ):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+        self.dtype = dtype
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -349,7 +361,7 @@ class Muon(torch.optim.Optimizer):
                 directions = [self._direction(p, group["momentum"]) for p in parameters]
                 if is_sharded(directions[0]):  # each process needs all of a matrix, and makes the same step of it
                     directions = [direction.full_tensor() for direction in directions]
-                steps = orthogonal(torch.stack(directions)).to(parameters[0].dtype)
+                steps = orthogonal(torch.stack(directions).to(self.dtype)).to(parameters[0].dtype)
                 rate = group["lr"] * max(1, rows / columns) ** 0.5
                 torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
                 steps = [sharded_like(step, p) for step, p in zip(steps, parameters, strict=True)]
@@ -377,7 +389,7 @@ def orthogonal(x: torch.Tensor) -> torch.Tensor:
             square = x @ x.mT
             x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=cubic, alpha=quintic), x, beta=slope)
     else:  # the same for a wide matrix in half the time: steps of its square are multiplied up, and it comes in once
-        square, product = x @ x.mT, torch.eye(x.shape[1], device=x.device).expand(len(x), -1, -1)
+        square, product = x @ x.mT, torch.eye(x.shape[1], dtype=x.dtype, device=x.device).expand(len(x), -1, -1)
         for _ in range(5):
             step = torch.baddbmm(square, square, square, beta=cubic, alpha=quintic)  # and slope times the identity
             product = torch.baddbmm(product, step, product, beta=slope)
@@ -537,7 +549,8 @@ class Trainer:
         for module in model.modules():
             if hasattr(module, "grad_checkpoint"):
                 module.grad_checkpoint = args.grad_checkpoint
-        self.optimizers, self.peaks = make_optimizers(groups), [group["lr"] for group in groups]
+        rounding = torch.bfloat16 if run.dtype == torch.bfloat16 else torch.float32  # fp16 has not their range
+        self.optimizers, self.peaks = make_optimizers(groups, dtype=rounding), [group["lr"] for group in groups]
         self.scaler = torch.amp.GradScaler(run.device.type, enabled=run.dtype == torch.float16)
         self.skipped = 0  # steps whose gradients overflowed in fp16
         self.ema = EMA(model, args.ema) if args.ema else None

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from gpt import GPT, GPTConfig, KVCache, decode, left_pad, sample
+from gpt import GPT, GPTConfig, KVCache, decode, left_pad, products_win, sample
 
 CONFIG = GPTConfig(vocab_size=61, context_length=24, hidden_size=32, num_hidden_layers=3, num_attention_heads=4)
 
@@ -44,6 +44,30 @@ def test_sdpa_equals_explicit_attention_in_outputs_and_gradients(ids, lengths):
         results.append((out["logits"], [p.grad for p in model.parameters()]))
     torch.testing.assert_close(results[0][0], results[1][0], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(results[0][1], results[1][1], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("lengths", [(12, 12, 12), (12, 5, 1)])
+def test_in_bf16_on_a_cpu_attention_is_two_products(ids, lengths):
+    """torch's fused kernel made a step of the small models slower in bf16 than in fp32."""
+    mask = padded(ids, lengths, "left")
+    with torch.autocast("cpu", torch.bfloat16):
+        ours, explicit = (make(attention=kind)(ids, attention_mask=mask)["logits"] for kind in ("sdpa", "explicit"))
+    assert torch.equal(ours, explicit)
+    exact = make()(ids, attention_mask=mask)["logits"]
+    torch.testing.assert_close(ours.float(), exact, atol=0.05 * exact.abs().max().item(), rtol=0)
+
+
+def test_where_two_products_win():
+    """Not with many keys: their [T, S] weights would need the memory that the kernel saves. Nor in fp32, unless autocast."""
+
+    def q_and_k(keys, dtype):
+        return torch.zeros(1, 1, 3, 4, dtype=dtype), torch.zeros(1, 1, keys, 4, dtype=dtype)
+
+    assert products_win(*q_and_k(600, torch.bfloat16)) and not products_win(*q_and_k(601, torch.bfloat16))
+    assert not products_win(*q_and_k(5, torch.float32)) and not products_win(*q_and_k(5, torch.float16))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert products_win(*q_and_k(5, torch.float32))
+    assert not products_win(*(t.to("meta") for t in q_and_k(5, torch.bfloat16)))
 
 
 def test_a_token_never_sees_later_ones(model, ids):

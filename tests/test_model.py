@@ -223,6 +223,14 @@ def test_sdpa_equals_explicit_attention_in_outputs_and_gradients(ids, mask):
     close(*results)
 
 
+@pytest.mark.parametrize("mask", [None, padding((12, 5, 1), 12, "left"), "packed"])
+def test_in_bf16_on_a_cpu_attention_is_two_products(ids, mask):
+    mask = block_pattern((5, 4, 3))[0] if isinstance(mask, str) else mask
+    with torch.autocast("cpu", torch.bfloat16):
+        ours, explicit = (make(attention=kind)(ids, attention_mask=mask)["logits"] for kind in ("sdpa", "explicit"))
+    assert torch.equal(ours, explicit)
+
+
 def test_heads_are_repeated_where_no_kernel_shares_them(monkeypatch, lm, ids):
     expected = lm(ids)["logits"]
     monkeypatch.setattr(m, "kernel_shares_heads", lambda *_: False)

@@ -262,6 +262,17 @@ def test_explicit_attention_and_checkpointing_change_nothing(masked):
         assert_all_close(gradients(other, model), expected, TOL)
 
 
+def test_in_bf16_on_a_cpu_attention_is_two_products():
+    x, ids, mask = pictures(4, 3, 16, 16), sentences(4), (torch.arange(9) < torch.tensor([[9], [3], [1], [7]])).long()
+    found = []
+    for attention in ("sdpa", "explicit"):
+        torch.manual_seed(0)
+        config = SiglipConfig({**VISIONS["square"], "attention": attention}, {**TEXT, "attention": attention})
+        with torch.autocast("cpu", torch.bfloat16):
+            found.append(shaken(SiglipTwoTower(config))(x, ids, mask)["logits_per_image"])
+    assert torch.equal(*found)
+
+
 def calls(module):
     """A list that grows by one at every forward pass of a module."""
     counted = []
