@@ -329,26 +329,22 @@ def parameter_groups(model: nn.Module, weight_decay: float, lr: float, muon_lr: 
     return [group for group in groups if group["params"]]
 
 
-def make_optimizers(
-    groups: list[dict], betas: tuple[float, float] = (0.9, 0.98), dtype: torch.dtype = torch.float32
-) -> list[torch.optim.Optimizer]:
-    """AdamW for the groups of parameter_groups and Muon for those that are meant for it. dtype: see Muon."""
+def make_optimizers(groups: list[dict], betas: tuple[float, float] = (0.9, 0.98)) -> list[torch.optim.Optimizer]:
+    """AdamW for the groups of parameter_groups and Muon for those that are meant for it."""
     adam, muon = ([dict(group, initial_lr=group["lr"]) for group in groups if group["muon"] == kind] for kind in (False, True))
     optimizers = [torch.optim.AdamW(adam, betas=betas, fused=True)] if adam else []
-    return optimizers + ([Muon(muon, dtype=dtype)] if muon else [])
+    return optimizers + ([Muon(muon)] if muon else [])
 
 
 class Muon(torch.optim.Optimizer):
     """Momentum whose step for a matrix is made orthogonal, so that it moves all directions alike, rare ones too (Jordan et
     al. 2024). Five Newton-Schulz steps push the singular values to about 1; a tall matrix [out, in] gets sqrt(out / in)
-    times the learning rate. Matrices of one shape go together: one at a time, as in torch.optim.Muon, took 30 times as long
-    on a CPU. dtype: of the Newton-Schulz products."""
+    times the learning rate. Matrices of one shape go together and always in fp32: in bf16 the five steps blow rounding errors
+    up to the size of what is to be learned, and on a CPU without bf16 products torch.optim.Muon, one matrix at a time and
+    in bf16, took 30 times as long (docs/speed.md)."""
 
-    def __init__(
-        self, params, lr: float = 0.02, weight_decay: float = 0.0, momentum: float = 0.95, dtype: torch.dtype = torch.float32
-    ):
+    def __init__(self, params, lr: float = 0.02, weight_decay: float = 0.0, momentum: float = 0.95):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
-        self.dtype = dtype
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -361,7 +357,7 @@ class Muon(torch.optim.Optimizer):
                 directions = [self._direction(p, group["momentum"]) for p in parameters]
                 if is_sharded(directions[0]):  # each process needs all of a matrix, and makes the same step of it
                     directions = [direction.full_tensor() for direction in directions]
-                steps = orthogonal(torch.stack(directions).to(self.dtype)).to(parameters[0].dtype)
+                steps = orthogonal(torch.stack(directions)).to(parameters[0].dtype)
                 rate = group["lr"] * max(1, rows / columns) ** 0.5
                 torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
                 steps = [sharded_like(step, p) for step, p in zip(steps, parameters, strict=True)]
@@ -389,7 +385,7 @@ def orthogonal(x: torch.Tensor) -> torch.Tensor:
             square = x @ x.mT
             x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=cubic, alpha=quintic), x, beta=slope)
     else:  # the same for a wide matrix in half the time: steps of its square are multiplied up, and it comes in once
-        square, product = x @ x.mT, torch.eye(x.shape[1], dtype=x.dtype, device=x.device).expand(len(x), -1, -1)
+        square, product = x @ x.mT, torch.eye(x.shape[1], device=x.device).expand(len(x), -1, -1)
         for _ in range(5):
             step = torch.baddbmm(square, square, square, beta=cubic, alpha=quintic)  # and slope times the identity
             product = torch.baddbmm(product, step, product, beta=slope)
@@ -549,8 +545,7 @@ class Trainer:
         for module in model.modules():
             if hasattr(module, "grad_checkpoint"):
                 module.grad_checkpoint = args.grad_checkpoint
-        rounding = torch.bfloat16 if run.dtype == torch.bfloat16 else torch.float32  # fp16 has not their range
-        self.optimizers, self.peaks = make_optimizers(groups, dtype=rounding), [group["lr"] for group in groups]
+        self.optimizers, self.peaks = make_optimizers(groups), [group["lr"] for group in groups]
         self.scaler = torch.amp.GradScaler(run.device.type, enabled=run.dtype == torch.float16)
         self.skipped = 0  # steps whose gradients overflowed in fp16
         self.ema = EMA(model, args.ema) if args.ema else None

@@ -45,19 +45,6 @@ def test_many_at_once_are_each_alone():
     torch.testing.assert_close(orthogonal(x), torch.cat([orthogonal(one[None]) for one in x]), atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("rows, columns", [(48, 16), (16, 48), (32, 32)])
-def test_in_bf16_it_is_nearly_the_same_step(rows, columns):
-    """The published way, and half the time on a CPU with bf16 products; gradients are far below fp16's range."""
-    x = 1e-12 * torch.randn(3, rows, columns, generator=torch.Generator().manual_seed(3))
-    torch.testing.assert_close(orthogonal(x.bfloat16()).float(), orthogonal(x), atol=0.02, rtol=0.02)
-    parameter = nn.Parameter(torch.ones(rows, columns))
-    parameter.grad = x[0]
-    muon = make_optimizers([{"params": [parameter], "lr": 0.02, "muon": True}], dtype=torch.bfloat16)[0]
-    muon.step()
-    wanted = 1 - 0.02 * max(1, rows / columns) ** 0.5 * orthogonal(x[:1].bfloat16())[0].float()
-    torch.testing.assert_close(parameter.detach(), wanted, atol=1e-3, rtol=0)
-
-
 def test_nothing_to_go_by_is_no_step():
     assert not orthogonal(torch.zeros(2, 4, 6)).any()
 
