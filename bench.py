@@ -106,7 +106,7 @@ def compare(
 
 
 def training_step(model: nn.Module, loss: Callable, dtype: torch.dtype = torch.float32) -> Callable[[], torch.Tensor]:
-    """Forward, loss(model), backward, AdamW on what is not frozen: the same optimiser and precision for everyone. dtype: of
+    """Forward, loss(model), backward, AdamW on what is not frozen: the same optimiser for everyone. dtype: of
     the matrix products. What is returned calls for one such step, and gives the loss before it."""
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer, kind = torch.optim.AdamW(trained, fused=True), trained[0].device.type
@@ -124,10 +124,21 @@ def training_step(model: nn.Module, loss: Callable, dtype: torch.dtype = torch.f
     return step
 
 
+def precisions(args, device: torch.device) -> dict[str, torch.dtype]:
+    """Of the matrix products of a training step: "ours" and "peer"."""
+    return {"ours": find_dtype(args.dtype, device), "peer": find_dtype(args.peer_dtype or args.dtype, device)}
+
+
+def named(dtypes: dict[str, torch.dtype]) -> str:
+    """", bfloat16" or ", bfloat16 / float32", for a row; nothing where all is fp32."""
+    names = [str(dtype).removeprefix("torch.") for dtype in dict.fromkeys(dtypes.values())]
+    return "" if names == ["float32"] else f", {' / '.join(names)}"
+
+
 def bench_vit(args, device: torch.device) -> list[dict]:
     """Our ViT against transformers' ViTForImageClassification with the same weights and the same attention kernel."""
     peer = from_transformers("ViTForImageClassification")
-    dtype = find_dtype(args.dtype, device)
+    dtypes = precisions(args, device)
     torch.manual_seed(args.seed)
     ours = ViTModel(ViTConfig.preset(args.size, pooling="cls")).to(device)
     with tempfile.TemporaryDirectory() as folder:
@@ -150,10 +161,13 @@ def bench_vit(args, device: torch.device) -> list[dict]:
             return F.cross_entropy(out if isinstance(out, torch.Tensor) else out.logits, labels)
 
         models = {"ours": ours, "transformers": theirs}
-        train = {name: training_step(copy.deepcopy(model).train(), loss, dtype) for name, model in models.items()}
+        train = {
+            name: training_step(copy.deepcopy(model).train(), loss, dtypes.get(name, dtypes["peer"]))
+            for name, model in models.items()
+        }
         for step in train.values():
             step()  # AdamW makes its state in the first step: not part of what a step costs
-        what = "ViT training step" if dtype == torch.float32 else f"ViT training step, {args.dtype or 'fp16'}"
+        what = f"ViT training step{named(dtypes)}"
         rows.append(compare(what, train, batch, args.rounds, device, size=args.size, batch=batch))
     return rows
 
@@ -371,7 +385,7 @@ def vlm_peer(mode: str) -> str:
     return "transformers with peft" if has_peft() else "transformers, projector only (no peft)"
 
 
-def vlm_row(mode: str, sides: dict[str, tuple], inputs: dict, dtype: torch.dtype, rounds: int, device, **facts) -> dict:
+def vlm_row(mode: str, sides: dict[str, tuple], inputs: dict, dtypes: dict, rounds: int, device, **facts) -> dict:
     """sides: {name: (model on the CPU, its loss from itself and the inputs)}. Beside compare's figures the peak in all: with
     weights, optimiser state and batch, from a copy of the model to the end of its second step."""
     gc.collect()
@@ -380,7 +394,7 @@ def vlm_row(mode: str, sides: dict[str, tuple], inputs: dict, dtype: torch.dtype
 
     def begin(name, model, loss):
         models[name] = freeze(copy.deepcopy(model).to(device), mode).train()
-        steps[name] = training_step(models[name], lambda model: loss(model, **inputs), dtype)
+        steps[name] = training_step(models[name], lambda m: loss(m, **inputs), dtypes.get(name, dtypes["peer"]))
         first[name] = float(steps[name]())  # AdamW makes its state at the end of it; the second step is like all others
         steps[name]()
 
@@ -388,13 +402,13 @@ def vlm_row(mode: str, sides: dict[str, tuple], inputs: dict, dtype: torch.dtype
     for name, side in sides.items():
         total[name] = batch_bytes + peak_bytes(partial(begin, name, *side), device)
     peer = next(name for name in sides if name != "ours")
-    if abs(first["ours"] - first[peer]) > (1e-3 if dtype == torch.float32 else 5e-2):
+    if abs(first["ours"] - first[peer]) > (5e-2 if named(dtypes) else 1e-3):
         raise ValueError(f"{mode}: the losses are {first['ours']:g} and {first[peer]:g}: there is nothing to compare")
     parameters = list(models["ours"].parameters())
-    row = compare(f"VLM training step, {mode}", steps, len(inputs["labels"]), rounds, device, **facts)
+    row = compare(f"VLM training step, {mode}{named(dtypes)}", steps, len(inputs["labels"]), rounds, device, **facts)
     return {
         **row,
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": str(dtypes["ours"]).removeprefix("torch."),
         "parameters": sum(p.numel() for p in parameters),
         "trained": sum(p.numel() for p in parameters if p.requires_grad),
         "peak_total_mib": round(total["ours"] / 2**20, 1),
@@ -403,9 +417,9 @@ def vlm_row(mode: str, sides: dict[str, tuple], inputs: dict, dtype: torch.dtype
 
 
 def bench_vlm(args, device: torch.device) -> list[dict]:
-    """Our VLM against transformers' Idefics3: the same weights, kernels, precision and optimiser. With features given, as
-    --cache-features trains, the idle tower's weights are still counted on both sides."""
-    dtype = find_dtype(args.dtype, device)
+    """Our VLM against transformers' Idefics3: the same weights and optimiser. With features given, as --cache-features trains,
+    the idle tower's weights are still counted on both sides."""
+    dtypes = precisions(args, device)
     torch.manual_seed(args.seed)
     ours, theirs = equal_vlms(args.size)
     rows = []
@@ -426,7 +440,7 @@ def bench_vlm(args, device: torch.device) -> list[dict]:
                 "ours": (ours, lambda model, **inputs: model(**inputs)["loss"]),
                 vlm_peer(mode): (theirs, lambda model, **inputs: idefics3(model, **inputs).loss),
             }
-            rows.append(vlm_row(mode, sides, given, dtype, args.rounds, device, size=args.size, batch=batch))
+            rows.append(vlm_row(mode, sides, given, dtypes, args.rounds, device, size=args.size, batch=batch))
     return rows
 
 
@@ -613,7 +627,7 @@ def notes(row: dict) -> list[str]:
         lines += [f"{each}; the whole model: {whole}"]
     if "peak_total_mib" in row:
         size, ours, theirs = row["parameters"] / 1e6, row["peak_total_mib"], row["peer_peak_total_mib"]
-        trained = f"{row['what']}, batch {row['batch']}, {row['dtype']}: {row['trained'] / 1e6:.1f}M of {size:.1f}M parameters"
+        trained = f"{row['what']}, batch {row['batch']}: {row['trained'] / 1e6:.1f}M of {size:.1f}M parameters"
         lines += [f"{trained}; {ours:,.0f} MiB at the peak in all, {row['peer']} {theirs:,.0f}"]
     return lines
 
@@ -636,6 +650,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--rounds", type=positive_int, default=7, help="turns of each; their median counts")
     parser.add_argument("--device", help="cpu, cuda, mps; default: the best there is")
     parser.add_argument("--dtype", choices=DTYPES, help="vlm, vit (training): default fp16 on CUDA, else fp32")
+    parser.add_argument("--peer-dtype", choices=DTYPES, help="vlm, vit (training): the peer's, where it is not ours")
     parser.add_argument("--seed", type=not_negative_int, default=0)
     parser.add_argument("--json", action="store_true", help="one JSON object a line in place of the table")
     parser.add_argument("--picture", metavar="FILE", help="draw the ratios")

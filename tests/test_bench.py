@@ -27,7 +27,8 @@ def rows(pair):
     inputs, cpu = bench.vlm_batch(pair[0].config, 2), torch.device("cpu")
     losses = (lambda model, **inputs: model(**inputs)["loss"], lambda model, **inputs: bench.idefics3(model, **inputs).loss)
     sides = {name: side for name, *side in zip(("ours", "peer"), pair, losses, strict=True)}
-    return {mode: bench.vlm_row(mode, sides, inputs, torch.float32, 1, cpu) for mode in bench.VLM_MODES[:3]}
+    dtypes = {"ours": torch.float32, "peer": torch.float32}
+    return {mode: bench.vlm_row(mode, sides, inputs, dtypes, 1, cpu) for mode in bench.VLM_MODES[:3]}
 
 
 def test_the_text_is_as_long_as_promised_and_half_of_it_is_to_be_learned(pair):
@@ -86,11 +87,19 @@ def test_its_rows_as_json_and_a_peer_without_peft_says_so(pair, monkeypatch, cap
     monkeypatch.setattr(bench, "equal_vlms", lambda size: pair)
     bench.main("vlm --size tiny --batch 1 --rounds 1 --dtype bf16 --device cpu --json".split())
     found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [row["what"].removeprefix("VLM training step, ") for row in found] == list(bench.VLM_MODES)
+    assert [row["what"] for row in found] == [f"VLM training step, {mode}, bfloat16" for mode in bench.VLM_MODES]
     assert [row["peer"] for row in found if "LoRA" in row["what"]] == ["transformers, projector only (no peft)"]
     for row in found:
         assert (row["batch"], row["dtype"], row["size"]) == (1, "bfloat16", "tiny")
         assert min(row[key] for key in ("per_second", "speed_ratio", "memory_ratio", "peer_peak_total_mib")) > 0
+
+
+def test_each_side_has_its_precision(monkeypatch, capsys):
+    seen, plain = [], bench.training_step
+    monkeypatch.setattr(bench, "training_step", lambda *args: seen.append(args[2]) or plain(*args))
+    bench.main("vit --size tiny-digits --batch 2 --rounds 1 --device cpu --dtype bf16 --peer-dtype fp32".split())
+    assert seen == [torch.bfloat16, torch.float32]
+    assert "ViT training step, bfloat16 / float32" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
