@@ -86,8 +86,24 @@ def first_fit(lengths: Sequence[int], room: int) -> list[list[int]]:
     return rows
 
 
+def longest_sum(lengths: Sequence[int], rows: Sequence[Sequence[int]]) -> int:
+    return max(sum(lengths[i] for i in row) for row in rows)
+
+
+def even_rows(lengths: Sequence[int], count: int) -> list[list[int]]:
+    """Which lengths share one of `count` rows, so that the longest row is short: the longest first, each into the row with the
+    most room (at most 4/3 of the best: Graham 1969)."""
+    rows, sums = [[] for _ in range(count)], [0] * count
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        place = sums.index(min(sums))
+        rows[place].append(i)
+        sums[place] += lengths[i]
+    return rows
+
+
 def pack(samples: Sequence[Sample], length: int = 0, pad_token_id: int = 0) -> dict[str, torch.Tensor]:
-    """Samples in rows of `length`, or of the longest sample's if that is more.
+    """Samples in as few rows as have room for them, and these as short as may be: of at most `length`, or of the longest
+    sample's length if that is more.
 
     Returns input_ids, labels, position_ids, int64 [B, T]; attention_mask, bool [B, 1, T, T], True where a token may look; where
     most of that is False, "blocks"; and "order" [samples]: which sample comes when, row by row, so that their pictures can
@@ -95,7 +111,8 @@ def pack(samples: Sequence[Sample], length: int = 0, pad_token_id: int = 0) -> d
     """
     lengths = [len(sample) for sample in samples]
     rows = first_fit(lengths, max(length, *lengths))
-    T = max(sum(len(samples[i]) for i in row) for row in rows)
+    rows = min(rows, even_rows(lengths, len(rows)), key=lambda rows: longest_sum(lengths, rows))
+    T = longest_sum(lengths, rows)
     columns = [[], [], [], [], []]  # ids, labels, positions, sample, branch (0: its trunk)
     for row in rows:
         tokens = [token for i in row for token in _flat(samples[i], i)]

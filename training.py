@@ -339,9 +339,7 @@ def make_optimizers(groups: list[dict], betas: tuple[float, float] = (0.9, 0.98)
 class Muon(torch.optim.Optimizer):
     """Momentum whose step for a matrix is made orthogonal, so that it moves all directions alike, rare ones too (Jordan et
     al. 2024). Five Newton-Schulz steps push the singular values to about 1; a tall matrix [out, in] gets sqrt(out / in)
-    times the learning rate. Matrices of one shape go together and always in fp32: in bf16 the five steps blow rounding errors
-    up to the size of what is to be learned, and on a CPU without bf16 products torch.optim.Muon, one matrix at a time and
-    in bf16, took 30 times as long (docs/speed.md)."""
+    times the learning rate. Matrices of one shape go together, and in fp32 whatever the run's precision is: see orthogonal."""
 
     def __init__(self, params, lr: float = 0.02, weight_decay: float = 0.0, momentum: float = 0.95):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
@@ -374,8 +372,9 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonal(x: torch.Tensor) -> torch.Tensor:
-    """[K, out, in]: each matrix with its singular values brought to about 0.7 to 1.2, unless they were some hundred times
-    smaller than its norm."""
+    """fp32 [K, out, in]: each matrix with its singular values brought to about 0.7 to 1.2, unless they were some hundred times
+    smaller than its norm. Not in bf16: of a wide matrix the squares of the values would be lost in rounding errors, which
+    these steps blow up (docs/speed.md)."""
     tall = x.shape[1] > x.shape[2]
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
     x = x.mT if tall else x

@@ -111,6 +111,14 @@ def test_first_fit_loses_nothing_and_overfills_no_row(lengths, room, rows):
     assert all(sum(lengths[i] for i in row) <= room for row in placed)
 
 
+def test_rows_are_as_short_as_their_number_allows():
+    """Sixteen captions of COCO photos made a row of 964 tokens and one of 168, filled up to 964 as well."""
+    packed = pack([Sample(([5] * 70, [-100] * 69 + [5]), []) for _ in range(16)], length=1024)
+    assert packed["input_ids"].shape == (2, 560) and sorted(packed["order"].tolist()) == list(range(16))
+    longest_first = pack([Sample(([5] * n, [5] * n), []) for n in (3, 3, 2, 2, 2)], length=6)  # even_rows alone makes 7
+    assert longest_first["input_ids"].shape == (2, 6)
+
+
 def test_padding_has_no_label_and_looks_at_no_sample():
     samples = [Sample(([5, 6, 7], [-100, 6, 7]), []), Sample(([5], [-100]), [])]
     packed = pack(samples, pad_token_id=9)
