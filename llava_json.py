@@ -542,8 +542,12 @@ def convert_easy_vqa(source: Path, folder: Path) -> str:
     return f"{folder}: {', '.join(counts)}"
 
 
-def convert_coco_captions(source: Path, folder: Path, test_photos: int = 16, seed: int = 0) -> str:
-    """COCO 2017 photos (Lin et al. 2014), those whose licences let them be passed on: one row per caption, split by photo.
+def convert_coco_captions(
+    source: Path, folder: Path, test_photos: int = 16, seed: int = 0, row_per: str = "caption"
+) -> str:
+    """COCO 2017 photos (Lin et al. 2014), those whose licences let them be passed on, split by photo: one row per caption; with
+    row_per "photo" a training row has all captions of its photo, as turns for train_vlm.py --isolated, which then reads the
+    photo once for all of them.
 
     FOLDER/credits.json has the licence and the origin of each photo.
     """
@@ -566,19 +570,23 @@ def convert_coco_captions(source: Path, folder: Path, test_photos: int = 16, see
             raise ValueError(f"{test_photos} test photos cannot be held out of {len(photos)} different ones: ask for fewer")
         test = set(np.random.RandomState(seed).permutation(len(photos))[:test_photos].tolist())
         (whole / "images").mkdir()
-        rows = {"train": [], "test": []}
+        rows, said = {"train": [], "test": []}, collections.Counter()
         for k, photo in enumerate(photos):
             file = photo["file_name"]
             (whole / "images" / file).write_bytes(read(f"{prefix}images/{file}"))
-            for i, caption in enumerate(photo["captions"]):
-                turn = ("Describe the picture.", " ".join(caption.split()), "caption")
-                rows["test" if k in test else "train"].append(llava_row(f"{Path(file).stem}-{i}", file, [turn]))
+            turns = [("Describe the picture.", " ".join(caption.split()), "caption") for caption in photo["captions"]]
+            part = "test" if k in test else "train"
+            said[part] += len(turns)
+            if row_per == "photo" and part == "train":
+                rows[part].append(llava_row(Path(file).stem, file, turns))
+            else:
+                rows[part] += [llava_row(f"{Path(file).stem}-{i}", file, [turn]) for i, turn in enumerate(turns)]
         for part, found in rows.items():
             write_rows(whole / f"{part}.json", found)
         credit = {photo["file_name"]: {"license": photo["license"], "source": photo["flickr_url"]} for photo in photos}
         write_json(whole / "credits.json", credit)
-    counts = f"{len(photos) - test_photos} train photos with {len(rows['train'])} captions"
-    return f"{folder}: {counts}, {test_photos} test photos with {len(rows['test'])}"
+    counts = f"{len(photos) - test_photos} train photos with {said['train']} captions"
+    return f"{folder}: {counts}, {test_photos} test photos with {said['test']}"
 
 
 def convert_classes(source: Path, folder: Path, per_class: int | None, question: str, caption: str) -> str:
@@ -630,6 +638,8 @@ def parse_args(argv=None) -> argparse.Namespace:
         command.add_argument("folder", metavar="FOLDER", type=Path, help="to be made")
     coco.add_argument("--test-photos", type=positive_int, default=16, help="photos held out (default 16)")
     coco.add_argument("--seed", type=not_negative_int, default=0, help="which (default 0)")
+    rows = "of training rows; photo: all its captions as turns, for train_vlm.py --isolated (default: caption)"
+    coco.add_argument("--row-per", choices=("caption", "photo"), default="caption", help=rows)
     classes.add_argument("--per-class", type=positive_int, help="most pictures of a class, in each part; default: all")
     classes.add_argument("--question", default="Describe the picture.")
     classes.add_argument("--caption", default="A photo of a {}.", help="the answer, {} being the class")
@@ -647,7 +657,7 @@ def main(argv=None) -> None:
     elif args.command == "classes":
         print(convert_classes(args.source, args.folder, args.per_class, args.question, args.caption))
     else:
-        print(convert_coco_captions(args.source, args.folder, args.test_photos, args.seed))
+        print(convert_coco_captions(args.source, args.folder, args.test_photos, args.seed, args.row_per))
 
 
 if __name__ == "__main__":

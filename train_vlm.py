@@ -468,6 +468,11 @@ def ask(model, processor, items: list[Item], args) -> dict:
     return {"said": said, "answer_loss": round(loss, 4), **score(items, said)}
 
 
+def noted(found: dict[str, dict]) -> dict[str, float]:
+    """For metrics.jsonl, from what `ask` found of each split."""
+    return {f"{split}_{key}": facts[key] for split, facts in found.items() for key in ("exact_match", "answer_loss")}
+
+
 def draw(folder: Path, model, processor, items: list[Item], found: dict, rows: list[dict], blind: bool) -> None:
     """curves.png; samples.png: one question of each of 24 pictures; attention.png: where it looks for its longest answer."""
     figures.curves(rows, folder / "curves.png")
@@ -621,8 +626,7 @@ def train_stage(run: Run, learner: Learner, stage: Stage, data: Data, batches, b
         trainer.step(losses(trainer.steps_done))
         if stage.name == "language" and trainer.evaluates():
             with trainer.evaluation() as whole:
-                trainer.log(**{f"{split}_exact_match": ask(whole.model, processor, items, args)["exact_match"]
-                               for split, items in tests.items()})  # fmt: skip
+                trainer.log(**noted({split: ask(whole.model, processor, items, args) for split, items in tests.items()}))
     trainer.close()
     return trainer
 
@@ -673,7 +677,7 @@ def finish(run: Run, trainer: Trainer, processor, tests: dict[str, list[Item]], 
         model = whole.model
         save_run(run, model, processor, args)
         found = {split: ask(model, processor, items, args) for split, items in tests.items()}
-        trainer.log(**{f"{split}_exact_match": facts["exact_match"] for split, facts in found.items()})
+        trainer.log(**noted(found))
         draw(run.folder, model, processor, tests["test"], found["test"], trainer.metrics.read(), args.blind)
     result = {"blind": args.blind}
     for split, facts in found.items():

@@ -489,6 +489,18 @@ def test_coco_photos_stay_on_one_side_with_their_credit(tmp_path, pack):
     assert len(held) > 2
 
 
+def test_captions_of_a_photo_become_turns_when_asked(tmp_path, capsys):
+    source = as_tar(tmp_path / "source.tar", coco())
+    for row_per in ("caption", "photo"):
+        main(["coco-captions", str(source), str(tmp_path / row_per), "--test-photos", "2", "--row-per", row_per])
+    one, all_turns = (LlavaRows.read(tmp_path / name / "train.json") for name in ("caption", "photo"))
+    asked = [turn for row in all_turns for turn in questions(row, isolated=True)]
+    assert len(all_turns) == 4 and asked == [turn for row in one for turn in questions(row)]
+    assert (tmp_path / "photo" / "test.json").read_bytes() == (tmp_path / "caption" / "test.json").read_bytes()
+    said = [line.split(":")[1] for line in capsys.readouterr().out.splitlines()]
+    assert said == [" 4 train photos with 8 captions, 2 test photos with 4"] * 2
+
+
 @pytest.mark.parametrize("pack", [as_tar, as_folder])
 def test_classes_become_captions(tmp_path, pack):
     files = {f"pets/{label}/{k}.png": picture(10 * (label == "cat") + k) for label in ("cat", "guinea_pig") for k in range(10)}
