@@ -213,6 +213,13 @@ def test_device_is_found_or_refused():
         find_device("nonsense")
 
 
+@pytest.mark.parametrize("has, flags, said", [(True, [], True), (True, ["--dtype", "bf16"], False), (False, [], False)])
+def test_the_opening_line_names_bf16_where_it_would_be_faster(tmp_path, monkeypatch, has, flags, said):
+    monkeypatch.setattr("training.has_bf16_products", lambda device: has)
+    run = Run(argument_parser("", out=str(tmp_path)).parse_args(["--device", "cpu", *flags]))
+    assert ("--dtype bf16 would be faster" in str(run)) == said
+
+
 def test_where_one_gradient_overflows_no_optimiser_steps_and_it_is_counted(tmp_path):
     """Clipping spreads what is not finite over all gradients. With AdamW and Muon side by side only one was told to skip, and
     the other's weights became NaN."""
