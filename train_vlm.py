@@ -465,12 +465,13 @@ def ask(model, processor, items: list[Item], args) -> dict:
     """Answers by greedy decoding, scored, with the perplexity of the true ones."""
     said = answer(model, processor, items, blind=args.blind)
     loss, _ = mean_answer_loss(model, processor, items, blind=args.blind)
-    return {"said": said, "answer_loss": round(loss, 4), **score(items, said)}
+    return {"said": said, "answer_loss": round(loss, 4) if items else None, **score(items, said)}
 
 
 def noted(found: dict[str, dict]) -> dict[str, float]:
     """For metrics.jsonl, from what `ask` found of each split."""
-    return {f"{split}_{key}": facts[key] for split, facts in found.items() for key in ("exact_match", "answer_loss")}
+    keys = "exact_match", "answer_loss"
+    return {f"{split}_{key}": facts[key] for split, facts in found.items() for key in keys if facts["n"]}
 
 
 def draw(folder: Path, model, processor, items: list[Item], found: dict, rows: list[dict], blind: bool) -> None:

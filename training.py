@@ -735,6 +735,8 @@ class Trainer:
 
     def log(self, **figures: float) -> None:
         """Figures of an evaluation, into metrics.jsonl, unless they are there from before a kill, and onto the screen."""
+        if not figures:
+            return
         row = {"step": self.steps_done, "seconds": round(self.seconds, 2), **{k: round(v, 6) for k, v in figures.items()}}
         if not any(there["step"] == self.steps_done and there.keys() == row.keys() for there in self.metrics.read()):
             self.metrics.write(**row)

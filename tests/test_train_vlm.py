@@ -630,6 +630,20 @@ def test_a_picture_that_fails_in_training_is_skipped_and_counted(runs, photos, v
     assert last["unreadable_pictures"] == 1 and last["steps"] == 8
 
 
+def test_where_no_test_row_can_be_asked_there_is_no_loss(runs, photos):
+    """The last line and metrics.jsonl said NaN, which is no JSON."""
+    folder = shutil.copytree(photos, runs / "no tests")
+    rows = json.loads((folder / "scenes.json").read_text())
+    for name, part in (("train.json", rows[:13]), ("test.json", rows[13:])):
+        (folder / name).write_text(json.dumps(part))
+    damage(folder / "images" / rows[13]["image"])
+    run = runs / "without tests"
+    last = train(*LLAVA, "--data", folder / "train.json", "--test-data", folder / "test.json", "--images",
+                 folder / "images", "--out", run)  # fmt: skip
+    assert last["n"] == 0 and last["answer_loss"] is None
+    assert "NaN" not in (run / "metrics.jsonl").read_text() + (run / "result.json").read_text()
+
+
 @pytest.mark.parametrize("what", ["damaged", "too long"])
 def test_a_test_row_that_cannot_be_asked_does_not_end_the_training(runs, photos, what):
     """It is met when the model is first asked, perhaps after hours."""
