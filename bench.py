@@ -195,7 +195,6 @@ def bench_decode(args, device: torch.device) -> list[dict]:
     ours, facts = ours.eval().to(device), {}
     if args.int8:
         facts = quantise(ours, partial(quantize_8bit_, ours), text_to_read(args, device) if args.source else None)
-    one_row = arrange_for_decoding(copy.deepcopy(ours)) if 1 in args.batch else None  # which more rows do not gain from
     untied = set() if ours.config.tie_word_embeddings else {ours.model.embed_tokens.weight}  # of which a token reads one row
     bound = memory_bandwidth(device) / bytes_of({*ours.parameters(), *ours.buffers()} - untied)
     rows, new = [], args.new_tokens
@@ -207,7 +206,7 @@ def bench_decode(args, device: torch.device) -> list[dict]:
             out = theirs.generate(ids, attention_mask=mask, do_sample=False, min_new_tokens=new, max_new_tokens=new)
             return out[:, ids.shape[1] :].tolist()
 
-        model = one_row if batch == 1 else ours
+        model = arrange_for_decoding(copy.deepcopy(ours)) if batch == 1 else ours  # more rows do not gain from it
         steps = {"ours": partial(model.generate, ids, max_new_tokens=new), "transformers": run_theirs}
         first, second = (step() for step in steps.values())
         same = sum(a == b for one, two in zip(first, second, strict=True) for a, b in zip(one, two, strict=True))

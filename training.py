@@ -161,7 +161,8 @@ def find_device(name: str | None = None) -> torch.device:
 
 
 def has_bf16_products(device: torch.device) -> bool:
-    """Whether this is a CPU that multiplies bf16 matrices faster than fp32 ones: twice as fast, or more (docs/speed.md)."""
+    """Whether this is a CPU with instructions for bf16 products. With AVX512-BF16 they take less than half of fp32's time
+    (docs/speed.md); AMX was not measured."""
     return device.type == "cpu" and any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16"))
 
 
