@@ -20,8 +20,9 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-import figures
-from answers import (
+from data.scenes import KINDS, final_number
+from lib import figures
+from lib.answers import (
     MOST_NEW_TOKENS,
     Item,
     answer,
@@ -35,12 +36,11 @@ from answers import (
     scene_items,
     score,
 )
-from checkpoint import find_source
-from files import read_json, write_json
+from lib.checkpoint import find_source
+from lib.files import read_json, write_json
+from lib.run import HelpFormatter, find_device, not_negative_int, positive_int, run_cli
 from model import MllamaForConditionalGeneration
 from processing_mllama import MllamaImageProcessor
-from scenes import KINDS, final_number
-from training import HelpFormatter, find_device, not_negative_int, positive_int, run_cli
 
 ASKED = {  # who answers, as eval.json calls it, and as it is printed
     "model": "with the picture",
@@ -104,7 +104,7 @@ def load_twin(folder: Path, device, settings: dict):
 def llava_items(data: str, images: str | None, count: int | None, skip: bool, isolated=False) -> tuple[list[Item], int]:
     """The questions of a LLaVA-style file, and how many of its rows are unusable. Raises ValueError for such rows, unless they
     are to be skipped. isolated: each question without those before it, as the run was trained."""
-    from llava_json import LlavaRows
+    from data.llava import LlavaRows
 
     rows = LlavaRows.read(data, images, progress=sys.stderr.isatty())
     if rows.problems and not skip:

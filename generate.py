@@ -27,16 +27,16 @@ from pathlib import Path
 
 import torch
 
-from attention_maps import group_into_words, where_it_looks
-from checkpoint import DTYPES, find_source, from_pretrained, put_adapter
-from files import read_json
-from image_folder import one_line
+from data.folders import one_line
+from extras.attention_maps import group_into_words, where_it_looks
+from lib.checkpoint import DTYPES, find_source, from_pretrained, put_adapter
+from lib.files import read_json
+from lib.quant import quantize_8bit_
+from lib.run import find_device, not_negative_float, not_negative_int, positive_float, positive_int, run_cli
+from lib.tokenizer import BPETokenizer, stop_tokens
 from model import Llama3ForCausalLM, MllamaForConditionalGeneration, arrange_for_decoding
 from processing_mllama import IMAGE_TOKEN, LOCATION_TOKENS, MllamaImageProcessor, image_settings, process_images, to_bytes
-from quant import quantize_8bit_
 from siglip import SiglipTwoTower
-from tokenizer import BPETokenizer, stop_tokens
-from training import find_device, not_negative_float, not_negative_int, positive_float, positive_int, run_cli
 from vit_scratch import pair
 
 
@@ -298,7 +298,7 @@ class Conversation:
         if not answer:
             print("the answer is empty: no attention to draw", file=sys.stderr)
             return
-        from figures import attention_overlay  # matplotlib takes longer to import than a small model to answer
+        from lib.figures import attention_overlay  # matplotlib takes longer to import than a small model to answer
 
         maps = where_it_looks(self.model, answer, [ids], image_features=self.features)
         words, maps = group_into_words(answer, maps, self.processor.decode)

@@ -28,9 +28,9 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from files import write_json
-from image_folder import _to_rgb, decode_image, one_line
-from tokenizer import BPETokenizer, _read_json
+from data.folders import _to_rgb, decode_image, one_line
+from lib.files import write_json
+from lib.tokenizer import BPETokenizer, _read_json
 from vit_scratch import pair
 
 IMAGENET_STANDARD_MEAN = (0.5, 0.5, 0.5)  # so called in transformers; SigLIP's: they take 0..1 to -1..1

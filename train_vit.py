@@ -17,13 +17,13 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-import figures
-from augment import PRESETS as AUGMENTATIONS
-from augment import Augment, normalise
-from checkpoint import from_pretrained, save_pretrained
-from data import DATASETS, Batches, ImageDataset, evenly, load_images
-from files import write_json
-from training import Run, Trainer, argument_parser, fraction, not_negative_int, parameter_groups, positive_int, run_cli
+from data.augment import PRESETS as AUGMENTATIONS
+from data.augment import Augment, normalise
+from data.datasets import DATASETS, Batches, ImageDataset, evenly, load_images
+from lib import figures
+from lib.checkpoint import from_pretrained, save_pretrained
+from lib.files import write_json
+from lib.run import Run, Trainer, argument_parser, fraction, not_negative_int, parameter_groups, positive_int, run_cli
 from vit_scratch import ViTConfig, ViTModel, pair
 
 # ---- settings --------------------------------------------------------------------------------------------------------

@@ -28,8 +28,22 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-import figures
-from answers import (
+from data.augment import GEOMETRY, warp
+from data.llava import LlavaRows, PictureCache
+from data.scenes import COLOURS, HELD_OUT, IGNORE, PLACES, Scenes, corpus, make_scenes
+from data.shards import ShardPictures, Shards
+from data.vlm_batches import (
+    CommonAnswers,
+    FrozenFeatures,
+    LabelledScenes,
+    LlavaBatches,
+    SceneBatches,
+    ShardBatches,
+    common_questions,
+)
+from extras.attention_maps import group_into_words, where_it_looks
+from lib import figures
+from lib.answers import (
     MOST_NEW_TOKENS,
     Item,
     answer,
@@ -41,11 +55,22 @@ from answers import (
     scene_items,
     score,
 )
-from attention_maps import group_into_words, where_it_looks
-from augment import GEOMETRY, warp
-from checkpoint import find_source, from_pretrained, save_lora, save_pretrained
-from files import read_json, write_json
-from llava_json import LlavaRows, PictureCache
+from lib.checkpoint import find_source, from_pretrained, save_lora, save_pretrained
+from lib.files import read_json, write_json
+from lib.quant import quantize_
+from lib.run import (
+    Run,
+    Trainer,
+    argument_parser,
+    everyones,
+    not_negative_float,
+    not_negative_int,
+    parameter_groups,
+    positive_float,
+    positive_int,
+    run_cli,
+)
+from lib.tokenizer import BPETokenizer, stop_tokens
 from model import (
     Llama3ForCausalLM,
     LLAMA32Config,
@@ -63,33 +88,8 @@ from processing_mllama import (
     rescale,
     to_picture,
 )
-from quant import quantize_
-from scenes import COLOURS, HELD_OUT, IGNORE, PLACES, Scenes, corpus, make_scenes
-from shards import ShardPictures, Shards
 from siglip import SiglipModel, SiglipTwoTower, SiglipVisionConfig
-from tokenizer import BPETokenizer, stop_tokens
-from training import (
-    Run,
-    Trainer,
-    argument_parser,
-    everyones,
-    not_negative_float,
-    not_negative_int,
-    parameter_groups,
-    positive_float,
-    positive_int,
-    run_cli,
-)
 from vit_scratch import sincos_positions
-from vlm_data import (
-    CommonAnswers,
-    FrozenFeatures,
-    LabelledScenes,
-    LlavaBatches,
-    SceneBatches,
-    ShardBatches,
-    common_questions,
-)
 
 # ---- settings --------------------------------------------------------------------------------------------------------
 

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import torch
 
-from checkpoint import from_pretrained
+from lib.checkpoint import from_pretrained
+from lib.run import cosine_schedule, make_optimizers, parameter_groups
+from lib.tokenizer import BPETokenizer
 from model import Llama3ForCausalLM, LLAMA32Config
-from tokenizer import BPETokenizer
-from training import cosine_schedule, make_optimizers, parameter_groups
 
 END = "<|endoftext|>"
 ANIMALS = ("dog", "cat", "horse", "fox", "frog", "child")

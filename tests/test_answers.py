@@ -7,12 +7,12 @@ import re
 import pytest
 import torch
 
-import answers
-from answers import Item, about_picture, answer, bleu4, blind_pixels, cider_d, mean_answer_loss, scene_items, score, wilson
+from data.scenes import corpus
+from lib import answers
+from lib.answers import Item, about_picture, answer, bleu4, blind_pixels, cider_d, mean_answer_loss, scene_items, score, wilson
+from lib.tokenizer import BPETokenizer
 from model import MLLAMAConfig, MllamaForConditionalGeneration
 from processing_mllama import MllamaImageProcessor, process_images
-from scenes import corpus
-from tokenizer import BPETokenizer
 
 VISION = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
 VISION |= {"image_size": 32, "patch_size": 16}

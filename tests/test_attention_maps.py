@@ -7,8 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-import figures
-from attention_maps import METHODS, group_into_words, where_it_looks
+from extras.attention_maps import METHODS, group_into_words, where_it_looks
+from lib import figures
 from model import MLLAMAConfig, MllamaForConditionalGeneration, pixel_shuffle
 
 IMAGE = 49

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageEnhance, ImageOps
 
-from augment import (
+from data.augment import (
     COLOUR_OPS,
     GEOMETRY,
     GEOMETRY_OPS,
@@ -23,7 +23,7 @@ from augment import (
     rand_augment,
     warp,
 )
-from data import DATASETS, load_images
+from data.datasets import DATASETS, load_images
 
 PLAIN = {"mean": (0.0,) * 3, "std": (1.0,) * 3}
 

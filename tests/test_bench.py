@@ -7,11 +7,11 @@ import sys
 import pytest
 import torch
 
-import bench
+from bench import peers as bench
 from calls import refused
-from checkpoint import save_pretrained
+from lib.checkpoint import save_pretrained
+from lib.tokenizer import BPETokenizer
 from model import Llama3ForCausalLM, LLAMA32Config
-from tokenizer import BPETokenizer
 
 pytest.importorskip("transformers")
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from checkpoint import from_pretrained, load_state, save_pretrained, save_state
-from files import write_atomic
 from gpt import GPTConfig
+from lib.checkpoint import from_pretrained, load_state, save_pretrained, save_state
+from lib.files import write_atomic
 from vit_scratch import ViTConfig, ViTModel
 
 transformers = pytest.importorskip("transformers", reason="parity is measured against transformers")

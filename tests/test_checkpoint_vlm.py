@@ -11,10 +11,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-import checkpoint
-import files
-import layouts
-from checkpoint import from_pretrained, load_lora, save_lora, save_pretrained, show
+from lib import checkpoint, files, layouts
+from lib.checkpoint import from_pretrained, load_lora, save_lora, save_pretrained, show
 from model import (
     Linear_LORA,
     Llama3ForCausalLM,

@@ -17,14 +17,14 @@ import pytest
 import torch
 from PIL import Image
 
-import demo
 import generate
-from checkpoint import save_pretrained
+from data.scenes import INKS, PAPERS
+from extras import demo
+from lib.checkpoint import save_pretrained
+from lib.run import run_cli
+from lib.tokenizer import BPETokenizer
 from model import MLLAMAConfig, MllamaForConditionalGeneration
 from processing_mllama import MllamaImageProcessor
-from scenes import INKS, PAPERS
-from tokenizer import BPETokenizer
-from training import run_cli
 from vit_scratch import ViTConfig, ViTModel
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -252,7 +252,7 @@ def served(run, tmp_path_factory):
     (folder / "sitecustomize.py").write_text(WATCH)
     environment = os.environ | {"PYTHONPATH": str(folder), "ABROAD": str(folder / "abroad"), "HTTP_PROXY": "http://10.0.0.1:9"}
     environment |= {"GRADIO_TEMP_DIR": str(folder / "files")}
-    call = [sys.executable, ROOT / "demo.py", run, "--port", str(port)]
+    call = [sys.executable, "-m", "extras.demo", run, "--port", str(port)]
     with open(folder / "said", "w") as said:
         server = subprocess.Popen(call, env=environment, stdout=subprocess.PIPE, stderr=said, text=True, cwd=folder)
     try:

@@ -19,14 +19,14 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # for torchrun, which knows nothing of pytest's settings
 
-import shards  # noqa: E402
-import train_siglip  # noqa: E402
 import train_vit  # noqa: E402
 import train_vlm  # noqa: E402
-import training  # noqa: E402
-from checkpoint import from_pretrained  # noqa: E402
-from llava_json import LlavaRows  # noqa: E402
-from scenes import make_scenes  # noqa: E402
+from data import shards  # noqa: E402
+from data.llava import LlavaRows  # noqa: E402
+from data.scenes import make_scenes  # noqa: E402
+from extras import train_siglip  # noqa: E402
+from lib import run as training  # noqa: E402
+from lib.checkpoint import from_pretrained  # noqa: E402
 
 TINY = (
     {"image_size": 64, "patch_size": 16, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2},

@@ -9,13 +9,13 @@ import torch
 from PIL import Image
 
 import evaluate
-from answers import Item, answer, mean_answer_loss, scene_items, score, wilson
 from calls import refused
-from checkpoint import from_pretrained, save_pretrained
+from data.scenes import KINDS, corpus
+from lib.answers import Item, answer, mean_answer_loss, scene_items, score, wilson
+from lib.checkpoint import from_pretrained, save_pretrained
+from lib.tokenizer import BPETokenizer
 from model import MLLAMAConfig, MllamaForConditionalGeneration
 from processing_mllama import MllamaImageProcessor
-from scenes import KINDS, corpus
-from tokenizer import BPETokenizer
 
 VISION = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
 VISION |= {"image_size": 64, "patch_size": 16}

@@ -26,18 +26,18 @@ import pytest
 import torch
 from PIL import Image
 
-import checkpoint
-import scenes
 import train_vit
-from answers import scene_items
 from calls import refused
-from checkpoint import load_state, save_pretrained
-from files import sweep
-from image_folder import decode_image
+from data import scenes
+from data.folders import decode_image
+from lib import checkpoint
+from lib.answers import scene_items
+from lib.checkpoint import load_state, save_pretrained
+from lib.files import sweep
+from lib.run import Metrics, Trainer, run_cli
+from lib.tokenizer import BPETokenizer, _split
 from model import Llama3ForCausalLM, LLAMA32Config
 from processing_mllama import image_settings
-from tokenizer import BPETokenizer, _split
-from training import Metrics, Trainer, run_cli
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
 

@@ -8,7 +8,7 @@ from matplotlib.colors import to_rgb, to_rgba
 from matplotlib.text import Text
 from PIL import Image
 
-import figures
+from lib import figures
 
 
 def texts(figure) -> list[str]:

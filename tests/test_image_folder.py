@@ -14,9 +14,9 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-import image_folder
-from data import load_images
-from image_folder import decode_image, load_folder
+from data import folders as image_folder
+from data.datasets import load_images
+from data.folders import decode_image, load_folder
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 

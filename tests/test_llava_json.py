@@ -13,12 +13,12 @@ import pytest
 import torch
 from PIL import Image
 
-import llava_json
-import scenes
-from llava_json import LlavaRows, PictureCache, count_images, easy_vqa_kind, main, questions
+from data import llava as llava_json
+from data import scenes
+from data.llava import LlavaRows, PictureCache, count_images, easy_vqa_kind, main, questions
+from lib.run import run_cli
+from lib.tokenizer import BPETokenizer
 from processing_mllama import MllamaImageProcessor, process_images
-from tokenizer import BPETokenizer
-from training import run_cli
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 

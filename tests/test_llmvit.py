@@ -7,9 +7,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-import llmvit
-from gpt import GPT, GPTConfig
-from llmvit import (
+from extras import llmvit
+from extras.llmvit import (
     LLMVIT,
     DirectEmbedder,
     EmbedderConfig,
@@ -22,6 +21,7 @@ from llmvit import (
     gaussian_kl,
     nearest_words,
 )
+from gpt import GPT, GPTConfig
 from model import Llama3ForCausalLM, LLAMA32Config
 
 K, V, D = 5, 40, 32

@@ -6,13 +6,12 @@ import sys
 import pytest
 import torch
 
-import train_llmvit
-import train_siglip
 import train_vit
 import train_vlm
-import training
-from memory import StepMemory, peak_bytes
-from quant import bytes_of
+from extras import train_llmvit, train_siglip
+from lib import run as training
+from lib.memory import StepMemory, peak_bytes
+from lib.quant import bytes_of
 
 VLM = [train_vlm, "--dataset", "scenes", "--eval-count", "5"]
 SCRIPTS = {

@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from answers import about_picture
+from data.packing import Sample, encode_row, encode_sample, first_fit, pack
+from data.scenes import corpus
+from lib.answers import about_picture
+from lib.tokenizer import BPETokenizer
 from model import MLLAMAConfig, MllamaForConditionalGeneration
-from packing import Sample, encode_row, encode_sample, first_fit, pack
 from processing_mllama import IDEFICS3_AROUND, MllamaImageProcessor
-from scenes import corpus
-from tokenizer import BPETokenizer
 
 TURNS = [("How many digits are there?", "3"), ("What colour is the 7?", "red"), ("Describe the picture.", "a red 7 at the top")]
 

@@ -17,24 +17,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
-import bench
-import checkpoint
-import quant
+from bench import peers as bench
 from calls import refused
-from checkpoint import from_pretrained, load_lora, plain_state, save_lora, save_pretrained
-from model import (
-    Linear_LORA,
-    Llama3ForCausalLM,
-    LLAMA32Config,
-    MLLAMAConfig,
-    MllamaForConditionalGeneration,
-    OneToken,
-    arrange_for_decoding,
-    convert_linears_to_lora,
-    lora_parameters,
-    merge_lora,
-)
-from quant import (
+from lib import checkpoint, quant
+from lib.checkpoint import from_pretrained, load_lora, plain_state, save_lora, save_pretrained
+from lib.quant import (
     Linear4bit,
     Linear8bit,
     Packed,
@@ -47,7 +34,19 @@ from quant import (
     quantize_int8,
     quantize_nf4,
 )
-from tokenizer import BPETokenizer
+from lib.tokenizer import BPETokenizer
+from model import (
+    Linear_LORA,
+    Llama3ForCausalLM,
+    LLAMA32Config,
+    MLLAMAConfig,
+    MllamaForConditionalGeneration,
+    OneToken,
+    arrange_for_decoding,
+    convert_linears_to_lora,
+    lora_parameters,
+    merge_lora,
+)
 
 CPU = torch.device("cpu")
 TEXT = {"vocab_size": 99, "hidden_size": 36, "n_heads": 9, "n_kv_groups": 3, "n_layers": 2, "hidden_dim": 40}

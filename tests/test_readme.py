@@ -13,23 +13,20 @@ from pathlib import Path
 import pytest
 import torch
 
-import checkpoint
-import demo
 import evaluate
 import generate
-import llava_json
-import scenes
-import shards
-import train_llmvit
-import train_siglip
 import train_vit
 import train_vlm
-from checkpoint import save_pretrained
+from data import llava as llava_json
+from data import scenes, shards
+from extras import demo, train_llmvit, train_siglip
+from lib import checkpoint
+from lib.checkpoint import save_pretrained
+from lib.tokenizer import BPETokenizer
 from model import Llama3ForCausalLM, LLAMA32Config
 from siglip import SiglipModel, SiglipVisionConfig
 from test_data import mnist_files
 from test_fuzz import gguf_bytes  # noqa: F401, a fixture
-from tokenizer import BPETokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

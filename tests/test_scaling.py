@@ -9,11 +9,11 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-import scaling
+from bench import scaling
+from bench.scaling import ETHERNET, H100, Work, exchanged, memory_needed, shapes_of, step_seconds
+from lib.run import orthogonal
 from model import LLAMA32Config, MLLAMAConfig, MllamaForConditionalGeneration
-from scaling import ETHERNET, H100, Work, exchanged, memory_needed, shapes_of, step_seconds
 from siglip import SiglipVisionConfig
-from training import orthogonal
 
 DOC = Path(__file__).resolve().parents[1] / "docs" / "scaling.md"
 

@@ -12,9 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
-import scenes as module
-from data import ImageDataset, load_images
-from scenes import (
+from data import scenes as module
+from data.datasets import ImageDataset, load_images
+from data.scenes import (
     COLOURS,
     HELD_OUT,
     IGNORE,
@@ -38,8 +38,8 @@ from scenes import (
     questions,
     vocabulary,
 )
-from tokenizer import BPETokenizer
-from training import run_cli
+from lib.run import run_cli
+from lib.tokenizer import BPETokenizer
 
 GOLDEN = ["fb03d454e4e022ed", "e36f66af19e1c7b3", "9576766df32d39c1"]  # sha256 of pictures, boxes, questions
 

@@ -12,12 +12,12 @@ import pytest
 import torch
 from PIL import Image
 
-import train_siglip
 import train_vlm
-import training
 from calls import refused
-from llava_json import LlavaRows, PictureCache
-from shards import LANES, ShardPictures, Shards, ShardStream, check, epoch_order, main, pack, scan, unpack
+from data.llava import LlavaRows, PictureCache
+from data.shards import LANES, ShardPictures, Shards, ShardStream, check, epoch_order, main, pack, scan, unpack
+from extras import train_siglip
+from lib import run as training
 
 ROWS, PER_SHARD = 60, 7
 

@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 import torch
 
-import tokenizer as module
-from tokenizer import BPETokenizer
+from lib import tokenizer as module
+from lib.tokenizer import BPETokenizer
 
 tokenizers = pytest.importorskip("tokenizers", reason="tokenizers is the reference for the ids")
 from tokenizers import (  # noqa: E402

@@ -8,17 +8,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import augment
-import figures
-import train_llmvit
-from augment import mix, normalise
 from calls import printed, refused
-from checkpoint import load_state, save_pretrained
-from data import load_images
+from data import augment
+from data.augment import mix, normalise
+from data.datasets import load_images
+from extras import train_llmvit
+from extras.llmvit import LanguageClassifier
 from gpt import GPT, GPTConfig
-from llmvit import LanguageClassifier
+from lib import figures
+from lib.checkpoint import load_state, save_pretrained
+from lib.tokenizer import BPETokenizer
 from model import Linear_LORA, Llama3ForCausalLM, LLAMA32Config
-from tokenizer import BPETokenizer
 
 TINY = "--batch-size 32 --epochs 0.1 --eval-every 1000".split()  # 4 steps
 TEXT = "the cat and the dog saw that one bird fly over the sea and then the cat sat with the dog " * 20

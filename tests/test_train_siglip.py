@@ -13,15 +13,15 @@ import torch.nn.functional as F
 from PIL import Image
 
 import generate
-import scenes
-import train_siglip
 import train_vlm
 from calls import printed, refused
-from checkpoint import from_pretrained
-from scenes import COLOURS, PLACES, make_scenes
+from data import scenes
+from data.scenes import COLOURS, PLACES, make_scenes
+from extras import train_siglip
+from extras.train_siglip import Test, losses, measure, pair_loss, parse_args, scene_captions
+from lib.checkpoint import from_pretrained
+from lib.run import Trainer
 from siglip import SiglipConfig, SiglipTwoTower, sigmoid_loss
-from train_siglip import Test, losses, measure, pair_loss, parse_args, scene_captions
-from training import Trainer
 
 Test.__test__ = False  # no test of pytest's
 draw = train_siglip.draw

@@ -18,18 +18,18 @@ import torch
 from PIL import Image
 
 import calls
-import checkpoint
 import evaluate
-import scenes
 import train_vlm
-import vlm_data
-from answers import answer, scene_items
-from checkpoint import from_pretrained, save_pretrained
+from data import scenes
+from data import vlm_batches as vlm_data
+from lib import checkpoint
+from lib.answers import answer, scene_items
+from lib.checkpoint import from_pretrained, save_pretrained
+from lib.quant import Linear4bit, quantize_nf4
+from lib.run import Metrics, Trainer
+from lib.tokenizer import BPETokenizer
 from model import Llama3ForCausalLM, LLAMA32Config
-from quant import Linear4bit, quantize_nf4
-from tokenizer import BPETokenizer
 from train_vlm import Learner, Stage, build, choose_parameters, parse_args, stages
-from training import Metrics, Trainer
 from vit_scratch import ViTConfig, ViTModel
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -570,7 +570,7 @@ def test_a_result_stands_beside_that_of_its_blind_twin(runs):
 @pytest.fixture
 def looks(monkeypatch):
     """How many pictures have gone through a vision tower to be trained on."""
-    from vlm_data import FrozenFeatures
+    from data.vlm_batches import FrozenFeatures
 
     seen, inner = [], FrozenFeatures._look
     monkeypatch.setattr(FrozenFeatures, "_look", lambda self, pixels: seen.append(1) or inner(self, pixels))

@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 
 import train_vit
 from calls import printed, refused
-from checkpoint import from_pretrained
-from training import EMA, Metrics, Run, Trainer, argument_parser, cosine_schedule, find_device, parameter_groups
+from lib.checkpoint import from_pretrained
+from lib.run import EMA, Metrics, Run, Trainer, argument_parser, cosine_schedule, find_device, parameter_groups
 from vit_scratch import ViTConfig, ViTModel
 
 ROOT = Path(__file__).resolve().parents[1]

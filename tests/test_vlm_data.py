@@ -10,15 +10,15 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-import vlm_data
-from llava_json import LlavaRows, PictureCache, isolated_turns
+from data import vlm_batches as vlm_data
+from data.llava import LlavaRows, PictureCache, isolated_turns
+from data.packing import encode_row
+from data.scenes import COLOURS, HELD_OUT, IGNORE, corpus, make_scenes
+from data.vlm_batches import CommonAnswers, FrozenFeatures, LlavaBatches, SceneBatches, common_questions, questions_of
+from lib.tokenizer import BPETokenizer
 from model import MLLAMAConfig, MllamaForConditionalGeneration
-from packing import encode_row
 from processing_mllama import IDEFICS3_AROUND, MllamaImageProcessor
-from scenes import COLOURS, HELD_OUT, IGNORE, corpus, make_scenes
-from tokenizer import BPETokenizer
 from train_vlm import READ, READ_WEIGHTS, common_loss, scene_loss
-from vlm_data import CommonAnswers, FrozenFeatures, LlavaBatches, SceneBatches, common_questions, questions_of
 
 EYES = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 32, "patch_size": 16}
 WORDS = {"hidden_size": 48, "n_heads": 4, "n_kv_groups": 2, "n_layers": 2, "hidden_dim": 64, "initializer_range": 0.2}

@@ -19,14 +19,14 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-import figures
 import generate
-from attention_maps import group_into_words, where_it_looks
-from image_folder import decode_image, one_line
+from data.folders import decode_image, one_line
+from data.scenes import INKS, PAPERS, SceneConfig
+from extras.attention_maps import group_into_words, where_it_looks
+from lib import figures
+from lib.run import positive_int, run_cli
 from model import MllamaForConditionalGeneration
 from processing_mllama import IMAGE_TOKEN
-from scenes import INKS, PAPERS, SceneConfig
-from training import positive_int, run_cli
 
 HOST, LARGEST, SHOWN = "127.0.0.1", 10, 384  # MiB of one upload; pixels a side of pictures on the page
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import siglip
-from checkpoint import read_safetensors
+from lib.checkpoint import read_safetensors
 from siglip import (
     SiglipConfig,
     SiglipModel,

@@ -19,14 +19,14 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from answers import about_picture, blind_pixels
-from data import Batches
-from files import read_json, write_atomic, write_json
-from llava_json import LlavaRows, PictureCache, Row, isolated_turns
-from packing import Sample, encode_row, encode_sample, pack, share_beginning
+from data.datasets import Batches
+from data.llava import LlavaRows, PictureCache, Row, isolated_turns
+from data.packing import Sample, encode_row, encode_sample, pack, share_beginning
+from data.scenes import IGNORE, MIX, SLOTS, SceneConfig, Scenes, SceneStream, questions
+from data.shards import Shards, ShardStream
+from lib.answers import about_picture, blind_pixels
+from lib.files import read_json, write_atomic, write_json
 from processing_mllama import IMAGE_TOKEN, normalize, rescale
-from scenes import IGNORE, MIX, SLOTS, SceneConfig, Scenes, SceneStream, questions
-from shards import Shards, ShardStream
 
 # As many digits as can be, and more handwritings than in the questions' scenes.
 FULL_SCENES = SceneConfig(digits=(SLOTS, SLOTS), variants=64, rotate=12.0, shear=0.15)

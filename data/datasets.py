@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from image_folder import DAMAGED, cache_folder, height_width, load_folder, one_line, open_source, stratified_split
+from data.folders import DAMAGED, cache_folder, height_width, load_folder, one_line, open_source, stratified_split
 
 
 @dataclass(frozen=True)
@@ -304,7 +304,7 @@ def _load_cifar10(data: Path | None, progress: bool) -> list[tuple[torch.Tensor,
 
 
 def _load_digits(split_seed: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    with np.load(Path(__file__).parent / "assets" / "digits.npz") as file:
+    with np.load(Path(__file__).parents[1] / "assets" / "digits.npz") as file:
         images, labels = file["images"], file["labels"]
     pixels = torch.from_numpy((images * (255 / 16) + 0.5).astype(np.uint8))[:, None]
     parts = stratified_split(labels, 360, split_seed)

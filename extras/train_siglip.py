@@ -34,23 +34,17 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-import figures
-from augment import PRESETS as AUGMENTATIONS
-from augment import Augment
-from checkpoint import from_pretrained, save_pretrained
-from data import Batches, evenly
-from files import read_json, write_json
+from data.augment import PRESETS as AUGMENTATIONS
+from data.augment import Augment
+from data.datasets import Batches, evenly
+from data.llava import PictureCache, Row
+from data.scenes import COLOURS, PLACES, SLOTS, SceneConfig, Scenes, SceneStream, corpus, make_scenes, with_article
+from data.shards import ShardPictures, ShardStream
 from generate import caption_ids
-from llava_json import PictureCache, Row
-from processing_mllama import IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD, RESAMPLE, normalize, rescale, to_bytes
-from scenes import COLOURS, PLACES, SLOTS, SceneConfig, Scenes, SceneStream, corpus, make_scenes, with_article
-from shards import ShardPictures, ShardStream
-from siglip import SiglipConfig, SiglipTextConfig, SiglipTwoTower, SiglipVisionConfig
-from tokenizer import BPETokenizer
-from train_vit import SIZES as VIT_SIZES
-from train_vit import default_patch, load_data
-from train_vlm import FIRST_ROWS, is_sharded_data, load_rows
-from training import (
+from lib import figures
+from lib.checkpoint import from_pretrained, save_pretrained
+from lib.files import read_json, write_json
+from lib.run import (
     Run,
     Trainer,
     argument_parser,
@@ -62,6 +56,12 @@ from training import (
     positive_int,
     run_cli,
 )
+from lib.tokenizer import BPETokenizer
+from processing_mllama import IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD, RESAMPLE, normalize, rescale, to_bytes
+from siglip import SiglipConfig, SiglipTextConfig, SiglipTwoTower, SiglipVisionConfig
+from train_vit import SIZES as VIT_SIZES
+from train_vit import default_patch, load_data
+from train_vlm import FIRST_ROWS, is_sharded_data, load_rows
 from vit_scratch import sincos_positions
 
 # ---- settings --------------------------------------------------------------------------------------------------------

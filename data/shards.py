@@ -40,12 +40,12 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from data import Batches
-from files import write_atomic, write_json
-from image_folder import one_line
-from llava_json import LlavaRows, PictureCache, Row, Wrong, checked_row, new_folder, parsed, picture_groups
+from data.datasets import Batches
+from data.folders import one_line
+from data.llava import LlavaRows, PictureCache, Row, Wrong, checked_row, new_folder, parsed, picture_groups
+from lib.files import write_atomic, write_json
+from lib.run import positive_int, run_cli
 from processing_mllama import ROLES, fit, normalize, rescale
-from training import positive_int, run_cli
 
 SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "ico", "jp2", "avif", "img")  # of pictures
 LARGEST_ROW = 1 << 28  # bytes; nothing larger is read into memory

@@ -27,14 +27,14 @@ from typing import NamedTuple
 
 import torch
 
-from checkpoint import find_source, from_pretrained
+from data.llava import count_images
+from data.llava import questions as questions_of_row
+from data.scenes import make_scenes, normalise, questions
 from gpt import KVCache, left_pad
-from llava_json import count_images
-from llava_json import questions as questions_of_row
+from lib.checkpoint import find_source, from_pretrained
+from lib.tokenizer import stop_tokens
 from model import MllamaForConditionalGeneration
 from processing_mllama import IMAGE_TOKEN, LOCATION_TOKENS, MllamaImageProcessor, to_messages
-from scenes import make_scenes, normalise, questions
-from tokenizer import stop_tokens
 from vit_scratch import pair
 
 MOST_NEW_TOKENS = 64  # of an answer, unless told otherwise

@@ -38,8 +38,9 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from files import write_json
-from image_folder import _FORMATS, DAMAGED, arrange, one_line, open_source
+from data.folders import _FORMATS, DAMAGED, arrange, one_line, open_source
+from lib.files import write_json
+from lib.run import not_negative_int, positive_int, run_cli
 from processing_mllama import (
     IMAGE_TOKEN,
     IMAGENET_STANDARD_MEAN,
@@ -51,7 +52,6 @@ from processing_mllama import (
     normalize,
     rescale,
 )
-from training import not_negative_int, positive_int, run_cli
 from vit_scratch import pair
 
 # ---- one row ---------------------------------------------------------------------------------------------------------

@@ -38,12 +38,16 @@ import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
 
-import figures
-import scenes
 import train_vlm
-from checkpoint import DTYPES, from_pretrained, save_pretrained
+from data import scenes
+from data.vlm_batches import SceneBatches, scene_pixels
 from gpt import preset_settings
-from memory import peak_bytes
+from lib import figures
+from lib.checkpoint import DTYPES, from_pretrained, save_pretrained
+from lib.memory import peak_bytes
+from lib.quant import Linear4bit, bytes_of, quantised_memory, quantize_, quantize_8bit_
+from lib.run import find_device, find_dtype, not_negative_int, positive_int, run_cli
+from lib.tokenizer import BPETokenizer
 from model import (
     Llama3ForCausalLM,
     LLAMA32Config,
@@ -54,12 +58,8 @@ from model import (
     convert_linears_to_lora,
 )
 from processing_mllama import process_images
-from quant import Linear4bit, bytes_of, quantised_memory, quantize_, quantize_8bit_
 from siglip import SiglipVisionConfig
-from tokenizer import BPETokenizer
-from training import find_device, find_dtype, not_negative_int, positive_int, run_cli
 from vit_scratch import ViTConfig, ViTModel, pair
-from vlm_data import SceneBatches, scene_pixels
 
 
 def from_transformers(name: str) -> type:
@@ -279,7 +279,7 @@ def perplexity(model: nn.Module, ids: torch.Tensor) -> float:
 
 def text_to_read(args, device: torch.device) -> torch.Tensor:
     """The ids [T] of --text's first tokens. Raises ValueError where they are too few to predict one from another."""
-    file = Path(args.text or Path(__file__).with_name("README.md"))
+    file = Path(args.text or Path(__file__).parents[1] / "README.md")
     ids = BPETokenizer.from_pretrained(args.source).encode(file.read_text(encoding="utf-8", errors="replace"))
     if len(ids) < 2:
         raise ValueError(f"{file} holds {len(ids)} tokens: give a --text of some hundred words")
@@ -539,7 +539,7 @@ def bench_bpe(args, device: torch.device) -> list[dict]:
     from_transformers("PreTrainedTokenizerFast")
     import tokenizers
 
-    here = Path(__file__).parent
+    here = Path(__file__).parents[1]
     files = [Path(args.text)] if args.text else [here / "README.md", *sorted(here.glob("*.py"))]
     text = "\n".join(file.read_text(encoding="utf-8", errors="replace") for file in files)
 
@@ -593,7 +593,7 @@ model(input_ids=ids, pixel_values=torch.randn(2, 1, 3, 64, 64), labels=ids).loss
 def bench_start(args, device: torch.device) -> list[dict]:
     """From a fresh Python to the end of the first forward and backward pass of a tiny VLM, by the same few lines."""
     from_transformers("Idefics3ForConditionalGeneration")
-    run = {name: partial(subprocess.run, [sys.executable, "-c", code], check=True, cwd=Path(__file__).parent,
+    run = {name: partial(subprocess.run, [sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1],
                          stderr=subprocess.DEVNULL) for name, code in FIRST_STEPS.items()}  # fmt: skip
     return [compare("a first step, from nothing", run, 1, args.rounds, device, tensors=False, size="tiny", batch=2)]
 

@@ -32,10 +32,10 @@ import torch.nn as nn
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from files import read_json, write_atomic, write_json
-from layouts import LAYOUTS, TOKEN_IDS, Layout, Name, check_types, renamed, with_defaults
+from lib.files import read_json, write_atomic, write_json
+from lib.layouts import LAYOUTS, TOKEN_IDS, Layout, Name, check_types, renamed, with_defaults
+from lib.quant import STATE, SUFFIXES, Linear4bit, is_nf4, linear_from_file, quantization_config, weight_to_file
 from model import Linear_LORA, convert_linears_to_lora, merge_lora
-from quant import STATE, SUFFIXES, Linear4bit, is_nf4, linear_from_file, quantization_config, weight_to_file
 
 # ---- files -----------------------------------------------------------------------------------------------------------
 
@@ -137,7 +137,7 @@ def find_source(source: str | Path) -> Path:
 def open_source(path: Path) -> tuple[dict, Callable[[torch.dtype | None], dict[str, torch.Tensor]]]:
     """config.json, or what it would say for a .gguf file, and a function that reads the tensors."""
     if path.suffix == ".gguf":
-        from gguf_file import GGUFFile
+        from lib.gguf_file import GGUFFile
 
         file = GGUFFile(path)
         return file.config(), file.tensors
@@ -549,7 +549,7 @@ def convert(source: str, folder: str | Path, dtype: torch.dtype | None = None) -
 def write_folder(model: nn.Module, path: Path, published: dict, folder: Path) -> str:
     """A model that was read from `path`, with what stands beside it there; the model_type written is returned."""
     if path.suffix == ".gguf":
-        from tokenizer import BPETokenizer
+        from lib.tokenizer import BPETokenizer
 
         BPETokenizer.from_pretrained(path).save_pretrained(folder)
     known = {**(published.get("text_config") or {}), **published}
@@ -598,7 +598,7 @@ def merge_adapter(source: str, folder: str | Path, adapter: str | None = None) -
 def list_tensors(path: Path) -> list[tuple[str, tuple[int, ...], str]]:
     """(name, shape, type) of every tensor, from the headers of the files: no weights are read."""
     if path.suffix == ".gguf":
-        from gguf_file import GGUFFile
+        from lib.gguf_file import GGUFFile
 
         return GGUFFile(path).list_tensors()
     found = []
@@ -673,6 +673,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    from training import run_cli  # stands below this file, and is needed by this one line alone
+    from lib.run import run_cli  # stands below this file, and is needed by this one line alone
 
     run_cli(main)

@@ -22,18 +22,24 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 
-import figures
-from augment import PRESETS as AUGMENTATIONS
-from augment import Augment, normalise
-from checkpoint import from_pretrained, naming, read_safetensors, write_tensors
-from data import DATASETS, Batches, ImageDataset, evenly
-from files import read_json, write_json
+from data.augment import PRESETS as AUGMENTATIONS
+from data.augment import Augment, normalise
+from data.datasets import DATASETS, Batches, ImageDataset, evenly
+from extras.llmvit import (
+    EMBEDDERS,
+    ENCODERS,
+    LLMVIT,
+    METRICS,
+    EmbedderConfig,
+    EncoderConfig,
+    LanguageClassifier,
+    NoLanguageModel,
+)
 from gpt import GPT, GPTConfig
-from llmvit import EMBEDDERS, ENCODERS, LLMVIT, METRICS, EmbedderConfig, EncoderConfig, LanguageClassifier, NoLanguageModel
-from model import Llama3ForCausalLM, LLAMA32Config, convert_linears_to_lora
-from tokenizer import BPETokenizer
-from train_vit import accuracy, default_patch, load_data, predict
-from training import (
+from lib import figures
+from lib.checkpoint import from_pretrained, naming, read_safetensors, write_tensors
+from lib.files import read_json, write_json
+from lib.run import (
     Run,
     Trainer,
     argument_parser,
@@ -44,6 +50,9 @@ from training import (
     positive_int,
     run_cli,
 )
+from lib.tokenizer import BPETokenizer
+from model import Llama3ForCausalLM, LLAMA32Config, convert_linears_to_lora
+from train_vit import accuracy, default_patch, load_data, predict
 from vit_scratch import pair
 
 # ---- settings --------------------------------------------------------------------------------------------------------
@@ -196,7 +205,7 @@ def with_corrections(decoder: nn.Module, lora: dict | None, qlora: bool) -> None
         return
     decoder.requires_grad_(False)
     if qlora:
-        from quant import quantize_
+        from lib.quant import quantize_
 
         quantize_(decoder)
     convert_linears_to_lora(decoder, **lora)

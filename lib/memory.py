@@ -15,7 +15,7 @@ from itertools import islice
 import torch
 import torch.nn as nn
 
-from quant import bytes_of
+from lib.quant import bytes_of
 
 MOST_TRIED = 4  # parts of a step
 

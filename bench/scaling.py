@@ -22,9 +22,9 @@ from pathlib import Path
 
 import torch
 
+from lib.run import positive_float, positive_int, run_cli
 from model import LLAMA32Config, MLLAMAConfig, MllamaForConditionalGeneration
 from siglip import SiglipVisionConfig
-from training import positive_float, positive_int, run_cli
 
 # ---- what a step is made of --------------------------------------------------------------------------------------------
 
@@ -218,7 +218,7 @@ def rate(n: int, batch: int, flags: list[str], seconds: float) -> float:
     """Pictures a second of n processes with one thread each: the median over the run's lines of metrics, the first left out."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n)] if n > 1 else []
     with tempfile.TemporaryDirectory() as folder:
-        script = [str(Path(__file__).parent / "train_vit.py"), *"--size small --device cpu --workers 1".split(), *flags]
+        script = [str(Path(__file__).parents[1] / "train_vit.py"), *"--size small --device cpu --workers 1".split(), *flags]
         script += ["--batch-size", str(batch), "--max-seconds", str(seconds), "--out", folder, "--eval-every", "1000000"]
         words, environment = [sys.executable, *torchrun, *script], {**os.environ, "OMP_NUM_THREADS": "1"}
         done = subprocess.run(words, env=environment, capture_output=True, text=True)

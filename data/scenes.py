@@ -43,10 +43,10 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from PIL import Image
 
-import figures
-from augment import GEOMETRY, warp
-from data import load_images
-from training import not_negative_int, positive_int, run_cli
+from data.augment import GEOMETRY, warp
+from data.datasets import load_images
+from lib import figures
+from lib.run import not_negative_int, positive_int, run_cli
 
 INKS = {  # far apart from each other, from near-black and from near-white
     "red": (220, 25, 30), "orange": (245, 130, 10), "yellow": (235, 215, 0), "green": (25, 150, 40),

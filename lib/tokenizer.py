@@ -42,7 +42,7 @@ from typing import NamedTuple
 
 import tiktoken
 
-from files import write_atomic
+from lib.files import write_atomic
 
 # --- tables: pre-tokenisers and chat formats as published ---
 

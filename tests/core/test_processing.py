@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 import processing_mllama
+from lib.tokenizer import BPETokenizer
 from model import MLLAMAConfig, MllamaForConditionalGeneration
 from processing_mllama import (
     IDEFICS3_AROUND,
@@ -25,9 +26,8 @@ from processing_mllama import (
     loc_to_box,
     process_images,
 )
-from tokenizer import BPETokenizer
 
-SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 TEXT = "What is this? Describe the image. A cat sits on the mat, and a dog looks at the cat. Where is it? "
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 VISION = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 16}

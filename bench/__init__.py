@@ -1,0 +1,1 @@
+"""Time and memory against peers, and what more GPUs would give."""

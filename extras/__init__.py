@@ -1,0 +1,1 @@
+"""Side stories, each run as `python -m extras.NAME`."""
