@@ -29,11 +29,14 @@ import torch
 
 from data.folders import one_line
 from extras.attention_maps import group_into_words, where_it_looks
-from lib.checkpoint import DTYPES, find_source, from_pretrained, put_adapter
+from lib.adapters import put_adapter
+from lib.checkpoint import from_pretrained
 from lib.files import read_json
 from lib.quant import quantize_8bit_
 from lib.run import find_device, not_negative_float, not_negative_int, positive_float, positive_int, run_cli
+from lib.sources import find_source
 from lib.tokenizer import BPETokenizer, stop_tokens
+from lib.weights import DTYPES
 from model import Llama3ForCausalLM, MllamaForConditionalGeneration, arrange_for_decoding
 from processing_mllama import IMAGE_TOKEN, LOCATION_TOKENS, MllamaImageProcessor, image_settings, process_images, to_bytes
 from siglip import SiglipTwoTower

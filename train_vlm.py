@@ -43,6 +43,7 @@ from data.vlm_batches import (
 )
 from extras.attention_maps import group_into_words, where_it_looks
 from lib import figures
+from lib.adapters import save_lora
 from lib.answers import (
     MOST_NEW_TOKENS,
     Item,
@@ -55,7 +56,7 @@ from lib.answers import (
     scene_items,
     score,
 )
-from lib.checkpoint import find_source, from_pretrained, save_lora, save_pretrained
+from lib.checkpoint import from_pretrained, save_pretrained
 from lib.files import read_json, write_json
 from lib.quant import quantize_
 from lib.run import (
@@ -70,6 +71,7 @@ from lib.run import (
     positive_int,
     run_cli,
 )
+from lib.sources import find_source
 from lib.tokenizer import BPETokenizer, stop_tokens
 from model import (
     Llama3ForCausalLM,

@@ -43,11 +43,12 @@ from data import scenes
 from data.vlm_batches import SceneBatches, scene_pixels
 from gpt import preset_settings
 from lib import figures
-from lib.checkpoint import DTYPES, from_pretrained, save_pretrained
+from lib.checkpoint import from_pretrained, save_pretrained
 from lib.memory import peak_bytes
 from lib.quant import Linear4bit, bytes_of, quantised_memory, quantize_, quantize_8bit_
 from lib.run import find_device, find_dtype, not_negative_int, positive_int, run_cli
 from lib.tokenizer import BPETokenizer
+from lib.weights import DTYPES
 from model import (
     Llama3ForCausalLM,
     LLAMA32Config,

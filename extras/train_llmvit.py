@@ -37,7 +37,7 @@ from extras.llmvit import (
 )
 from gpt import GPT, GPTConfig
 from lib import figures
-from lib.checkpoint import from_pretrained, naming, read_safetensors, write_tensors
+from lib.checkpoint import from_pretrained
 from lib.files import read_json, write_json
 from lib.run import (
     Run,
@@ -51,6 +51,7 @@ from lib.run import (
     run_cli,
 )
 from lib.tokenizer import BPETokenizer
+from lib.weights import naming, read_safetensors, write_tensors
 from model import Llama3ForCausalLM, LLAMA32Config, convert_linears_to_lora
 from train_vit import accuracy, default_patch, load_data, predict
 from vit_scratch import pair

@@ -25,7 +25,6 @@ activations in floats). A new token reads every weight once, so a quarter of fp3
     python bench.py decode --int8 --source model.gguf
 """
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache, partial
@@ -365,69 +364,3 @@ def quantised_memory(module: nn.Module) -> dict[str, float]:
     weights = sum(layer.in_features * layer.out_features for layer in layers)
     total = bytes_of(buffer for layer in layers for buffer in layer.buffers())
     return {"layers": len(layers), "weights": weights, "bytes": total, "bytes_per_weight": total / weights}
-
-
-# ---- files: as bitsandbytes keeps such a layer -------------------------------------------------------------------------
-
-STATE = ".quant_state.bitsandbytes__nf4"  # a JSON object as bytes
-SUFFIXES = ("", ".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", STATE)  # what follows the weight's name
-CONFIG = {
-    **{"quant_method": "bitsandbytes", "load_in_4bit": True, "load_in_8bit": False},
-    **{"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_quant_storage": "uint8"},
-}
-
-
-def quantization_config(in_floats: Sequence[str]) -> dict:
-    """What config.json says of a model with such layers, for transformers. in_floats: the parts of it without any."""
-    return {**CONFIG, "bnb_4bit_compute_dtype": "float32", "llm_int8_skip_modules": list(in_floats)}
-
-
-def is_nf4(found) -> bool:
-    """Whether a quantization_config says nothing else. (Each tensor says once more what it is.)"""
-    return isinstance(found, dict) and CONFIG.items() <= {**CONFIG, **found}.items()
-
-
-def weight_to_file(layer: Linear4bit) -> dict[str, torch.Tensor]:
-    """{one of SUFFIXES: tensor}."""
-    state = {
-        **{"quant_type": "nf4", "blocksize": BLOCK, "dtype": str(layer.like.dtype).removeprefix("torch.")},
-        **{"shape": [layer.out_features, layer.in_features], "nested_blocksize": NESTED_BLOCK, "nested_dtype": "float32"},
-        "nested_offset": layer.offset.item(),
-    }
-    cpu = torch.device("cpu")
-    tensors = {
-        "": layer.codes[:, None],
-        ".absmax": layer.absmax,
-        ".quant_map": nf4_code(cpu),
-        ".nested_absmax": layer.nested_absmax,
-        ".nested_quant_map": dynamic_code(cpu),
-        STATE: torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8),
-    }
-    return {suffix: tensor.detach().to(cpu, copy=True) for suffix, tensor in tensors.items()}  # a file refuses shared ones
-
-
-def linear_from_file(tensors: dict[str, torch.Tensor], shape: torch.Size, bias=None, dtype=None) -> Linear4bit:
-    """weight_to_file backwards, for a matrix [out, in] of `shape`. dtype None: as the file says. Raises ValueError for what is
-    not NF4 with double quantisation, block sizes 64 and 256 and the published code books."""
-    cpu = torch.device("cpu")
-    if missing := [name.removeprefix(".") or "weight" for name in SUFFIXES if name not in tensors]:
-        raise ValueError(f"its {', '.join(missing)} is missing: only NF4 with double quantisation is implemented")
-    try:
-        state = json.loads(bytes(tensors[STATE].tolist()))
-        found = state["quant_type"], state["blocksize"], state["nested_blocksize"]
-        stored, offset = getattr(torch, state["dtype"]), torch.tensor(float(state["nested_offset"]))
-        found_shape = list(state["shape"])
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"its quant_state is damaged ({error})") from None
-    if found != ("nf4", BLOCK, NESTED_BLOCK):
-        raise ValueError(f"it has type and block sizes {found}: only ('nf4', {BLOCK}, {NESTED_BLOCK}) is implemented")
-    if found_shape != list(shape):
-        raise ValueError(f"it is a matrix {found_shape}, {list(shape)} was expected")
-    for name, code in ((".quant_map", nf4_code(cpu)), (".nested_quant_map", dynamic_code(cpu))):
-        if tensors[name].shape != code.shape or not torch.allclose(tensors[name].float(), code, atol=1e-6):
-            raise ValueError(f"its {name[1:]} is not the published one")
-    packed = Packed(tensors[""].flatten(), tensors[".absmax"], tensors[".nested_absmax"], offset)
-    kinds = [tensor.dtype for tensor in packed]
-    if kinds != [torch.uint8, torch.uint8, torch.float32, torch.float32]:
-        raise ValueError(f"its weight and constants are {kinds}, uint8, uint8 and float32 were expected")
-    return Linear4bit(shape[1], shape[0], packed, bias, dtype or stored)

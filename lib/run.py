@@ -37,9 +37,10 @@ from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from lib.checkpoint import DTYPES, load_state, save_state
 from lib.files import sweep, write_atomic, writing
 from lib.memory import activation_bytes, along_a_line, mib, step_memory
+from lib.run_state import load_state, save_state
+from lib.weights import DTYPES
 
 # ---- command line ----------------------------------------------------------------------------------------------------
 

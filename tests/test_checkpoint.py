@@ -7,8 +7,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from gpt import GPTConfig
-from lib.checkpoint import from_pretrained, load_state, save_pretrained, save_state
+from lib.checkpoint import from_pretrained, save_pretrained
 from lib.files import write_atomic
+from lib.run_state import load_state, save_state
 from vit_scratch import ViTConfig, ViTModel
 
 transformers = pytest.importorskip("transformers", reason="parity is measured against transformers")

@@ -11,8 +11,14 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from lib import checkpoint, files, layouts
-from lib.checkpoint import from_pretrained, load_lora, save_lora, save_pretrained, show
+from lib import adapters, checkpoint, convert, files, weights
+from lib.adapters import load_lora, save_lora
+from lib.checkpoint import from_pretrained, save_pretrained
+from lib.convert import show
+from lib.layouts import llama as llama_layout
+from lib.layouts import siglip as siglip_layout
+from lib.layouts import vlm as vlm_layout
+from lib.layouts.common import TOKEN_IDS
 from model import (
     Linear_LORA,
     Llama3ForCausalLM,
@@ -185,15 +191,16 @@ def test_pooled_pictures_and_texts_too(tmp_path):
 
 def test_defaults_that_a_config_leaves_out_are_those_of_transformers():
     """google/siglip-base-patch16-224 and llava-1.5 say little more than their model_type."""
+    tower = vlm_layout.IDEFICS3_VISION
     for ours, theirs in (
-        (layouts.write_vision(layouts.read_vision({})), tf.SiglipVisionConfig()),
-        (layouts.write_siglip_text(layouts.read_siglip_text({})), tf.SiglipTextConfig()),
-        (layouts.write_llama(layouts.read_llama({})), tf.LlamaConfig()),
-        (layouts.write_tower(layouts.read_tower({}, SiglipVisionConfig, layouts.IDEFICS3_VISION), layouts.IDEFICS3_VISION, ""),
+        (siglip_layout.write_vision(siglip_layout.read_vision({})), tf.SiglipVisionConfig()),
+        (siglip_layout.write_siglip_text(siglip_layout.read_siglip_text({})), tf.SiglipTextConfig()),
+        (llama_layout.write_llama(llama_layout.read_llama({})), tf.LlamaConfig()),
+        (siglip_layout.write_tower(siglip_layout.read_tower({}, SiglipVisionConfig, tower), tower, ""),
          tf.models.idefics3.configuration_idefics3.Idefics3VisionConfig()),
     ):  # fmt: skip
         theirs = theirs.to_dict()
-        known = ours.keys() & theirs.keys() - {"architectures", "model_type", *layouts.TOKEN_IDS}
+        known = ours.keys() & theirs.keys() - {"architectures", "model_type", *TOKEN_IDS}
         assert len(known) > 8 and {key: ours[key] for key in known} == {key: theirs[key] for key in known}
 
 
@@ -503,7 +510,7 @@ def test_our_rounding_rule_names_exactly_the_grids_on_which_idefics3_misplaces_p
             places = theirs(torch.zeros(1, 3, side, side), torch.ones(1, side, side, dtype=torch.bool)).flatten()
         right = torch.equal(places, torch.arange(side**2).float())
         ours = SiglipVisionConfig(hidden_size=1, **settings)
-        assert (layouts.idefics3_position_misfit(ours) == "") == right, side
+        assert (vlm_layout.idefics3_position_misfit(ours) == "") == right, side
 
 
 # ---- files: shards, precision, merged LoRA ---------------------------------------------------------------------------
@@ -544,7 +551,7 @@ def test_killed_while_writing_shards_nobody_reads_two_models_as_one(tmp_path, mo
             raise KeyboardInterrupt
         real(path, write)
 
-    for module in (files, checkpoint):
+    for module in (files, weights):
         monkeypatch.setattr(module, "write_atomic", killed)
     with pytest.raises(KeyboardInterrupt):
         save_pretrained(new, tmp_path, max_shard_bytes=9000)
@@ -598,11 +605,11 @@ def adapted(model, targets=("q_proj", "v_proj", "mlp.up_proj"), **settings):
 def test_lora_is_saved_merged_and_the_model_stays_as_it_is(tmp_path, merged):
     model = adapted(tiny_llama(attention_bias=True))
     before = our_logits(model, IDS)
-    for layer in checkpoint.lora_layers(model).values():
+    for layer in adapters.lora_layers(model).values():
         layer.merge() if merged else None
     assert save_pretrained(model, tmp_path) == "llama"
     close(our_logits(from_pretrained(tmp_path), IDS), before)
-    assert all(layer.merged == merged for layer in checkpoint.lora_layers(model).values())
+    assert all(layer.merged == merged for layer in adapters.lora_layers(model).values())
     close(our_logits(model, IDS), before)
 
 
@@ -680,7 +687,7 @@ def test_an_adapter_comes_back(tmp_path, case):
     fresh, inputs = unadapted(model), inputs_of(model)
     assert (our_logits(fresh, inputs) - our_logits(model, inputs)).abs().max() > 1e-2
     names = load_lora(fresh, tmp_path)
-    assert sorted(names) == sorted(checkpoint.lora_layers(model))
+    assert sorted(names) == sorted(adapters.lora_layers(model))
     close(our_logits(fresh, inputs), our_logits(model, inputs), bound=1e-6)
 
 
@@ -714,7 +721,7 @@ def test_peft_opens_our_adapter(tmp_path, case):
     theirs = peft.PeftModel.from_pretrained(auto.from_pretrained(tmp_path / "base"), tmp_path / "lora").eval()
     close(published_logits(theirs, inputs_of(model)), our_logits(model, inputs_of(model)))
     loaded = [name for name, _ in theirs.named_parameters() if "lora_A" in name]
-    assert len(loaded) == len(checkpoint.lora_layers(model))
+    assert len(loaded) == len(adapters.lora_layers(model))
 
 
 PEFT_SETTINGS = [{}, {"use_rslora": True}, {"rank_pattern": {"up_proj": 2}, "alpha_pattern": {"0.mlp.up_proj": 9}}]
@@ -816,7 +823,7 @@ def test_show_prints_every_tensor_once_and_adds_up(tmp_path):
 
 def run_main(monkeypatch, *args):
     monkeypatch.setattr(sys, "argv", ["checkpoint.py", *map(str, args)])
-    checkpoint.main()
+    convert.main()
 
 
 def test_convert_rewrites_with_everything_that_belongs_to_it(tmp_path, monkeypatch, capsys):
@@ -849,8 +856,8 @@ def test_an_old_vlm_is_brought_up_to_date(tmp_path, monkeypatch):
 
 
 def test_a_mistake_is_one_line_and_exit_code_2(tmp_path):
-    script = Path(checkpoint.__file__)
-    done = subprocess.run([sys.executable, script, "show", tmp_path / "nowhere"], capture_output=True, text=True, cwd=tmp_path)
+    command = [sys.executable, "-m", "lib.checkpoint", "show", tmp_path / "nowhere"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(checkpoint.__file__).parents[1])
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith("error: there is no folder") and done.stderr.count("\n") == 1
 

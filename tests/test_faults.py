@@ -30,11 +30,12 @@ import train_vit
 from calls import refused
 from data import scenes
 from data.folders import decode_image
-from lib import checkpoint
+from lib import checkpoint, run_state
 from lib.answers import scene_items
-from lib.checkpoint import load_state, save_pretrained
+from lib.checkpoint import save_pretrained
 from lib.files import sweep
 from lib.run import Metrics, Trainer, run_cli
+from lib.run_state import load_state
 from lib.tokenizer import BPETokenizer, _split
 from model import Llama3ForCausalLM, LLAMA32Config
 from processing_mllama import image_settings
@@ -428,7 +429,7 @@ def test_a_large_deep_grey_picture_is_scaled_in_strips():
 
 def test_other_weights_in_a_saved_state_are_noticed(tmp_path):
     """torch.load does not look at the checksums of the archive: a flipped bit on the disk went into the weights."""
-    checkpoint.save_state(tmp_path, {"settings": {}, "model": torch.zeros(1000)})
+    run_state.save_state(tmp_path, {"settings": {}, "model": torch.zeros(1000)})
     data = bytearray((tmp_path / "state.pt").read_bytes())
     data[data.index(bytes(4000)) + 2003] = 64
     (tmp_path / "state.pt").write_bytes(data)

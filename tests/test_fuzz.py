@@ -40,9 +40,10 @@ from data.folders import decode_image
 from data.llava import LlavaRows, PictureCache
 from extras import train_llmvit, train_siglip
 from gpt import GPT, GPTConfig
-from lib import checkpoint
-from lib.checkpoint import from_pretrained, load_state, save_pretrained, save_state
+from lib import convert
+from lib.checkpoint import from_pretrained, save_pretrained
 from lib.run import run_cli
+from lib.run_state import load_state, save_state
 from lib.tokenizer import BPETokenizer, stop_tokens
 from model import Llama3ForCausalLM, LLAMA32Config, MLLAMAConfig, MllamaForConditionalGeneration
 from processing_mllama import IDEFICS3_AROUND, IMAGE_TOKEN, MllamaImageProcessor, to_picture
@@ -481,7 +482,7 @@ def test_a_lying_safetensors_header_is_refused_or_harmless(folders, data):
     model = read_or_refused(from_pretrained, scratch)
     if model is not REFUSED:
         torch.testing.assert_close(numbers(model), expected)
-    read_or_refused(lambda: list(checkpoint.show(scratch)))
+    read_or_refused(lambda: list(convert.show(scratch)))
 
 
 @given(st.data())
@@ -556,7 +557,7 @@ def test_a_damaged_gguf_file_is_refused_or_gives_finite_numbers(tmp_path, gguf_b
     if model is not REFUSED:
         assert read_or_refused(numbers, model) is REFUSED or numbers(model).isfinite().all()
     read_or_refused(BPETokenizer.from_pretrained, path)
-    read_or_refused(lambda: list(checkpoint.show(path)))
+    read_or_refused(lambda: list(convert.show(path)))
 
 
 # ---- the state of a run ----------------------------------------------------------------------------------------------
@@ -638,7 +639,7 @@ def checkpoint_main(argv: list[str]) -> None:
     """It reads sys.argv itself."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["checkpoint.py", *argv])
-        checkpoint.main()
+        convert.main()
 
 
 VALUES = ["", "0", "1", "-1", "nan", "inf", "-inf", "1e999", "1e-320", "0.5", "9" * 30, "1" + "0" * 9, "1" + "0" * 5000, "x"]

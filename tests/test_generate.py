@@ -10,13 +10,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 import generate
 from calls import refused
 from data.scenes import make_scenes
 from gpt import GPT, GPTConfig
-from lib import checkpoint, figures
-from lib.checkpoint import from_pretrained, lora_layers, put_adapter, save_lora, save_pretrained
+from lib import convert, figures
+from lib.adapters import lora_layers, put_adapter, save_lora
+from lib.checkpoint import from_pretrained, save_pretrained
 from lib.quant import Linear4bit, Linear8bit, quantize_, quantize_8bit_
 from lib.run import run_cli
 from lib.tokenizer import BPETokenizer
@@ -515,7 +517,7 @@ def test_another_adapter_takes_the_place_of_the_runs_own(adapted, tmp_path, caps
     model = from_pretrained(folder)
     about = put_adapter(model, folder, other)
     assert same_weights(model, from_pretrained(tmp_path), 1e-5)
-    count = sum(tensor.numel() for tensor in checkpoint.load_file(other / "adapter_model.safetensors").values())
+    count = sum(tensor.numel() for tensor in load_file(other / "adapter_model.safetensors").values())
     assert f"{count:,} trainable parameters" in about and ("the run's own" in about) == (source == "run")
     words = ["The cat", "--max-new-tokens", 9]
     printed = call(capsys, folder, *words, "--adapter", other)
@@ -533,7 +535,7 @@ def test_a_runs_own_adapter_changes_nothing(adapted, capsys):
 
 def merge_lora_by_command(monkeypatch, *words) -> None:
     monkeypatch.setattr(sys, "argv", ["checkpoint.py", "merge-lora", *map(str, words)])
-    run_cli(checkpoint.main)
+    run_cli(convert.main)
 
 
 def test_merge_lora_writes_a_plain_folder(adapted, tmp_path, capsys, monkeypatch):

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from lib.checkpoint import convert, from_pretrained, show
+from lib.checkpoint import from_pretrained
+from lib.convert import convert, show
 
 gguf = pytest.importorskip("gguf", reason="only the gguf package writes the files to be read")
 tf = pytest.importorskip("transformers", reason="parity is measured against transformers")

@@ -19,8 +19,9 @@ from safetensors.torch import load_file, save_file
 
 from bench import peers as bench
 from calls import refused
-from lib import checkpoint, quant
-from lib.checkpoint import from_pretrained, load_lora, plain_state, save_lora, save_pretrained
+from lib import adapters, quant, quant_files
+from lib.adapters import load_lora, plain_state, save_lora
+from lib.checkpoint import from_pretrained, save_pretrained
 from lib.quant import (
     Linear4bit,
     Linear8bit,
@@ -430,7 +431,7 @@ def test_qlora_is_saved_merged_and_its_adapter_fits_the_quantised_base(tmp_path,
     close(logits(merged), expected)
     save_lora(qlora, tmp_path / "lora")
     base = copy.deepcopy(qlora)
-    for name, layer in checkpoint.lora_layers(base).items():
+    for name, layer in adapters.lora_layers(base).items():
         parent, _, child = name.rpartition(".")
         setattr(base.get_submodule(parent), child, layer.base)
     save_pretrained(base, tmp_path / "base")
@@ -440,7 +441,7 @@ def test_qlora_is_saved_merged_and_its_adapter_fits_the_quantised_base(tmp_path,
     close(logits(again), expected, 1e-6)
 
 
-STATE = "model.layers.0.mlp.up_proj.weight" + quant.STATE
+STATE = "model.layers.0.mlp.up_proj.weight" + quant_files.STATE
 
 
 def set_state(tensors, **changes):
@@ -448,7 +449,7 @@ def set_state(tensors, **changes):
     tensors[STATE] = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
 
 
-UP = STATE.removesuffix(quant.STATE)
+UP = STATE.removesuffix(quant_files.STATE)
 DAMAGED = {
     "no constants": (lambda t: t.pop(f"{UP}.nested_absmax"), "its nested_absmax is missing: only NF4 with double"),
     "no state": (lambda t: t.pop(STATE), f"left over: {UP}.absmax"),

@@ -20,7 +20,7 @@ import train_vlm
 from data import llava as llava_json
 from data import scenes, shards
 from extras import demo, train_llmvit, train_siglip
-from lib import checkpoint
+from lib import convert
 from lib.checkpoint import save_pretrained
 from lib.tokenizer import BPETokenizer
 from model import Llama3ForCausalLM, LLAMA32Config
@@ -102,7 +102,7 @@ def test_its_commands_run_one_after_the_other(tmp_path, monkeypatch, capsys, req
     what_it_names(tmp_path)
     (tmp_path / "model.gguf").write_bytes(request.getfixturevalue("gguf_bytes"))
     monkeypatch.chdir(tmp_path)
-    scripts = {**MODULES, "llava_json.py": llava_json, "shards.py": shards, "checkpoint.py": checkpoint}
+    scripts = {**MODULES, "llava_json.py": llava_json, "shards.py": shards, "checkpoint.py": convert}
     for command in ["python train_vlm.py", *COMMANDS]:
         _, script, *words = shlex.split(command)
         absent = any(name in command for name in ("easy", "coco")) and not (tmp_path / "easy_vqa.tar").exists()

@@ -16,7 +16,8 @@ from extras import train_llmvit
 from extras.llmvit import LanguageClassifier
 from gpt import GPT, GPTConfig
 from lib import figures
-from lib.checkpoint import load_state, save_pretrained
+from lib.checkpoint import save_pretrained
+from lib.run_state import load_state
 from lib.tokenizer import BPETokenizer
 from model import Linear_LORA, Llama3ForCausalLM, LLAMA32Config
 

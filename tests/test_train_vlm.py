@@ -22,7 +22,7 @@ import evaluate
 import train_vlm
 from data import scenes
 from data import vlm_batches as vlm_data
-from lib import checkpoint
+from lib import run_state, weights
 from lib.answers import answer, scene_items
 from lib.checkpoint import from_pretrained, save_pretrained
 from lib.quant import Linear4bit, quantize_nf4
@@ -185,7 +185,7 @@ def test_a_kill_in_the_middle_of_a_save_leaves_the_state_before_it(runs, seeing)
     flags = [*COMMON, *SCENES, "--save-every", "2", "--out", str(run)]
     done = subprocess.run([sys.executable, "-c", DYING, repr(DOT), *flags], cwd=ROOT, capture_output=True, timeout=100)
     assert done.returncode == -signal.SIGKILL, done.stderr
-    assert checkpoint.load_state(run)["steps_done"] == 2
+    assert run_state.load_state(run)["steps_done"] == 2
     train(*SCENES, "--save-every", 2, "--out", run, "--resume")
     assert bytes_of(run) == bytes_of(seeing[0])
 
@@ -213,16 +213,16 @@ def test_a_full_disk_is_one_line_and_the_last_good_state_stays(runs, seeing, cap
     if what == "state.pt":
         with full_disk(room):
             error = refused(capsys, *resumed, "--save-every", 1)
-        assert checkpoint.load_state(run)["steps_done"] == 2
+        assert run_state.load_state(run)["steps_done"] == 2
     else:
-        write = checkpoint.write_tensors
+        write = weights.write_tensors
 
         def when_full(*args):
             with full_disk(room):
                 write(*args)
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(checkpoint, "write_tensors", when_full)
+            patch.setattr(weights, "write_tensors", when_full)
             error = refused(capsys, *resumed)
         assert not (run / "model.safetensors").exists()
     assert what in error and not list(run.glob(".*"))

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import siglip
-from lib.checkpoint import read_safetensors
+from lib.weights import read_safetensors
 from siglip import (
     SiglipConfig,
     SiglipModel,

@@ -1,0 +1,176 @@
+"""LoRA adapters as files, in PEFT's layout: what is trained on top of a checkpoint, without the checkpoint.
+
+    save_lora(model, "my-lora")              # PeftModel.from_pretrained opens it on the published model
+    load_lora(model, "my-lora")              # PEFT's adapters, or ours
+    put_adapter(model, "runs/vlm", "my-lora")        # in place of the adapter that the run's weights hold
+"""
+
+import re
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+from safetensors.torch import load_file
+
+from lib.checkpoint import choose_layout
+from lib.files import read_json, write_json
+from lib.layouts.common import Layout, renamed, with_defaults
+from lib.quant import Linear4bit
+from lib.sources import find_source
+from lib.weights import naming, shorten, write_tensors
+from model import Linear_LORA, convert_linears_to_lora, merge_lora
+
+# What else PEFT can put into an adapter, which Linear_LORA does not compute.
+NOT_LORA = ("use_dora", "use_qalora", "use_bdlora", "lora_bias", "alora_invocation_tokens", "modules_to_save")
+NOT_LORA += ("trainable_token_indices", "target_parameters", "layer_replication")
+
+
+def lora_layers(model: nn.Module) -> dict[str, Linear_LORA]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, Linear_LORA)}
+
+
+def plain_state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The state of the model without LoRA that computes the same."""
+    state = model.state_dict()
+    for prefix, layer in lora_layers(model).items():
+        weight = getattr(layer.base, "weight", None)
+        if weight is None or not weight.is_floating_point():
+            raise ValueError(f"{prefix} is a {type(layer.base).__name__}, too coarse to merge LoRA into: use save_lora")
+        bias = state.get(f"{prefix}.base.bias")
+        state = {name: tensor for name, tensor in state.items() if not name.startswith(f"{prefix}.")}
+        state |= {f"{prefix}.weight": layer.weight} | ({} if bias is None else {f"{prefix}.bias": bias})
+    return state
+
+
+def adapter_layout(model: nn.Module) -> tuple[str, Layout]:
+    kind, layout = choose_layout(model, None)
+    if layout.modules is None:
+        raise ValueError(f"LoRA adapters of a {type(model).__name__} have no layout: only those of LLaMA and VLMs do")
+    return kind, layout
+
+
+def save_lora(model: nn.Module, folder: str | Path, base: str | None = None) -> None:
+    """Write the LoRA layers alone: adapter_model.safetensors, then adapter_config.json, which PeftModel.from_pretrained opens
+    on the published model. base: where that is (a folder or hub name), for those who open the adapter without naming it.
+    Raises ValueError for a model without LoRA layers."""
+    kind, layout = adapter_layout(model)
+    layers = {renamed(name, layout.modules): layer for name, layer in lora_layers(model).items()}
+    if not layers:
+        raise ValueError("the model has no LoRA layers to save: convert_linears_to_lora makes them")
+    tensors, ranks, alphas = {}, {}, {}
+    for path, layer in layers.items():
+        for letter, tensor in (("A", layer.lora_a), ("B", layer.lora_b)):
+            tensors[f"base_model.model.{path}.lora_{letter}.weight"] = tensor.detach().cpu().contiguous()
+        ranks[path], alphas[path] = len(layer.lora_a), layer.scaling * len(layer.lora_a)
+    rank, alpha = next(iter(ranks.values())), next(iter(alphas.values()))
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM" if kind == "llama" else None,
+        "base_model_name_or_path": None if base is None else str(base),
+        "r": rank,
+        "lora_alpha": alpha,
+        "lora_dropout": next(iter(layers.values())).dropout,
+        "rank_pattern": {path: r for path, r in ranks.items() if r != rank},
+        "alpha_pattern": {path: a for path, a in alphas.items() if a != alpha},
+        "target_modules": list(layers),
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+    }
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_tensors(folder / "adapter_model.safetensors", tensors)
+    write_json(folder / "adapter_config.json", config)
+
+
+def load_lora(model: nn.Module, folder: str | Path) -> list[str]:
+    """Wrap the layers that an adapter of save_lora or PEFT names in Linear_LORA, in place, and fill them; their names are
+    returned. Raises ValueError for an adapter that is no plain LoRA, does not fit the model, or is one too many."""
+    folder = Path(folder)
+    config = read_adapter_config(folder)
+    if lora_layers(model):
+        raise ValueError("the model has LoRA layers already: merge_lora them, or load the adapter into a fresh model")
+    _, layout = adapter_layout(model)
+    pairs = read_adapter(model, layout, folder / "adapter_model.safetensors")
+    alike: dict[tuple, list[str]] = {}
+    for name, (a, b) in pairs.items():
+        layer, rank = model.get_submodule(name), a.shape[0] if a.ndim else 0
+        expected = (getattr(layer, "out_features", None), rank, rank, getattr(layer, "in_features", None))
+        if (*b.shape, *a.shape) != expected:
+            raise ValueError(f"{folder}: {name} has LoRA matrices {list(b.shape)} x {list(a.shape)}, made for another layer")
+        path = renamed(name, layout.modules)
+        special = (value for key, value in config["alpha_pattern"].items() if re.match(rf"(.*\.)?({key})$", path))
+        alpha = next(special, config["lora_alpha"]) * (rank**0.5 if config.get("use_rslora") else 1)
+        alike.setdefault((rank, alpha), []).append(name)
+    for (rank, alpha), names in alike.items():
+        convert_linears_to_lora(model, rank, alpha, config["lora_dropout"], "|".join(map(re.escape, names)))
+    for name, (a, b) in pairs.items():
+        layer = model.get_submodule(name)
+        with torch.no_grad():
+            layer.lora_a.copy_(a)
+            layer.lora_b.copy_(b)
+    return list(pairs)
+
+
+def read_adapter_config(folder: Path) -> dict:
+    """adapter_config.json, checked to be that of plain LoRA."""
+    if not (folder / "adapter_config.json").exists():
+        raise FileNotFoundError(f"{folder} has no adapter_config.json: is it a LoRA adapter?")
+    defaults = {"lora_alpha": 8, "lora_dropout": 0.0, "alpha_pattern": {}}
+    config = with_defaults(read_json(folder / "adapter_config.json"), defaults)
+    if config.get("peft_type") != "LORA":
+        raise ValueError(f"{folder} is an adapter of type {config.get('peft_type')!r}: only LORA is implemented")
+    extra = [key for key in NOT_LORA if config.get(key)] + (["bias"] if config.get("bias", "none") != "none" else [])
+    if extra:
+        raise ValueError(f"{folder} is LoRA with {', '.join(extra)}, which Linear_LORA does not compute")
+    return config
+
+
+def read_adapter(model: nn.Module, layout: Layout, file: Path) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """{name of our layer: (A, B)}, whichever spelling the file has."""
+    if not file.exists():
+        raise FileNotFoundError(f"there is no {file}: save the adapter as safetensors")
+    with torch.device("meta"):
+        ours = {name.theirs[0]: name.ours for name in layout.names(layout.model(model.config)) if name.repeat is None}
+    with naming(file):
+        tensors = load_file(file)
+    found: dict[str, dict[str, torch.Tensor]] = {}
+    strange = []
+    for key, tensor in tensors.items():
+        match = re.fullmatch(r"base_model\.model\.(.+)\.lora_([AB])\.weight", key)
+        spelled = layout.clean({f"{match[1]}.weight": tensor}) if match else {}
+        name = ours.get(next(iter(spelled), None))
+        if name is None:
+            strange.append(key)
+        else:
+            found.setdefault(name.removesuffix(".weight"), {})[match[2]] = tensor
+    halves = [name for name, pair in found.items() if len(pair) < 2]
+    if strange or halves:
+        wrong = {"no LoRA of a layer of the model": sorted(strange), "only one of two matrices": halves}
+        raise ValueError(f"{file}: " + "; ".join(f"{what}: {shorten(which)}" for what, which in wrong.items() if which))
+    return {name: (pair["A"], pair["B"]) for name, pair in found.items()}
+
+
+def put_adapter(model: nn.Module, source: str | Path, adapter: str | Path) -> str:
+    """Merge an adapter of save_lora or PEFT into a model that was read from `source`, in place; a line about it is returned.
+
+    The weights of a run hold its own adapter, which lies in its folder lora/: that is taken out first, to rounding. 4-bit
+    layers keep the adapter beside them. Raises ValueError and OSError as load_lora does, the model then being of no use.
+    """
+    adapter, own = Path(adapter), find_source(source) / "lora"
+    held, in_bits = own.is_dir(), [m for m in model.modules() if isinstance(m, Linear4bit)]
+    total = sum(p.numel() for p in model.parameters()) + sum(m.in_features * m.out_features for m in in_bits)
+    same = held and adapter.resolve() == own.resolve()
+    if held and not same:
+        load_lora(model, own)
+        for layer in lora_layers(model).values():
+            layer.lora_b.data.neg_()
+        merge_lora(model)
+    layers = [model.get_submodule(name) for name in load_lora(model, adapter)]
+    trainable = sum(layer.lora_a.numel() + layer.lora_b.numel() for layer in layers)
+    for layer in layers:
+        layer.merged = same
+    if not in_bits:
+        merge_lora(model)
+    where = ", which the weights held already" if same else ", in place of the run's own" if held else ""
+    return f"LoRA in {len(layers)} layers, {trainable:,} trainable parameters, {trainable / total:.2%} of {total:,}{where}"

@@ -1,0 +1,49 @@
+"""The layouts of published checkpoints: what config.json says, and which tensor is which parameter.
+
+lib/checkpoint.py reads and writes the files and looks up here what is in them. A layout is a model class, two functions
+between config.json and the model's config, and a map of names (common.py). GPT-2 and ViT are ours under other names, so their
+maps are tables; SigLIP, LLaMA and the vision-language models carry the published names, so a few prefixes say it all. Mirrors
+what transformers 5 writes; the spellings of 4.x are read as well. Settings that would change the logits and are not
+implemented are refused by name. A family of models is imported when one of its checkpoints is read or written, not before.
+"""
+
+from importlib import import_module
+
+import torch.nn as nn
+
+from lib.layouts.common import Layout
+
+FAMILIES = {  # model_type: the module of this package that knows it; of several that fit a model, the first is written
+    "gpt2": "gpt2",
+    **dict.fromkeys(("vit", "vit_scratch"), "vit"),
+    **dict.fromkeys(
+        ("siglip", "siglip_scratch", "siglip_vision_model", "siglip_vision_scratch", "siglip_text_model"), "siglip"
+    ),
+    **dict.fromkeys(("llama", "llama_scratch"), "llama"),
+    **dict.fromkeys(("llava", "idefics3", "smolvlm", "mllama_scratch"), "vlm"),
+}
+CLASSES = {  # model class: its family
+    "GPT": "gpt2",
+    "ViTModel": "vit",
+    **dict.fromkeys(("SiglipTwoTower", "SiglipModel", "SiglipTextTransformer"), "siglip"),
+    "Llama3ForCausalLM": "llama",
+    "MllamaForConditionalGeneration": "vlm",
+}
+
+
+def family(name: str) -> dict[str, Layout]:
+    """{model_type: layout} of one family of models."""
+    return import_module(f"lib.layouts.{name}").LAYOUTS
+
+
+def find_layout(model_type: str) -> Layout:
+    """Raises ValueError for a model_type that is not known."""
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
+        raise ValueError(f"model_type {model_type!r}: known are {', '.join(FAMILIES)}")
+    return family(FAMILIES[model_type])[model_type]
+
+
+def layouts_of(model: nn.Module) -> dict[str, Layout]:
+    """{model_type: layout} of all layouts that there are for models of this class, the preferred first."""
+    names = {CLASSES[cls.__name__]: None for cls in type(model).__mro__ if cls.__name__ in CLASSES}
+    return {kind: layout for name in names for kind, layout in family(name).items() if isinstance(model, layout.model)}

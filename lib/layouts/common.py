@@ -1,0 +1,131 @@
+"""What a layout of a published checkpoint is, and the tools that the readers of all model families share."""
+
+import math
+import re
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields, is_dataclass
+from functools import partial
+from typing import get_args, get_origin
+
+import torch.nn as nn
+
+
+@dataclass(frozen=True)
+class Name:
+    """Where one of our parameters comes from. Several published names: their tensors, stacked along the first axis."""
+
+    ours: str
+    theirs: tuple[str, ...]
+    transpose: bool = False  # GPT-2's files keep linear layers as [in, out]
+    repeat: str | None = None  # under this name some files hold the same tensor once more: a head that is tied
+
+
+@dataclass(frozen=True)
+class Layout:
+    model: type[nn.Module]
+    read_config: Callable[[dict], object]
+    write_config: Callable[[object], dict]
+    names: Callable[[nn.Module], list[Name]]
+    clean: Callable[[dict], dict] = lambda tensors: tensors  # drops what is no parameter, undoes spellings
+    misfit: Callable[[object], str] = lambda config: ""  # why a model of this config cannot be saved so; "" where it can
+    modules: dict[str, str] | None = None  # where transformers has our modules, by prefix; None: no adapters
+
+
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")  # entries of config.json that our configs do not hold
+ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
+PUBLISHED_ACTIVATION = {"gelu_tanh": "gelu_pytorch_tanh", "gelu": "gelu"}
+
+
+def size_from_json(size):
+    return tuple(size) if isinstance(size, list) else size
+
+
+def activation(published: str) -> str:
+    if published not in ACTIVATIONS:
+        raise ValueError(f"the activation {published!r} is not implemented: known are {', '.join(ACTIVATIONS)}")
+    return ACTIVATIONS[published]
+
+
+def check_types(config) -> None:
+    """Raise ValueError where JSON gave a setting of a config another type than its dataclass says, which may well compute
+    something: of "true" and 8.0 for a width as much as of NaN."""
+    for field in fields(config):
+        value, kinds = getattr(config, field.name), [get_origin(kind) or kind for kind in get_args(field.type) or (field.type,)]
+        if is_dataclass(value):
+            check_types(value)
+        elif float in kinds and type(value) in (int, float):
+            if not math.isfinite(value):
+                raise ValueError(f"{field.name} is {value}: it must be finite")
+        elif type(value) not in kinds or (isinstance(value, tuple) and [type(side) for side in value] != [int, int]):
+            raise ValueError(f"{field.name} is {value!r:.80}: it must be {' or '.join(kind.__name__ for kind in kinds)}")
+
+
+def with_defaults(published: dict, defaults: dict) -> dict:
+    """config.json leaves out, or gives as null, what equals the default of transformers."""
+    return {**defaults, **{key: value for key, value in published.items() if value is not None}}
+
+
+def renamed(name: str, prefixes: dict[str, str]) -> str:
+    """The name with the first of the prefixes that fits replaced."""
+    ours = next((prefix for prefix in prefixes if name.startswith(prefix)), "")
+    return prefixes.get(ours, "") + name.removeprefix(ours)
+
+
+NO_PARAMETER = r"(^|\.)(rotary_emb\.inv_freq|embeddings\.position_ids)$"  # constants that older files keep
+
+
+def names_by_prefix(model: nn.Module, prefixes: dict[str, str], no_parameter: str = NO_PARAMETER) -> list[Name]:
+    """For models whose names are the published ones, but for what they begin with. A tied head is the embedding again."""
+    first, names = {}, []
+    for ours, parameter in model.state_dict(keep_vars=True).items():
+        source, theirs = first.setdefault(id(parameter), ours), renamed(ours, prefixes)
+        if not re.search(no_parameter, theirs):
+            names.append(Name(ours, (renamed(source, prefixes),), repeat=theirs if source != ours else None))
+    return names
+
+
+def respell(tensors: dict, spellings: dict[str, str], no_parameter: str) -> dict:
+    """Each name in the spelling that we write: all patterns are replaced, one after the other. Names that match
+    no_parameter are left out. Raises ValueError where two names become one."""
+    found, before = {}, {}
+    for name, tensor in tensors.items():
+        spelled = name
+        for pattern, replacement in spellings.items():
+            spelled = re.sub(pattern, replacement, spelled)
+        if re.search(no_parameter, spelled):
+            continue
+        if spelled in found:
+            raise ValueError(f"{before[spelled]} and {name} are two spellings of one parameter: one of them must go")
+        found[spelled], before[spelled] = tensor, name
+    return found
+
+
+def prefix_layout(model, read_config, write_config, prefixes=None, spellings=None, no_parameter=NO_PARAMETER, **more) -> Layout:
+    names = partial(names_by_prefix, prefixes=prefixes or {}, no_parameter=no_parameter)
+    clean = partial(respell, spellings=spellings or {}, no_parameter=no_parameter)
+    return Layout(model, read_config, write_config, names, clean, **more)
+
+
+def own_layout(model: type[nn.Module], config_class: type) -> Layout:
+    """Our own layout, for what no published one holds: config.json has the settings of our config, tensors have our names."""
+
+    def tuples(value):  # JSON has lists only
+        if isinstance(value, dict):
+            return {key: tuples(inner) for key, inner in value.items()}
+        return size_from_json(value)
+
+    def read(published: dict):
+        return config_class(**{f.name: tuples(published[f.name]) for f in fields(config_class) if f.name in published})
+
+    return prefix_layout(model, read, asdict, modules={})
+
+
+def block_names(ours: str, theirs: str, parts: dict[str, str | tuple[str, ...]], transpose: bool = False) -> list[Name]:
+    """Weight and bias of the parts of one block: {our part: their part, or the parts it is stacked from}."""
+    names = []
+    for our_part, their_parts in parts.items():
+        their_parts = (their_parts,) if isinstance(their_parts, str) else their_parts
+        for kind in ("weight", "bias"):
+            flip = transpose and kind == "weight" and "norm" not in our_part
+            names.append(Name(f"{ours}.{our_part}.{kind}", tuple(f"{theirs}.{p}.{kind}" for p in their_parts), flip))
+    return names

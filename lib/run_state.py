@@ -1,0 +1,47 @@
+"""Everything that a training run needs to continue exactly where it stopped, in one file: run/state.pt."""
+
+import pickle
+import zipfile
+import zlib
+from pathlib import Path
+
+import torch
+
+from lib.files import write_atomic
+
+
+def save_state(run: str | Path, state: dict) -> None:
+    """Everything needed to continue, as run/state.pt: tensors, numbers, strings, lists and dicts. Atomic."""
+    path = Path(run) / "state.pt"
+
+    def write(tmp):
+        try:
+            torch.save(state, tmp)
+        except RuntimeError as error:  # torch's way to say that a write failed
+            reason = str(error).splitlines()[0]
+            raise OSError(f"{path} cannot be written ({reason}): is the disk full? The state before is still good") from None
+
+    write_atomic(path, write)
+
+
+# What reading a damaged state meets. A pickle that is more than tensors, numbers and texts is refused unread.
+DAMAGED = (RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError, NotImplementedError, zlib.error)
+DAMAGED += (OverflowError, MemoryError, zipfile.BadZipFile)
+
+
+def load_state(run: str | Path) -> dict:
+    """What save_state wrote. Raises FileNotFoundError where there is none, ValueError for one that is damaged."""
+    path = Path(run) / "state.pt"
+    if not path.exists():
+        raise FileNotFoundError(f"{run} has no state.pt to resume from: start without --resume, or check --out")
+    try:
+        with zipfile.ZipFile(path) as file:  # torch itself does not compare the checksums
+            if bad := file.testzip():
+                raise ValueError(f"{bad} has another checksum")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (*DAMAGED, pickle.UnpicklingError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ValueError(f"{path} is damaged ({reason}): start again without --resume") from None
+    if not isinstance(state, dict):
+        raise ValueError(f"{path} is no state of a run: start again without --resume")
+    return state
