@@ -36,9 +36,8 @@ from lib.answers import (
     scene_items,
     score,
 )
-from lib.files import read_json, write_json
+from lib.files import find_source, read_json, write_json
 from lib.run import HelpFormatter, find_device, not_negative_int, positive_int, run_cli
-from lib.sources import find_source
 from model import MllamaForConditionalGeneration
 from processing_mllama import MllamaImageProcessor
 

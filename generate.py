@@ -30,12 +30,12 @@ import torch
 from data.folders import one_line
 from extras.attention_maps import group_into_words, where_it_looks
 from lib.adapters import put_adapter
+from lib.chat import stop_tokens
 from lib.checkpoint import from_pretrained
-from lib.files import read_json
+from lib.files import find_source, read_json
 from lib.quant import quantize_8bit_
 from lib.run import find_device, not_negative_float, not_negative_int, positive_float, positive_int, run_cli
-from lib.sources import find_source
-from lib.tokenizer import BPETokenizer, stop_tokens
+from lib.tokenizer import BPETokenizer
 from lib.weights import DTYPES
 from model import Llama3ForCausalLM, MllamaForConditionalGeneration, arrange_for_decoding
 from processing_mllama import IMAGE_TOKEN, LOCATION_TOKENS, MllamaImageProcessor, image_settings, process_images, to_bytes
@@ -286,7 +286,7 @@ class Conversation:
         self.messages.append({"role": "user", "content": before + question})
         ids = self._ids()
         self.unasked, shown = 0, self.processor and self.processor.locations
-        blank = self.tokenizer.answer_blank
+        blank = self.tokenizer.answer_prefix
         text, answer = say(self.model, self.tokenizer, ids, self.args, self.features, shown, blank)
         self.messages.append({"role": "assistant", "content": text.replace(IMAGE_TOKEN, "")})  # no answer shows a picture
         if self.args.attention and self.pictures:

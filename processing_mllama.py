@@ -29,8 +29,9 @@ import torch
 from PIL import Image, ImageOps
 
 from data.folders import _to_rgb, decode_image, one_line
-from lib.files import write_json
-from lib.tokenizer import BPETokenizer, _read_json
+from lib.chat import encode_conversation
+from lib.files import read_json, write_json
+from lib.tokenizer import BPETokenizer
 from vit_scratch import pair
 
 IMAGENET_STANDARD_MEAN = (0.5, 0.5, 0.5)  # so called in transformers; SigLIP's: they take 0..1 to -1..1
@@ -215,12 +216,6 @@ def share_out(images, named: Sequence[int]) -> list[list]:
     return images
 
 
-def shared_length(a: Sequence, b: Sequence) -> int:
-    """How many items two sequences have in common at their beginning."""
-    most = min(len(a), len(b))
-    return next((i for i, (x, y) in enumerate(zip(a[:most], b[:most], strict=True)) if x != y), most)
-
-
 # ---- what published files say ----------------------------------------------------------------------------------------
 
 
@@ -335,7 +330,7 @@ class MllamaImageProcessor:
                 ids = self._encode(row[0]["content"], add_special_tokens)
                 answers = [0] * len(ids)
             else:
-                ids, answers = self._encode_chat(row, add_generation_prompt)
+                ids, answers = encode_conversation(self.tokenizer, row, add_generation_prompt, self.recognised)
                 if learn and not any(answers):
                     raise ValueError(f"conversation {number} has no answer: add_generation_prompt=True would ask for one")
             encoded.append(self._fitted(number, ids, answers, max_length, truncation))
@@ -363,7 +358,8 @@ class MllamaImageProcessor:
         named = sum(message["content"].count(IMAGE_TOKEN) for message in messages)
         if named not in (0, num_images):
             raise ValueError(f"a conversation says {IMAGE_TOKEN} {named} times and has {num_images} images: give one for each")
-        return self._encode_chat(self._with_placeholders(messages, 0 if named else num_images), add_generation_prompt)
+        messages = self._with_placeholders(messages, 0 if named else num_images)
+        return encode_conversation(self.tokenizer, messages, add_generation_prompt, self.recognised)
 
     def decode(self, ids) -> str:
         """Text of ids without special tokens, but with <locNNNN> and <segNNN>, which are part of an answer."""
@@ -400,51 +396,6 @@ class MllamaImageProcessor:
     def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
         options = {"parse_special": self.recognised} if self.ours else {}
         return self.tokenizer(text, add_special_tokens=add_special_tokens, **options)["input_ids"]
-
-    def _encode_chat(self, messages: list[dict], add_generation_prompt: bool) -> tuple[list[int], list[int]]:
-        """Ids of a conversation in the tokenizer's chat template, and a mask: 1 on answers and the token that ends each.
-
-        With a Hugging Face tokenizer an answer is what the template adds when it comes in, so what it writes for the first
-        messages must begin what it writes for all. Raises ValueError for a template that is not like that, leaves something
-        out, or ends answers without a special token: a model could not learn to stop.
-        """
-        if self.ours:
-            return self.tokenizer.encode_chat(messages, add_generation_prompt, True, self.recognised)
-        if not getattr(self.tokenizer, "chat_template", None):
-            raise ValueError("the tokenizer has no chat_template to write conversations with: set one, or give prompts")
-
-        def write(turns, ask):
-            try:
-                return self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=ask)
-            except Exception as error:  # a template is a program, and may fail like one
-                raise ValueError(f"the chat template cannot write this conversation ({one_line(error)})") from None
-
-        # Templates of vision-language models want a list of parts where those of language models want a text.
-        parts = [message | {"content": [{"type": "text", "text": message["content"]}]} for message in messages]
-        for turns in (messages, parts):
-            whole = write(turns, add_generation_prompt)
-            if all(message["content"].strip() in whole for message in messages):
-                break
-        else:
-            raise ValueError("the chat template leaves out some of what the messages say: set another one")
-        ids = self._encode(whole, False)
-        mask = [0] * len(ids)
-        for k in [k for k, message in enumerate(messages) if message["role"] == "assistant"]:
-            before, after = write(turns[:k], True), write(turns[: k + 1], False)
-            if not (after.startswith(before) and whole.startswith(after)):
-                raise ValueError(f"the chat template changes what stands before message {k}: its answers cannot be told apart")
-            # A token across the seam of header and answer counts as answer, as in encode_chat.
-            start, stop = (shared_length(self._encode(text, False), ids) for text in (before, after))
-            while stop > start and not self._is_special(ids[stop - 1]):
-                stop -= 1
-            if stop == start:
-                raise ValueError("the chat template ends answers without a special token: a model could not learn to stop")
-            mask[start:stop] = [1] * (stop - start)
-        return ids, mask
-
-    def _is_special(self, token: int) -> bool:
-        shown, kept = (self.tokenizer.decode([token], skip_special_tokens=skip) for skip in (False, True))
-        return bool(shown) and not kept and token not in self.locations
 
     def _fitted(self, number: int, ids: list[int], answers: list[int], limit: int | None, truncation: bool):
         """(ids, labels) of a row, at most `limit` long."""
@@ -488,7 +439,7 @@ class MllamaImageProcessor:
         """
         folder, names = Path(folder), ("config", "preprocessor_config", "processor_config")
         paths = [folder / f"{name}.json" for name in names]
-        config, published, both = (_read_json(path) if path.is_file() else {} for path in paths)
+        config, published, both = (read_json(path) if path.is_file() else {} for path in paths)
         published = published or both.get("image_processor", {})
         if not (config or published):
             raise FileNotFoundError(f"{folder} has neither config.json nor preprocessor_config.json: is it a checkpoint?")

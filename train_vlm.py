@@ -56,8 +56,9 @@ from lib.answers import (
     scene_items,
     score,
 )
+from lib.chat import stop_tokens
 from lib.checkpoint import from_pretrained, save_pretrained
-from lib.files import read_json, write_json
+from lib.files import find_source, read_json, write_json
 from lib.quant import quantize_
 from lib.run import (
     Run,
@@ -71,8 +72,7 @@ from lib.run import (
     positive_int,
     run_cli,
 )
-from lib.sources import find_source
-from lib.tokenizer import BPETokenizer, stop_tokens
+from lib.tokenizer import BPETokenizer
 from model import (
     Llama3ForCausalLM,
     LLAMA32Config,

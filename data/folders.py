@@ -32,6 +32,8 @@ import torch
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
+from lib.files import one_line
+
 # ---- one picture ----
 
 # EPS and other formats that start a program are left out on purpose.
@@ -41,11 +43,6 @@ _UPRIGHT = {  # EXIF orientation -> what undoes it; 1 is upright
     2: _TURN.FLIP_LEFT_RIGHT, 3: _TURN.ROTATE_180, 4: _TURN.FLIP_TOP_BOTTOM,
     5: _TURN.TRANSPOSE, 6: _TURN.ROTATE_270, 7: _TURN.TRANSVERSE, 8: _TURN.ROTATE_90,
 }  # fmt: skip
-
-
-def one_line(error: Exception) -> str:
-    """An exception's own words, for a message of ours."""
-    return " ".join(str(getattr(error, "strerror", None) or error).strip("<>").split()) or type(error).__name__
 
 
 def decode_image(source: str | Path | bytes, at_least: int | None = None) -> Image.Image:

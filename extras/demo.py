@@ -104,7 +104,7 @@ class Talk(generate.Conversation):
         messages = [*before, {"role": "user", "content": heading + question}]
         ids = self.processor.encode(messages, 1, add_generation_prompt=True)[0]
         text, answer = "", []
-        shown, blank = self.processor.locations, self.tokenizer.answer_blank
+        shown, blank = self.processor.locations, self.tokenizer.answer_prefix
         for piece, token in generate.speak(self.model, self.tokenizer, ids, self.args, self.features, shown, blank):
             text += piece
             answer += [] if token is None else [token]

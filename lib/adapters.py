@@ -1,8 +1,8 @@
 """LoRA adapters as files, in PEFT's layout: what is trained on top of a checkpoint, without the checkpoint.
 
-    save_lora(model, "my-lora")              # PeftModel.from_pretrained opens it on the published model
-    load_lora(model, "my-lora")              # PEFT's adapters, or ours
-    put_adapter(model, "runs/vlm", "my-lora")        # in place of the adapter that the run's weights hold
+save_lora(model, "my-lora")              # PeftModel.from_pretrained opens it on the published model
+load_lora(model, "my-lora")              # PEFT's adapters, or ours
+put_adapter(model, "runs/vlm", "my-lora")        # in place of the adapter that the run's weights hold
 """
 
 import re
@@ -13,10 +13,9 @@ import torch.nn as nn
 from safetensors.torch import load_file
 
 from lib.checkpoint import choose_layout
-from lib.files import read_json, write_json
+from lib.files import find_source, read_json, write_json
 from lib.layouts.common import Layout, renamed, with_defaults
 from lib.quant import Linear4bit
-from lib.sources import find_source
 from lib.weights import naming, shorten, write_tensors
 from model import Linear_LORA, convert_linears_to_lora, merge_lora
 

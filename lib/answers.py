@@ -31,9 +31,9 @@ from data.llava import count_images
 from data.llava import questions as questions_of_row
 from data.scenes import make_scenes, normalise, questions
 from gpt import KVCache, left_pad
+from lib.chat import stop_tokens
 from lib.checkpoint import from_pretrained
-from lib.sources import find_source
-from lib.tokenizer import stop_tokens
+from lib.files import find_source
 from model import MllamaForConditionalGeneration
 from processing_mllama import IMAGE_TOKEN, LOCATION_TOKENS, MllamaImageProcessor, to_messages
 from vit_scratch import pair

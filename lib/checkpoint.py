@@ -9,16 +9,16 @@ that no published layout can hold is saved in our own, whose model_type ends in 
 misreading it. Only what a checkpoint holds is imported: to read a ViT, no LLaMA, no 4-bit layers and no tokenizer.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 
-from lib.files import write_json
+from lib.files import find_source, read_json, write_json
 from lib.layouts import find_layout, layouts_of
 from lib.layouts.common import TOKEN_IDS, Layout, check_types
-from lib.sources import find_source, open_source
-from lib.weights import load_tensors, published_tensors, write_safetensors
+from lib.weights import load_tensors, published_tensors, read_safetensors, write_safetensors
 
 
 def from_pretrained(
@@ -52,6 +52,18 @@ def read_config(source: str | Path):
     """The config of a checkpoint's model, as from_pretrained gives it, without the weights."""
     path = find_source(source)
     return understand(path, open_source(path)[0])[1]
+
+
+def open_source(path: Path) -> tuple[dict, Callable[[torch.dtype | None], dict[str, torch.Tensor]]]:
+    """config.json, or what it would say for a .gguf file, and a function that reads the tensors."""
+    if path.suffix == ".gguf":
+        from lib.gguf_file import GGUFFile
+
+        file = GGUFFile(path)
+        return file.config(), file.tensors
+    if not (path / "config.json").exists():
+        raise FileNotFoundError(f"{path} has no config.json: is it a checkpoint folder?")
+    return read_json(path / "config.json"), lambda dtype: read_safetensors(path)
 
 
 def understand(path: Path, published: dict) -> tuple[Layout, object]:

@@ -1,8 +1,8 @@
 """The command line of lib/checkpoint.py: what a checkpoint holds, and the same checkpoint written another way.
 
-    python -m lib.checkpoint show SOURCE                # its tensors as a tree, parameters by part
-    python -m lib.checkpoint convert SOURCE FOLDER --dtype fp16
-    python -m lib.checkpoint merge-lora SOURCE FOLDER --adapter DIR   # default: the run's own adapter, SOURCE/lora
+python -m lib.checkpoint show SOURCE                # its tensors as a tree, parameters by part
+python -m lib.checkpoint convert SOURCE FOLDER --dtype fp16
+python -m lib.checkpoint merge-lora SOURCE FOLDER --adapter DIR   # default: the run's own adapter, SOURCE/lora
 """
 
 import argparse
@@ -16,10 +16,9 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 
-from lib.checkpoint import from_pretrained, is_published, save_pretrained
-from lib.files import write_atomic
+from lib.checkpoint import from_pretrained, is_published, open_source, save_pretrained
+from lib.files import find_source, write_atomic
 from lib.layouts.common import TOKEN_IDS
-from lib.sources import find_source, open_source
 from lib.weights import DTYPES, list_safetensors
 
 # What stands beside the weights and goes along when a folder is converted.

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and JSON, in and out: what every module writes with."""
+"""Files: found here or on the hub, read with one line about what is wrong, written whole or not at all."""
 
 import json
 import os
@@ -44,12 +44,56 @@ def write_json(path: Path | str, value) -> None:
     write_atomic(path, lambda tmp: tmp.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8"))
 
 
+def read_text(path: Path | str) -> str:
+    """A UTF-8 file. Raises ValueError where it is none."""
+    try:
+        return Path(path).read_bytes().decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text (byte {error.start}): it may be damaged, get it again") from None
+
+
 def read_json(path: Path | str) -> dict:
     """The JSON object in a file. Raises ValueError where it holds anything else."""
     try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        value = json.loads(read_text(path))
+    except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not valid JSON ({error}): it may be damaged, get it again") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds a JSON {type(value).__name__}, an object was expected")
     return value
+
+
+def need(condition, source, reason: str) -> None:
+    """Raise ValueError(source: reason) unless the condition holds. source: the file, or what was called."""
+    if not condition:
+        raise ValueError(f"{source}: {reason}")
+
+
+def one_line(error: Exception) -> str:
+    """An exception's own words, for a message of ours."""
+    return " ".join(str(getattr(error, "strerror", None) or error).strip("<>").split()) or type(error).__name__
+
+
+def find_source(source: str | Path, patterns=("*.json", "*.safetensors", "*.txt", "*.jinja")) -> Path:
+    """A folder or .gguf file on this disk, or a hub name, whose files that fit the patterns are fetched with huggingface_hub
+    when that is installed. Raises FileNotFoundError where there is none, ValueError for a file of another kind."""
+    path = Path(source)
+    if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
+        return path
+    if path.exists():
+        raise ValueError(f"{source} is a file: give the folder that holds config.json and model.safetensors, or a .gguf file")
+    if path.suffix in (".gguf", ".json"):
+        raise FileNotFoundError(f"there is no file {source}")
+    if not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", str(source)):
+        raise FileNotFoundError(f"there is no folder {source}")
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise FileNotFoundError(
+            f"there is no folder {source}; if it is a name on the hub, `pip install huggingface_hub` to fetch it"
+        ) from None
+    try:
+        return Path(snapshot_download(str(source), allow_patterns=list(patterns)))
+    except (OSError, ValueError, RuntimeError) as error:  # offline, unknown or private name
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise FileNotFoundError(f"there is no folder {source}, and the hub did not give it ({reason})") from None

@@ -36,7 +36,8 @@ from lib.checkpoint import save_pretrained
 from lib.files import sweep
 from lib.run import Metrics, Trainer, run_cli
 from lib.run_state import load_state
-from lib.tokenizer import BPETokenizer, _split
+from lib.tokenizer import BPETokenizer
+from lib.tokenizer_files import split_by
 from model import Llama3ForCausalLM, LLAMA32Config
 from processing_mllama import image_settings
 
@@ -466,7 +467,7 @@ def test_a_regex_that_cuts_out_empty_pieces_is_refused(pattern):
     """tiktoken panics on a piece without a byte, with forty lines of Rust and an exception that is not an Exception."""
     tokenizer = BPETokenizer.train("a b a b", 258)
     with pytest.raises(ValueError, match="cuts out empty pieces"):
-        BPETokenizer({**tokenizer._spec, "pre_tokenizer": _split(pattern)})
+        BPETokenizer({**tokenizer._spec, "pre_tokenizer": split_by(pattern)})
 
 
 @pytest.mark.parametrize("token", [[], 7, {"content": ["x"]}])

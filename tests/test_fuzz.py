@@ -41,10 +41,11 @@ from data.llava import LlavaRows, PictureCache
 from extras import train_llmvit, train_siglip
 from gpt import GPT, GPTConfig
 from lib import convert
+from lib.chat import stop_tokens
 from lib.checkpoint import from_pretrained, save_pretrained
 from lib.run import run_cli
 from lib.run_state import load_state, save_state
-from lib.tokenizer import BPETokenizer, stop_tokens
+from lib.tokenizer import BPETokenizer
 from model import Llama3ForCausalLM, LLAMA32Config, MLLAMAConfig, MllamaForConditionalGeneration
 from processing_mllama import IDEFICS3_AROUND, IMAGE_TOKEN, MllamaImageProcessor, to_picture
 from siglip import SiglipConfig, SiglipModel, SiglipTwoTower, SiglipVisionConfig

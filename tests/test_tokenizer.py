@@ -17,7 +17,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from lib import chat as chat_formats
 from lib import tokenizer as module
+from lib import tokenizer_files
 from lib.tokenizer import BPETokenizer
 
 tokenizers = pytest.importorskip("tokenizers", reason="tokenizers is the reference for the ids")
@@ -36,7 +38,7 @@ from tokenizers import (  # noqa: E402
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 CHATML = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 LLAMA3 = ("<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
-SOURCE = Path(module.__file__).read_text()
+SOURCE = Path(module.__file__).read_text() + Path(chat_formats.__file__).read_text()
 FAMILY = "\U0001f468\u200d\U0001f469\u200d\U0001f467\u200d\U0001f466"
 NASTY = {
     "code": SOURCE,
@@ -146,8 +148,8 @@ def chatml():
 
 def small_json(**changes) -> dict:
     """A valid tokenizer.json of 256 bytes and two merges, with `changes` to it or (with model__x) to its model."""
-    vocab = {char: i for i, char in enumerate([*sorted(module.BYTE_OF), "ab", "abc"])}
-    spec = module._make_spec(vocab, ["a b", "ab c"], "gpt2", [])
+    vocab = {char: i for i, char in enumerate([*sorted(tokenizer_files.BYTE_OF), "ab", "abc"])}
+    spec = tokenizer_files.make_spec(vocab, ["a b", "ab c"], "gpt2", [])
     for key, value in changes.items():
         (spec["model"] if key.startswith("model__") else spec)[key.removeprefix("model__")] = value
     return spec
@@ -197,7 +199,7 @@ def test_any_list_of_merges_is_followed_not_only_trained_ones(seed):
     """
     rng, compared = random.Random(seed), 0
     for trial in range(40):
-        letters = ["a", "b", "c"] if trial % 2 else [module.CHAR_OF[b] for b in "ab c1é".encode()]
+        letters = ["a", "b", "c"] if trial % 2 else [tokenizer_files.CHAR_OF[b] for b in "ab c1é".encode()]
         missing = {rng.choice(letters)} if trial % 3 == 0 else set()
         tokens, merges = [c for c in letters if c not in missing], []
         for _ in range(25):
@@ -207,13 +209,13 @@ def test_any_list_of_merges_is_followed_not_only_trained_ones(seed):
                 tokens.append("".join(merge))
         rng.shuffle(merges)
         tokens += ["".join(rng.choices(tokens, k=2)) for _ in range(6)]
-        names = list(dict.fromkeys(["<unk>", *(c for c in sorted(module.BYTE_OF) if c not in missing), *tokens]))
+        names = list(dict.fromkeys(["<unk>", *(c for c in sorted(tokenizer_files.BYTE_OF) if c not in missing), *tokens]))
         vocab = dict(zip(names, rng.sample(range(len(names)), len(names)), strict=True))
-        spec = module._make_spec(vocab, [list(merge) for merge in merges], "gpt2", [], trial % 4 > 1)
-        spec["pre_tokenizer"] = module.PRE_TOKENIZERS[rng.choice(list(module.PRE_TOKENIZERS))]
+        spec = tokenizer_files.make_spec(vocab, [list(merge) for merge in merges], "gpt2", [], trial % 4 > 1)
+        spec["pre_tokenizer"] = tokenizer_files.PRE_TOKENIZERS[rng.choice(list(tokenizer_files.PRE_TOKENIZERS))]
         spec["model"]["unk_token"] = "<unk>" if trial % 5 == 0 else None
         ours, theirs = BPETokenizer(spec), Tokenizer.from_str(json.dumps(spec))
-        whole = [module._to_bytes(token).decode("utf-8", "ignore") for token in tokens]
+        whole = [tokenizer_files.to_bytes(token).decode("utf-8", "ignore") for token in tokens]
         mixed = ["".join(rng.choices("abcabc 1é", k=rng.randint(1, 14))) for _ in range(60)]
         for text in whole + mixed:
             compared += 1
@@ -232,7 +234,7 @@ def test_a_pair_that_is_not_listed_is_not_joined():
 
 
 def test_bytes_without_a_token_vanish_or_become_unk():
-    spec = small_json(pre_tokenizer=module._split(r"[\s\S]+"))
+    spec = small_json(pre_tokenizer=tokenizer_files.split_by(r"[\s\S]+"))
     del spec["model"]["vocab"]["Ą"]  # byte 4
     assert BPETokenizer(spec).encode("a\x04b") == Tokenizer.from_str(json.dumps(spec)).encode("ab").ids == [256]
     spec["model"]["unk_token"] = "abc"
@@ -321,10 +323,10 @@ def test_tokens_only_named_in_the_configuration_are_added_as_in_transformers(cha
 
 # --- training ---
 
-@pytest.mark.parametrize("kind", list(module.PRE_TOKENIZERS))
+@pytest.mark.parametrize("kind", list(tokenizer_files.PRE_TOKENIZERS))
 def test_training_gives_the_merges_of_tokenizers(kind):
     texts = [SOURCE[:30000], *NASTY.values()]
-    theirs = Tokenizer.from_str(json.dumps(module._make_spec({}, [], kind, [])))
+    theirs = Tokenizer.from_str(json.dumps(tokenizer_files.make_spec({}, [], kind, [])))
     theirs.train_from_iterator(texts, trainers.BpeTrainer(
         vocab_size=1200, special_tokens=["<|endoftext|>"], show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
@@ -339,7 +341,7 @@ def test_training_on_repetitive_text_down_to_the_last_pair():
     rng = random.Random(1)
     for _ in range(60):
         texts = ["".join(rng.choices("aab ", k=rng.randint(2, 60))) for _ in range(rng.randint(1, 6))]
-        theirs = Tokenizer.from_str(json.dumps(module._make_spec({}, [], "gpt2", [])))
+        theirs = Tokenizer.from_str(json.dumps(tokenizer_files.make_spec({}, [], "gpt2", [])))
         theirs.train_from_iterator(texts, trainers.BpeTrainer(
             vocab_size=400, show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
         model = json.loads(theirs.to_str())["model"]
@@ -503,11 +505,11 @@ BAD_FILES = {
     "dropout": (small_json(model__dropout=0.1), "dropout=0.1"),
     "metaspace": (small_json(pre_tokenizer={"type": "Metaspace"}), "Metaspace"),
     "no pre_tokenizer": (small_json(pre_tokenizer=None), "pre_tokenizer"),
-    "prefix space": (small_json(pre_tokenizer=module._byte_level(True) | {"add_prefix_space": True}), "prefix_space"),
-    "bare byte level": (small_json(pre_tokenizer=module._byte_level(False)), "use_regex"),
-    "removed": (small_json(pre_tokenizer=json.loads(json.dumps(module._split("a")).replace("Isolated", "Removed"))),
+    "prefix space": (small_json(pre_tokenizer=tokenizer_files.byte_level(True) | {"add_prefix_space": True}), "prefix_space"),
+    "bare byte level": (small_json(pre_tokenizer=tokenizer_files.byte_level(False)), "use_regex"),
+    "removed": (small_json(pre_tokenizer=json.loads(json.dumps(tokenizer_files.split_by("a")).replace("Isolated", "Removed"))),
                 "Removed"),
-    "bad regex": (small_json(pre_tokenizer=module._split("(a")), "does not compile"),
+    "bad regex": (small_json(pre_tokenizer=tokenizer_files.split_by("(a")), "does not compile"),
     "lowercase": (small_json(normalizer={"type": "Lowercase"}), "Lowercase"),
     "roberta": (small_json(post_processor={"type": "RobertaProcessing"}), "RobertaProcessing"),
     "empty vocab": (small_json(model__vocab={}), "vocab is empty"),
@@ -521,10 +523,10 @@ BAD_FILES = {
     "merge is a number": (small_json(model__merges=[7]), "malformed"),
     "merges are text": (small_json(model__merges="a b"), "not a list"),
     "not the alphabet": (small_json(model__vocab={"▁a": 0}, model__merges=[]), "▁a.*byte alphabet"),
-    "added twice": (small_json(added_tokens=[module._added_entry("<x>", 3)]), "<x>.*id 3"),
-    "added, other id": (small_json(added_tokens=[module._added_entry("ab", 999)]), "'ab'.*999"),
+    "added twice": (small_json(added_tokens=[tokenizer_files.added_entry("<x>", 3)]), "<x>.*id 3"),
+    "added, other id": (small_json(added_tokens=[tokenizer_files.added_entry("ab", 999)]), "'ab'.*999"),
     "added without id": (small_json(added_tokens=[{"content": "<x>"}]), "malformed"),
-    "added strips": (small_json(added_tokens=[module._added_entry("<m>", 300) | {"lstrip": True}]), "lstrip"),
+    "added strips": (small_json(added_tokens=[tokenizer_files.added_entry("<m>", 300) | {"lstrip": True}]), "lstrip"),
 }
 
 
@@ -543,9 +545,9 @@ def test_a_malformed_or_foreign_file_is_one_line(tmp_path, name):
 def test_damage_anywhere_in_the_file_is_never_another_kind_of_error(tmp_path):
     """Every part of a valid file replaced by something of another type, one at a time."""
     path, spec = tmp_path / "tokenizer.json", small_json(
-        added_tokens=[module._added_entry("<s>", 300)], pre_tokenizer=module._split("a+"),
+        added_tokens=[tokenizer_files.added_entry("<s>", 300)], pre_tokenizer=tokenizer_files.split_by("a+"),
         normalizer={"type": "Sequence", "normalizers": [{"type": "NFC"}]},
-        post_processor=module._template_processing({"<s>": 300}, {}))
+        post_processor=tokenizer_files.template_processing({"<s>": 300}, {}))
 
     def places(node, prefix=()):
         for key in list(node)[:6] if isinstance(node, dict) else range(min(len(node), 3)):
@@ -571,8 +573,8 @@ def test_damage_anywhere_in_the_file_is_never_another_kind_of_error(tmp_path):
 
 
 @pytest.mark.parametrize("source, message", [
-    ("/nowhere/at/all", "no such file or folder"), ("nowhere.gguf", "no such file"),
-    ("nowhere/tokenizer.json", "no such file"), (".", "no tokenizer.json, vocab.bpe with encoder.json")])
+    ("/nowhere/at/all", "there is no folder"), ("nowhere.gguf", "there is no file"),
+    ("nowhere/tokenizer.json", "there is no file"), (".", "no tokenizer.json, vocab.bpe with encoder.json")])
 def test_a_source_that_is_not_there(tmp_path, monkeypatch, source, message):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(FileNotFoundError, match=message):
@@ -591,7 +593,7 @@ def test_a_hub_name(chatml, tmp_path, monkeypatch):
         raise RuntimeError("no network\nand a long story")
 
     hub.snapshot_download = offline
-    with pytest.raises(OSError, match=r"someone/some-model: no such file or folder, and .*\(no network\)$"):
+    with pytest.raises(OSError, match=r"there is no folder someone/some-model, and .*\(no network\)$"):
         BPETokenizer.from_pretrained("someone/some-model")
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(FileNotFoundError, match="pip install huggingface_hub"):
@@ -686,7 +688,7 @@ def test_streaming_never_shows_half_a_character(pair, kind):
         whole = "".join(shown) + stream.flush()
         assert whole == ours.decode(ids)
         assert all(piece in whole and ("\ufffd" not in piece or "\ufffd" in text) for piece in shown)
-    ids = [ours._vocab[module.CHAR_OF[byte]] for byte in "😀".encode()]
+    ids = [ours._vocab[tokenizer_files.CHAR_OF[byte]] for byte in "😀".encode()]
     stream = ours.stream_decoder()
     assert [stream.push(i) for i in ids] == ["", "", "", "😀"] and stream.flush() == ""
     assert [stream.push(i) for i in ids[:2]] == ["", ""] and stream.flush() == "\ufffd"
@@ -711,7 +713,7 @@ def test_the_default_system_prompt_of_a_template(chatml, tmp_path, newline):
     theirs = pytest.importorskip("transformers", reason="transformers is the reference").AutoTokenizer
     chatml.save_pretrained(tmp_path)
     first = "{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nYou are kind.<|im_end|>\n' }}{% endif %}"
-    jinja = first.replace("\n", newline) + module.CHAT_FORMATS["chatml"].jinja
+    jinja = first.replace("\n", newline) + chat_formats.CHAT_FORMATS["chatml"].jinja
     (tmp_path / "chat_template.jinja").write_text(jinja)
     ours, theirs = BPETokenizer.from_pretrained(tmp_path), theirs.from_pretrained(tmp_path)
     for chat in CHATS:

@@ -684,7 +684,7 @@ def test_opening_folders(tokenizer, tmp_path):
     tokenizer.add_special_tokens(["<fake_token_around_image>", "<global-img>"])
     assert MllamaImageProcessor.from_pretrained(tmp_path, tokenizer).around_image == IDEFICS3_AROUND
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ValueError, match="config.json: not valid JSON"):
+    with pytest.raises(ValueError, match="config.json is not valid JSON"):
         MllamaImageProcessor.from_pretrained(tmp_path, tokenizer)
 
 

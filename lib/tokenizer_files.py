@@ -1,0 +1,243 @@
+"""What tokenizer files say: the pre-tokenisers that are known, and every source brought into one form, a tokenizer.json.
+
+Sources: tokenizer.json, GPT-2's vocab.bpe + encoder.json, vocab.json + merges.txt, the header of a .gguf file. What is not
+byte-level BPE, or not understood, is refused with the reason.
+"""
+
+from pathlib import Path
+
+from lib.files import need, read_json, read_text
+
+GPT2_REGEX = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+# Digits apart, then GPT-2's on what lies between: blanks before a digit end their part, so they stay together.
+DIGITS_REGEX = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
+LLAMA3_REGEX = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+QWEN2_REGEX = LLAMA3_REGEX.replace("{1,3}", "")
+PUBLISHED_REGEXES = (GPT2_REGEX, DIGITS_REGEX, LLAMA3_REGEX, QWEN2_REGEX)
+
+
+def byte_level(use_regex: bool) -> dict:
+    return {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": use_regex}
+
+
+def split_by(regex: str) -> dict:
+    split = {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False}
+    return {"type": "Sequence", "pretokenizers": [split, byte_level(False)]}
+
+
+PRE_TOKENIZERS = {
+    "gpt2": byte_level(True),
+    "llama3": split_by(LLAMA3_REGEX),
+    "qwen2": split_by(QWEN2_REGEX),
+    "smollm2": {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}, byte_level(True)]},
+}
+# llama.cpp's names for them (tokenizer.ggml.pre)
+GGUF_PRE = {
+    "gpt-2": "gpt2",
+    "smollm": "smollm2",
+    "starcoder": "smollm2",
+    "refact": "smollm2",
+    "llama-bpe": "llama3",
+    "llama3": "llama3",
+    "llama-v3": "llama3",
+    "qwen2": "qwen2",
+    "deepseek-r1-qwen": "qwen2",
+}
+NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
+MORE_TOKENS = ("additional_special_tokens", "extra_special_tokens")  # transformers' word for it up to 4, and from 5
+
+TOKENIZER_FILES = ("tokenizer*.json", "special_tokens_map.json", "chat_template.jinja", "vocab.json", "merges.txt")
+
+# --- bytes as text ---
+
+
+def byte_alphabet() -> dict[str, int]:
+    """GPT-2's spelling of bytes in vocabulary files: printable Latin-1 as it is, the other 68 from U+0100 on."""
+    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    hidden = [byte for byte in range(256) if byte not in shown]
+    return {chr(byte): byte for byte in shown} | {chr(256 + i): byte for i, byte in enumerate(hidden)}
+
+
+BYTE_OF = byte_alphabet()
+CHAR_OF = {byte: char for char, byte in BYTE_OF.items()}
+
+
+def to_bytes(token: str) -> bytes:
+    return bytes(map(BYTE_OF.__getitem__, token))
+
+
+# --- tokenizer.json: what is understood of it ---
+
+
+def regex_of(pre: dict | None, source) -> str:
+    """The one regex that cuts text as tokenizer.json's `pre_tokenizer` does."""
+    parts = pre["pretokenizers"] if pre and pre["type"] == "Sequence" else [pre or {}]
+    kinds = [part.get("type") for part in parts]
+    need(
+        kinds in (["ByteLevel"], ["Digits", "ByteLevel"], ["Split", "ByteLevel"]),
+        source,
+        f"pre_tokenizer {kinds} is none of ByteLevel, Digits + ByteLevel, Split + ByteLevel",
+    )
+    options = parts[-1].get("add_prefix_space", False), parts[-1].get("use_regex", True)
+    need(
+        options == (False, kinds[0] != "Split"),
+        source,
+        f"after {kinds[:-1]}, ByteLevel with add_prefix_space, use_regex = {options} is not supported",
+    )
+    if kinds[0] == "ByteLevel":
+        return GPT2_REGEX
+    if kinds[0] == "Digits":
+        need(parts[0]["individual_digits"], source, "Digits with individual_digits=false is not supported")
+        return DIGITS_REGEX
+    regex, behaviour = parts[0]["pattern"].get("Regex"), (parts[0]["behavior"], parts[0]["invert"])
+    need(
+        regex and behaviour == ("Isolated", False),
+        source,
+        f"Split by {parts[0]['pattern']} with behavior, invert = {behaviour} is not supported",
+    )
+    # Isolated keeps what the regex leaves out as pieces too; tiktoken would drop it. These two leave nothing out.
+    return regex if regex in (LLAMA3_REGEX, QWEN2_REGEX) else rf"{regex}|(?:(?!{regex})[\s\S])+"
+
+
+def edges_of(post: dict | None, source) -> tuple[list[int], list[int]]:
+    """Ids that `post_processor` puts before and after a text (Llama 3: <|begin_of_text|> before)."""
+    kind = post["type"] if post else "ByteLevel"
+    need(kind in ("ByteLevel", "Sequence", "TemplateProcessing"), source, f"post_processor {kind!r} is not supported")
+    before, after = [], []
+    for part in post["processors"] if kind == "Sequence" else ():
+        inner = edges_of(part, source)
+        before, after = inner[0] + before, after + inner[1]
+    side = before
+    for step in post["single"] if kind == "TemplateProcessing" else ():
+        if "Sequence" in step:
+            side = after
+        else:
+            side.extend(post["special_tokens"][step["SpecialToken"]["id"]]["ids"])
+    return before, after
+
+
+def template_processing(before: dict[str, int], after: dict[str, int]) -> dict:
+    text, more = ({"Sequence": {"id": name, "type_id": i}} for i, name in enumerate("AB"))
+    single = [{"SpecialToken": {"id": token, "type_id": 0}} for token in (*before, *after)]
+    single.insert(len(before), text)
+    tokens = {token: {"id": token, "ids": [i], "tokens": [token]} for token, i in (before | after).items()}
+    return {"type": "TemplateProcessing", "single": single, "pair": [*single, more], "special_tokens": tokens}
+
+
+def read_model(spec: dict, source) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """The checked vocabulary and merges of a tokenizer.json."""
+    model = spec.get("model")
+    need(isinstance(model, dict), source, "no `model`, so this is not a tokenizer.json")
+    kind, decoder = model.get("type", "BPE"), (spec.get("decoder") or {}).get("type", "ByteLevel")
+    need(
+        kind == "BPE" and decoder == "ByteLevel",
+        source,
+        f"model {kind!r} with decoder {decoder!r} is not byte-level BPE, the only kind read",
+    )
+    for option in ("byte_fallback", "dropout", "continuing_subword_prefix", "end_of_word_suffix", "fuse_unk"):
+        need(not model.get(option), source, f"{option}={model.get(option)!r} is not supported")
+    vocab, merges = model.get("vocab"), model.get("merges")
+    need(isinstance(vocab, dict) and vocab, source, "model.vocab is empty or not a table of tokens")
+    wrong = next((token for token, i in vocab.items() if type(i) is not int or not 0 <= i < 2**31), None)
+    need(wrong is None, source, f"token {wrong!r} has id {vocab.get(wrong)!r}, not a number from 0")
+    need(len(set(vocab.values())) == len(vocab), source, "two tokens of the vocabulary have the same id")
+    need(isinstance(merges, list), source, "model.merges is not a list")
+    pairs = [tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in merges]
+    for pair in pairs:
+        need(len(pair) == 2, source, f"merge {pair} is not of two tokens")
+        unknown = [token for token in (*pair, pair[0] + pair[1]) if token not in vocab]
+        need(not unknown, source, f"merge {pair} names {unknown}, not in the vocabulary")
+    return vocab, pairs
+
+
+def added_entry(content: str, token_id: int, special: bool = True) -> dict:
+    return {
+        "id": token_id,
+        "content": content,
+        "single_word": False,
+        "lstrip": False,
+        "rstrip": False,
+        "normalized": False,
+        "special": special,
+    }
+
+
+def make_spec(vocab: dict[str, int], merges: list, pre: str, added: list[dict], ignore_merges: bool = False) -> dict:
+    """A tokenizer.json, the one form that every source is brought into. pre: a name in PRE_TOKENIZERS or a regex."""
+    model = {
+        "type": "BPE",
+        "dropout": None,
+        "unk_token": None,
+        "continuing_subword_prefix": None,
+        "end_of_word_suffix": None,
+        "fuse_unk": False,
+        "byte_fallback": False,
+        "ignore_merges": ignore_merges,
+        "vocab": vocab,
+        "merges": merges,
+    }
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": added,
+        "normalizer": {"type": "NFC"} if pre == "qwen2" else None,
+        "pre_tokenizer": PRE_TOKENIZERS.get(pre) or split_by(pre),
+        "post_processor": None,
+        "decoder": byte_level(True),
+        "model": model,
+    }
+
+
+# --- sources, each read into (spec, config): a tokenizer.json and a tokenizer_config.json ---
+
+
+def read_folder(folder: Path) -> tuple[dict, dict]:
+    config = {}
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        config |= read_json(folder / name) if (folder / name).is_file() else {}
+    if (folder / "chat_template.jinja").is_file():
+        config["chat_template"] = read_text(folder / "chat_template.jinja")
+    if (folder / "tokenizer.json").is_file():
+        return read_json(folder / "tokenizer.json"), config
+    for vocab_name, merges_name in (("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt")):
+        if (folder / vocab_name).is_file() and (folder / merges_name).is_file():
+            vocab, lines = read_json(folder / vocab_name), read_text(folder / merges_name).splitlines()
+            if "<|endoftext|>" in vocab:
+                config = {name: "<|endoftext|>" for name in ("bos_token", "eos_token", "unk_token")} | config
+            merges = [line for line in lines if line and not line.startswith("#version")]
+            pre = "qwen2" if str(config.get("tokenizer_class")).startswith("Qwen2") else "gpt2"
+            return make_spec(vocab, merges, pre, []), config
+    raise FileNotFoundError(f"{folder}: no tokenizer.json, vocab.bpe with encoder.json, or merges.txt with vocab.json")
+
+
+def read_gguf(path: Path) -> tuple[dict, dict]:
+    try:
+        from gguf import GGUFReader
+    except ImportError as error:
+        raise ValueError(f"{path}: reading a .gguf file needs the gguf package (pip install gguf)") from error
+    try:
+        fields = GGUFReader(path).fields
+        get = {name: field.contents() for name, field in fields.items() if name.startswith("tokenizer.")}.get
+    except (ValueError, LookupError, TypeError) as error:
+        raise ValueError(f"{path}: not a readable GGUF file ({error})") from error
+    kind, pre, tokens = (get(f"tokenizer.ggml.{key}") for key in ("model", "pre", "tokens"))
+    need(kind == "gpt2", path, f"its tokenizer is {kind!r}; only byte-level BPE, there called 'gpt2', is read")
+    need(pre in GGUF_PRE, path, f"pre-tokeniser {pre!r} is not known; known are {', '.join(GGUF_PRE)}")
+    vocab = {token: i for i, token in enumerate(tokens)}
+    need(len(vocab) == len(tokens), path, "a token occurs twice in its vocabulary")
+    types = enumerate(get("tokenizer.ggml.token_type", ()))  # 3: control token, 4: added by users
+    added = [added_entry(tokens[i], i, kind == 3) for i, kind in types if kind in (3, 4)]
+    llama3 = GGUF_PRE[pre] == "llama3"  # llama.cpp too takes ignore_merges and bos from the name
+    config = {
+        "chat_template": get("tokenizer.chat_template"),
+        "add_eos_token": get("tokenizer.ggml.add_eos_token"),
+        "add_bos_token": get("tokenizer.ggml.add_bos_token", llama3),
+    }
+    for name, key in zip(NAMED_TOKENS, ("bos", "eos", "unknown", "padding"), strict=True):
+        number = get(f"tokenizer.ggml.{key}_token_id")
+        config[name] = None if number is None else tokens[number]
+    return make_spec(vocab, get("tokenizer.ggml.merges"), GGUF_PRE[pre], added, ignore_merges=llama3), config
