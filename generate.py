@@ -37,7 +37,7 @@ from lib.quant import quantize_8bit_
 from lib.run import find_device, not_negative_float, not_negative_int, positive_float, positive_int, run_cli
 from lib.tokenizer import BPETokenizer
 from lib.weights import DTYPES
-from model import Llama3ForCausalLM, MllamaForConditionalGeneration, arrange_for_decoding
+from model import MllamaForConditionalGeneration
 from processing_mllama import IMAGE_TOKEN, LOCATION_TOKENS, MllamaImageProcessor, image_settings, process_images, to_bytes
 from siglip import SiglipTwoTower
 from vit_scratch import pair
@@ -118,8 +118,6 @@ def load(args) -> tuple[torch.nn.Module, BPETokenizer]:
     check_vocabulary(args.source, needed, decoder.config.vocab_size)
     if args.int8:
         quantize_8bit_(model)
-    elif isinstance(decoder, Llama3ForCausalLM) and next(model.parameters()).device.type == "cpu":
-        arrange_for_decoding(decoder)
     return model, tokenizer
 
 

@@ -1,24 +1,26 @@
-"""A GPT-2 decoder: token ids in, the next token's logits out. Every other model in this house starts from this block.
+"""A GPT-2 decoder: token ids in, the next token's logits out. Every other model of this project starts from this block.
 
 Mirrors: "Language Models are Unsupervised Multitask Learners" (Radford et al., 2019) and the published GPT-2 checkpoints,
 whose logits it reproduces (tests/test_checkpoint.py). Read it from top to bottom; then read vit_scratch.py, which takes
-the same block, drops the causal mask and looks at pictures.
+the same block, drops the causal mask and reads patches of an image.
 
     model = GPT(GPTConfig.preset("gpt2"))                        # 124M parameters, freshly initialised
-    model = checkpoint.from_pretrained("path/to/gpt2")           # the published ones
+    model = lib.checkpoint.from_pretrained("path/to/gpt2")       # the published ones
+    model(input_ids, labels=input_ids).loss                      # labels stand where the tokens stand: the shift is done inside
     model.generate([[464, 3290]], max_new_tokens=20)             # prompts of any lengths, as lists of ids
 
 Axes: B batch, T new tokens, S all tokens so far (S = T without a cache), H heads, D width, V vocabulary.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
+
+# ---- configuration ---------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -45,90 +47,34 @@ class GPTConfig:
 
     def __post_init__(self):
         self.intermediate_size = self.intermediate_size or 4 * self.hidden_size
-        check_block_config(self)
-        for name in ("vocab_size", "context_length"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1")
+        assert self.hidden_size % self.num_attention_heads == 0, "hidden_size must be a multiple of num_attention_heads"
 
     @classmethod
     def preset(cls, name: str, **changes) -> "GPTConfig":
-        return cls(**{**preset_settings(cls.PRESETS, name), **changes})
+        return cls(**{**cls.PRESETS[name], **changes})
 
 
-def preset_settings(presets: dict, name: str) -> dict:
-    """The settings of one row of a preset table; an unknown name raises ValueError and lists the known ones."""
-    if name not in presets:
-        raise ValueError(f"unknown preset {name!r}: choose one of {', '.join(presets)}")
-    return presets[name]
+class Output(dict):
+    """What a model returns: entries that are attributes too, out["loss"] and out.loss. An entry given as a function is computed
+    when it is first read: training never reads the logits beside its loss, and the largest tensor, [B, T, V], is never made."""
+
+    def __getitem__(self, key):
+        value = super().__getitem__(key)
+        if isinstance(value, Callable):
+            value = self[key] = value()
+        return value
+
+    def __getattr__(self, name):
+        if name not in self:
+            raise AttributeError(name)
+        return self[name]
 
 
-def check_depth(layers: int) -> None:
-    """Raise ValueError for more layers than anybody has trained: to build a billion of them would take days."""
-    if layers > 1000:
-        raise ValueError(f"{layers} layers are out of all proportion: choose at most 1000")
-
-
-def check_block_config(config) -> None:
-    """Raise ValueError for sizes that no transformer block can have. Works for GPTConfig and ViTConfig."""
-    for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"{name} is {getattr(config, name)}: it must be at least 1")
-    check_depth(config.num_hidden_layers)
-    if config.hidden_size % config.num_attention_heads:
-        raise ValueError(
-            f"hidden_size {config.hidden_size} cannot be split over {config.num_attention_heads} attention heads: "
-            "choose a multiple"
-        )
-    if not 0 < config.layer_norm_eps < 1:
-        raise ValueError(f"layer_norm_eps is {config.layer_norm_eps}: it must be a small number above 0")
-    for name, value, known in (
-        ("hidden_act", config.hidden_act, ("gelu", "gelu_tanh")),
-        ("attention", config.attention, ("sdpa", "explicit")),
-    ):
-        if value not in known:
-            raise ValueError(f"{name} is {value!r}: it must be one of {', '.join(known)}")
-
-
-class KVCache:
-    """Keys and values of every token seen so far, allocated once, so that a new token costs one row and no copy.
-
-    The cache owns its position: `open` reserves the slots of the new tokens, `write` fills them layer by layer. A slot
-    holding padding is remembered as such and is never looked at. Opening more slots than max_length is a ValueError.
-    """
-
-    def __init__(self, num_layers, batch_size, num_kv_heads, max_length, head_dim, dtype=torch.float32, device="cpu"):
-        shape = (num_layers, batch_size, num_kv_heads, max_length, head_dim)
-        self.keys = torch.empty(shape, dtype=dtype, device=device)
-        self.values = torch.empty(shape, dtype=dtype, device=device)
-        self.real = torch.zeros(batch_size, max_length, dtype=torch.bool, device=device)
-        self.max_length = max_length
-        self.length = 0
-        self.padded = False  # a Python flag: asking the tensor at every token would stall a GPU
-        self.images = None  # what model.py's cross-attention looks at: the pictures' keys and values, made once
-
-    def open(self, attention_mask: torch.Tensor | None, num_new: int) -> torch.Tensor:
-        """Reserve num_new slots. attention_mask [B, num_new], 0 for padding. Returns which slots are real, bool [B, S]."""
-        start, self.length = self.length, self.length + num_new
-        if self.length > self.max_length:
-            self.length = start
-            raise ValueError(
-                f"the KV cache holds {self.max_length} tokens; {start} are in it and {num_new} more do not fit: "
-                "make it larger (max_length) or the text shorter"
-            )
-        self.real[:, start : self.length] = True if attention_mask is None else attention_mask.bool()
-        self.padded = self.padded or not (attention_mask is None or bool(attention_mask.all()))
-        return self.real[:, : self.length]
-
-    def write(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Store the new tokens' k and v [B, H, T, head_dim]; returns all keys and values so far [B, H, S, head_dim]."""
-        new = slice(self.length - k.shape[2], self.length)
-        self.keys[layer, :, :, new] = k
-        self.values[layer, :, :, new] = v
-        return self.keys[layer, :, :, : self.length], self.values[layer, :, :, : self.length]
+# ---- attention -------------------------------------------------------------------------------------------------------
 
 
 def causal_mask(real: torch.Tensor, num_new: int) -> torch.Tensor:
-    """Who may look at whom: bool [B, 1, T, S] from real [B, S] (False: padding), for the last T = num_new tokens.
+    """Which tokens each token may attend to: bool [B, 1, T, S] from real [B, S] (False: padding), for the last T = num_new.
 
     Without padding, T = S = 3:  1 0 0     with the first token padding:  1 0 0   <- the padding sees only itself, for
                                  1 1 0                                    0 1 0      a softmax over nothing is NaN
@@ -141,40 +87,117 @@ def causal_mask(real: torch.Tensor, num_new: int) -> torch.Tensor:
     return (mask | (keys == queries))[:, None]
 
 
-def positions_and_mask(real, padded, start, T, limit, device):
-    """Where each token stands, [T] or [B, T], counting real tokens only so that padding moves nothing; and the mask."""
-    S = start + T
-    if padded:
-        positions = (real.cumsum(dim=1) - 1).clamp(min=0)
-        used = S if S <= limit else int(positions.max()) + 1  # padding takes no position; looked up only if it matters
-        positions, mask = positions[:, start:], causal_mask(real.bool(), T)
-    else:
-        positions, used = torch.arange(start, S, device=device), S
-        plain = start == 0 or T == 1
-        mask = None if plain else causal_mask(torch.ones(1, S, dtype=torch.bool, device=device), T)
-    if used > limit:
-        raise ValueError(
-            f"{used} tokens are more than the context length of {limit}: shorten the text, "
-            "or train a model with a longer context"
-        )
-    return positions, mask
-
-
-def explicit_attention(q, k, v, mask=None, dropout_p=0.0) -> tuple[torch.Tensor, torch.Tensor]:
-    """softmax(QK^T / sqrt(head_dim)) V as in "Attention Is All You Need", section 3.2.1: output and weights [B, H, T, S]."""
-    scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])
+def explicit_attention(q, k, v, mask=None, causal=False, dropout=0.0) -> torch.Tensor:
+    """softmax(QK^T / sqrt(head_dim)) V, "Attention Is All You Need" (Vaswani et al., 2017), section 3.2.1; see attention."""
+    if k.shape[1] < q.shape[1]:
+        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+    if causal:
+        mask = causal_mask(torch.ones(1, k.shape[2], dtype=torch.bool, device=q.device), q.shape[2])
+    scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])  # [B, H, T, S]
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf"))
-    weights = F.dropout(scores.softmax(dim=-1), dropout_p)
-    return weights @ v, weights
+    weights = F.dropout(scores.softmax(dim=-1), dropout)
+    return weights @ v
 
 
-def products_win(q: torch.Tensor, k: torch.Tensor) -> bool:
-    """Whether explicit_attention is faster than torch's fused kernel: in bf16 on a CPU, where that one takes two to seven times
-    as long; not with many keys, for whose weights, [B, H, T, S] a layer, there would be no room (docs/speed.md)."""
-    if q.device.type != "cpu" or k.shape[-2] > 600:
-        return False
-    return (torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else q.dtype) == torch.bfloat16
+def attention(q, k, v, mask=None, causal=False, dropout=0.0, explicit=False) -> torch.Tensor:
+    """The one attention of all models here: q [B, H, T, head_dim], k and v [B, KV, S, head_dim] -> [B, H, T, head_dim].
+
+    KV divides H: heads in groups may share their keys and values (Ainslie et al. 2023). mask: bool, broadcast to
+    [B, H, T, S], True where a token may attend; or a function of (q, k, v, dropout) that attends in its own way
+    (data/packing.py). causal: in place of a mask, each token attends to itself and earlier ones. Both forms give the same
+    numbers (tests/core/test_gpt.py): `explicit` is for readers, and faster in bf16 on a CPU, where torch's fused kernel takes
+    two to seven times as long, as long as its weights [B, H, T, S] are few (docs/speed.md).
+    """
+    if callable(mask):
+        return mask(q, k, v, dropout)
+    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else q.dtype
+    if explicit or (q.device.type == "cpu" and dtype == torch.bfloat16 and k.shape[2] <= 600):
+        return explicit_attention(q, k, v, mask, causal, dropout)
+    if k.shape[1] < q.shape[1] and q.device.type == "cuda":  # not every GPU has a kernel for shared heads
+        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+    return F.scaled_dot_product_attention(q, k, v, mask, dropout, causal, enable_gqa=k.shape[1] < q.shape[1])
+
+
+class KVCache:
+    """Keys and values of every token seen so far, allocated once, so that a new token costs one row and no copy.
+
+    The cache owns its position: `open` reserves the slots of the new tokens, `write` fills them layer by layer. A slot
+    that holds padding is marked as such and masked from then on. Opening more slots than max_length is a ValueError.
+    """
+
+    def __init__(self, num_layers, batch_size, num_kv_heads, max_length, head_dim, dtype=torch.float32, device="cpu"):
+        shape = (num_layers, batch_size, num_kv_heads, max_length, head_dim)
+        self.keys = torch.empty(shape, dtype=dtype, device=device)
+        self.values = torch.empty(shape, dtype=dtype, device=device)
+        self.real = torch.zeros(batch_size, max_length, dtype=torch.bool, device=device)
+        self.max_length = max_length
+        self.length = 0
+        self.padded = False  # a Python flag: asking the tensor at every token would stall a GPU
+
+    def open(self, attention_mask: torch.Tensor | None, num_new: int) -> torch.Tensor:
+        """Reserve num_new slots. attention_mask [B, num_new], 0 for padding. Returns which slots are real, bool [B, S]."""
+        start, end = self.length, self.length + num_new
+        if end > self.max_length:
+            raise ValueError(
+                f"the KV cache holds {self.max_length} tokens; {start} are in it and {num_new} more do not fit: "
+                "make it larger (max_length) or the text shorter"
+            )
+        self.length = end
+        self.real[:, start:end] = True if attention_mask is None else attention_mask.bool()
+        self.padded = self.padded or not (attention_mask is None or bool(attention_mask.all()))
+        return self.real[:, :end]
+
+    def write(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Store the new tokens' k and v [B, KV, T, head_dim]; returns all keys and values so far [B, KV, S, head_dim]."""
+        new = slice(self.length - k.shape[2], self.length)
+        self.keys[layer, :, :, new] = k
+        self.values[layer, :, :, new] = v
+        return self.keys[layer, :, :, : self.length], self.values[layer, :, :, : self.length]
+
+    def select(self, rows: Sequence[int]) -> "KVCache":
+        """A cache of these rows of the batch: some of them several times, some not at all."""
+        (layers, _, heads, _, width), used = self.keys.shape, slice(self.length)
+        new = type(self)(layers, len(rows), heads, self.max_length, width, self.keys.dtype, self.keys.device)
+        rows = torch.tensor(rows, device=self.keys.device)
+        new.keys[:, :, :, used], new.values[:, :, :, used] = self.keys[:, rows, :, used], self.values[:, rows, :, used]
+        new.real[:, used], new.length, new.padded = self.real[rows, used], self.length, self.padded
+        return new
+
+
+def positions_and_mask(x, attention_mask=None, position_ids=None, cache=None, limit=math.inf):
+    """Where each token of x [B, T, D] stands, int64 [T] or [B, T]: real tokens are counted, so that padding moves nothing. And
+    what it may attend to: a mask for `attention`, or None for the plain causal one. Reserves T slots of the cache.
+
+    attention_mask: [B, T], 0 for padding on either side; or the whole pattern, bool [B or 1, 1, T, S] or a function (see
+    attention). position_ids [B, T] replace the counting. Raises ValueError for positions past `limit`.
+    """
+    T, start = x.shape[1], 0 if cache is None else cache.length
+    is_pattern = callable(attention_mask) or (attention_mask is not None and attention_mask.ndim == 4)
+    real = None if is_pattern else attention_mask
+    for name, given in (("attention_mask", real), ("position_ids", position_ids)):
+        assert given is None or given.shape == x.shape[:2], f"{name} is {list(given.shape)}, the input {list(x.shape[:2])}"
+    if cache is not None:
+        real, padded = cache.open(real, T), cache.padded
+    else:  # padding on the right needs no mask of its own: the causal one hides it from all real tokens
+        on_the_right = real is not None and bool((real[:, 1:] <= real[:, :-1]).all() & real[:, 0].all())
+        padded = real is not None and not (on_the_right and T <= limit)
+
+    positions = torch.arange(start, start + T, device=x.device) if position_ids is None else position_ids
+    if padded and position_ids is None:
+        positions = (real.cumsum(dim=1) - 1).clamp(min=0)[:, start:]
+    if (start + T > limit or position_ids is not None) and (last := int(positions.max())) >= limit:
+        raise ValueError(
+            f"{last + 1} tokens are more than the context length of {limit}: shorten the text, "
+            "or train a model with a longer context"
+        )
+    if is_pattern:
+        rows = attention_mask if callable(attention_mask) else attention_mask | ~attention_mask.any(dim=-1, keepdim=True)
+        return positions, rows  # a row of nothing but False would be a softmax over nothing
+    if padded:
+        return positions, causal_mask(real.bool(), T)
+    plain = start == 0 or T == 1  # a single new token may attend to everything there is
+    return positions, None if plain else causal_mask(torch.ones(1, start + T, dtype=torch.bool, device=x.device), T)
 
 
 class MultiHeadAttention(nn.Module):
@@ -191,27 +214,18 @@ class MultiHeadAttention(nn.Module):
         self.qkv = nn.Linear(D, 3 * D, bias=config.qkv_bias)  # one matrix product instead of three
         self.proj = nn.Linear(D, D)
 
-    def forward(self, x, mask=None, cache=None, layer=0, trace=None, queries=None):
-        """x [B, T, D] -> [B, T, D]. mask: bool [B, 1, T, S], or None for the plain causal one (T = S, or T = 1).
-        queries: only the first so many tokens ask, and get an answer; without a mask that makes sense in a ViT alone."""
+    def forward(self, x, mask=None, cache=None, layer=0):
+        """x [B, T, D] -> [B, T, D]. mask: see attention; None for the plain causal one (T = S, or T = 1)."""
         B, T, D = x.shape
         q, k, v = self.qkv(x).view(B, T, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)  # [B, H, T, head_dim] each
-        q = q[:, :, :queries]
         if cache is not None:
             k, v = cache.write(layer, k, v)
+        causal = self.causal and mask is None and T > 1
+        y = attention(q, k, v, mask, causal, self.dropout if self.training else 0.0, self.explicit)
+        return F.dropout(self.proj(y.transpose(1, 2).reshape(B, T, D)), self.dropout, self.training)
 
-        dropout_p = self.dropout if self.training else 0.0
-        causal = self.causal and mask is None and T > 1  # a single new token may look at everything there is
-        if self.explicit or trace is not None or products_win(q, k):
-            if causal:
-                mask = causal_mask(torch.ones(1, T, dtype=torch.bool, device=x.device), T)
-            y, weights = explicit_attention(q, k, v, mask, dropout_p)
-            if trace is not None:
-                trace[f"blocks.{layer}.attention"] = weights
-        else:
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, dropout_p=dropout_p)
-        y = y.transpose(1, 2).reshape(B, -1, D)
-        return F.dropout(self.proj(y), self.dropout, self.training)
+
+# ---- block -----------------------------------------------------------------------------------------------------------
 
 
 class MLP(nn.Module):
@@ -242,24 +256,9 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.drop_path = nn.Identity()  # training a ViT skips whole branches at random here; GPT-2 does not
 
-    def forward(self, x, mask=None, cache=None, layer=0, trace=None, queries=None):
-        x = x[:, :queries] + self.drop_path(self.attn(self.norm_1(x), mask, cache, layer, trace, queries))
-        x = x + self.drop_path(self.mlp(self.norm_2(x)))
-        if trace is not None:
-            trace[f"blocks.{layer}"] = x
-        return x
-
-
-def run_blocks(blocks, x, mask=None, cache=None, trace=None, grad_checkpoint=False, last_queries=None):
-    """x [B, T, D] through all blocks. grad_checkpoint: recompute activations in the backward pass instead of keeping them.
-    last_queries: how many leading tokens the caller will read; the last block works for those only."""
-    for layer, block in enumerate(blocks):
-        queries = last_queries if layer == len(blocks) - 1 else None
-        if grad_checkpoint and torch.is_grad_enabled() and cache is None:
-            x = checkpoint(block, x, mask, None, layer, trace, queries, use_reentrant=False)
-        else:
-            x = block(x, mask, cache, layer, trace, queries)
-    return x
+    def forward(self, x, mask=None, cache=None, layer=0):
+        x = x + self.drop_path(self.attn(self.norm_1(x), mask, cache, layer))
+        return x + self.drop_path(self.mlp(self.norm_2(x)))
 
 
 def init_weights(model: nn.Module, blocks: nn.ModuleList, std: float = 0.02) -> None:
@@ -275,96 +274,81 @@ def init_weights(model: nn.Module, blocks: nn.ModuleList, std: float = 0.02) -> 
             nn.init.normal_(proj.weight, std=std / math.sqrt(2 * len(blocks)))
 
 
-class GPT(nn.Module):
-    def __init__(self, config: GPTConfig):
-        super().__init__()
-        self.config = config
-        self.grad_checkpoint = False
-        self.token_embedding = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.position_embedding = nn.Embedding(config.context_length, config.hidden_size)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
-        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        init_weights(self, self.blocks)
-        nn.init.normal_(self.position_embedding.weight, std=0.01)  # as OpenAI's own code does
-        self.tie_weights()
+# ---- what every decoder does, GPT and LLaMA alike: loss, and text one token at a time ----------------------------------------
 
-    def tie_weights(self):
-        self.lm_head.weight = self.token_embedding.weight  # what reads a word also writes it
+
+def token_loss(head: nn.Module, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Mean cross-entropy of head(hidden [M, D]) against targets [M]; 0 without any. lib/loss.py has one that never holds all
+    M x V logits at once."""
+    return F.cross_entropy(head(hidden).float(), targets, reduction="sum") / max(1, len(targets))
+
+
+class Decoder(nn.Module):
+    """A subclass has `config`, `lm_head`, embed(input_ids), hidden_states(inputs_embeds, attention_mask, position_ids, cache)
+    and new_cache(batch_size, max_length); this adds what follows from them."""
+
+    token_loss = staticmethod(token_loss)
 
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        targets: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
         cache: KVCache | None = None,
         logits_to_keep: int = 0,
-        trace: dict | None = None,
-    ) -> dict[str, torch.Tensor]:
+    ) -> Output:
         """One pass over T tokens.
 
-        input_ids [B, T] or inputs_embeds [B, T, D] (exactly one); attention_mask [B, T], 1 for real tokens, 0 for padding
-        on either side; targets [B, T]: the token that *follows* each position (already shifted), -100 where there is
-        nothing to learn; cache: continues where it stands; logits_to_keep: only the last so many positions (0: all);
-        trace: a dict to be filled with every named intermediate.
-        Returns {"logits": [B, T, V]}, with "loss" (mean over the targets that count) when targets are given.
-        Raises ValueError for positions past the context length and for sizes that do not fit.
+        input_ids [B, T] or inputs_embeds [B, T, D] (exactly one); attention_mask: [B, T], 1 for real tokens, 0 for padding
+        on either side, or a pattern (see positions_and_mask); position_ids [B, T]: unless given, the real tokens are counted;
+        labels [B, T], as in transformers the ids themselves, -100 where there is nothing to learn; cache: continues where it
+        stands; logits_to_keep: only the last so many positions (0: all).
+        Returns {"logits": [B, T, V]}, and "loss" with labels. Raises ValueError for positions past the context length.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give either input_ids or inputs_embeds, and not both")
-        x = self.token_embedding(input_ids) if inputs_embeds is None else inputs_embeds
-        B, T, D = x.shape
-        for name, tensor in (("attention_mask", attention_mask), ("targets", targets)):
-            if tensor is not None and tensor.shape != (B, T):
-                raise ValueError(f"{name} is {list(tensor.shape)}, the input is [{B}, {T}]: they must agree")
+        assert (input_ids is None) != (inputs_embeds is None), "give either input_ids or inputs_embeds, and not both"
+        embeds = self.embed(input_ids) if inputs_embeds is None else inputs_embeds
+        hidden = self.hidden_states(embeds, attention_mask, position_ids, cache)
+        if labels is None:
+            return Output(logits=self.lm_head(hidden[:, -logits_to_keep:]))
+        loss = self.loss(hidden, labels, attention_mask)
+        return Output(loss=loss, logits=lambda: self.lm_head(hidden[:, -logits_to_keep:]))
 
-        if cache is not None:
-            real = cache.open(attention_mask, T)
-            padded, start = cache.padded, cache.length - T
-        else:
-            real, padded, start = attention_mask, attention_mask is not None, 0
-        positions, mask = positions_and_mask(real, padded, start, T, self.config.context_length, x.device)
+    def loss(self, hidden, labels, attention_mask=None) -> torch.Tensor:
+        """Each hidden state [B, T, D] against the label [B, T] of the next position: the mean over all that count. Those do not
+        that are -100, are padding, or may not attend to the token before them, since that is padding or of another sample."""
+        counts = labels[:, 1:] != -100
+        if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
+            counts = counts & attention_mask[:, 1:].bool() & attention_mask[:, :-1].bool()
+        elif isinstance(attention_mask, torch.Tensor):
+            counts = counts & attention_mask[:, 0, :, -labels.shape[1] :].diagonal(-1, dim1=1, dim2=2)
+        return self.token_loss(self.lm_head, hidden[:, :-1][counts], labels[:, 1:][counts])
 
-        x = F.dropout(x + self.position_embedding(positions), self.config.dropout, self.training)
-        if trace is not None:
-            trace["embeddings"] = x
-        x = self.norm(run_blocks(self.blocks, x, mask, cache, trace, self.grad_checkpoint))
-        out = {"logits": self.lm_head(x[:, -logits_to_keep:])}
-        if trace is not None:
-            trace["norm"] = x
-        if targets is not None:
-            kept = targets[:, -logits_to_keep:].flatten()
-            out["loss"] = F.cross_entropy(out["logits"].flatten(0, 1).float(), kept, ignore_index=-100)
-        return out
-
-    def new_cache(self, batch_size: int, max_length: int) -> KVCache:
-        config, weight = self.config, self.token_embedding.weight
-        head_dim = config.hidden_size // config.num_attention_heads
-        return KVCache(
-            config.num_hidden_layers, batch_size, config.num_attention_heads, max_length, head_dim, weight.dtype, weight.device
-        )
-
-    @torch.no_grad()
-    def stream(self, prompts, max_new_tokens: int, **sampling) -> Iterator[list[int | None]]:
-        """Yield the next token of every prompt as soon as it is there; None for a row that has stopped. See `decode`."""
-        input_ids, attention_mask = left_pad(prompts, self.token_embedding.weight.device)
-        longest = input_ids.shape[1] + max_new_tokens
-        if longest > self.config.context_length:
+    @torch.inference_mode()
+    def stream(
+        self, input_ids, max_new_tokens: int, attention_mask=None, prefill: Callable | None = None,
+        step: Callable | None = None, **sampling,
+    ) -> Iterator[list[int | None]]:  # fmt: skip
+        """Yield the next token of every prompt as soon as it is there; None for a row that has stopped. See `generate`.
+        prefill, step: what reads the prompts, and what computes one more token, if not this model itself."""
+        if attention_mask is not None:  # a padded batch: back to rows of real tokens
+            input_ids = [row[real].tolist() for row, real in zip(input_ids, attention_mask.bool(), strict=True)]
+        input_ids, attention_mask = left_pad(input_ids, self.lm_head.weight.device)
+        longest, limit = input_ids.shape[1] + max_new_tokens, self.config.context_length
+        if longest > limit:
             raise ValueError(
                 f"a prompt of {input_ids.shape[1]} tokens and {max_new_tokens} new ones are {longest}, more than the "
-                f"context length of {self.config.context_length}: shorten the prompt or lower max_new_tokens"
+                f"context length of {limit}: shorten the prompt or lower max_new_tokens"
             )
         cache = self.new_cache(len(input_ids), longest)
-        logits = self(input_ids, attention_mask=attention_mask, cache=cache, logits_to_keep=1)["logits"][:, -1]
-        yield from decode(self, logits, cache, max_new_tokens, **sampling)
+        out = (prefill or self)(input_ids, attention_mask=attention_mask, cache=cache, logits_to_keep=1)
+        yield from decode(step or self, out["logits"][:, -1], cache, max_new_tokens, **sampling)
 
-    def generate(self, prompts, max_new_tokens: int, **sampling) -> list[list[int]]:
-        """Continue every prompt (a list of id lists of any lengths, or a tensor [B, T]): the new ids, row by row."""
-        return collect(self.stream(prompts, max_new_tokens, **sampling), len(prompts))
-
-
-# ---- generation, shared by every decoder in the house ----------------------------------------------------------------
+    def generate(self, input_ids, max_new_tokens: int, attention_mask=None, **options) -> list[list[int]]:
+        """Continue every prompt (a list of id lists of any lengths, or a tensor [B, T], with attention_mask [B, T] where it
+        holds padding): the new ids, row by row. options: temperature, top_k, ..., stop_tokens (see `decode`); see stream."""
+        return collect(self.stream(input_ids, max_new_tokens, attention_mask, **options), len(input_ids))
 
 
 def left_pad(prompts, device="cpu") -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -385,16 +369,8 @@ def sample(logits, temperature=0.0, top_k=None, top_p=None, min_p=None, generato
 
     temperature 0: the likeliest. Otherwise logits / temperature, then keep, in each row on its own, the top_k likeliest;
     the smallest set whose probabilities reach top_p (nucleus sampling, Holtzman et al. 2020); the tokens at least min_p
-    times as likely as the likeliest (Nguyen et al. 2024). Settings outside their range raise ValueError.
+    times as likely as the likeliest (Nguyen et al. 2024).
     """
-    for name, value, good, what in (
-        ("temperature", temperature, temperature >= 0, "0 or more"),
-        ("top_k", top_k, top_k is None or top_k >= 1, "at least 1"),
-        ("top_p", top_p, top_p is None or 0 < top_p <= 1, "above 0 and at most 1"),
-        ("min_p", min_p, min_p is None or 0 <= min_p <= 1, "from 0 to 1"),
-    ):
-        if not good:
-            raise ValueError(f"{name} is {value}: it must be {what}")
     if temperature == 0:
         return logits.argmax(dim=-1)
     logits = logits.float() / temperature
@@ -414,17 +390,17 @@ def sample(logits, temperature=0.0, top_k=None, top_p=None, min_p=None, generato
 
 
 @torch.no_grad()
-def decode(model, logits, cache, max_new_tokens, stop_tokens: Sequence[int] = (), **sampling) -> Iterator[list[int | None]]:
+def decode(step, logits, cache, max_new_tokens, stop_tokens: Sequence[int] = (), **sampling) -> Iterator[list[int | None]]:
     """The loop after the prompt: from its last logits [B, V] and its filled cache, one token per row and step.
 
     A row stops when it draws one of stop_tokens (which is not yielded) and yields None from then on; the loop ends when
-    all rows have stopped or after max_new_tokens. sampling: the settings of `sample`. model: anything that maps
-    (input_ids [B, 1], cache=cache) to {"logits": [B, 1, V]}.
+    all rows have stopped or after max_new_tokens. sampling: the settings of `sample`. step: a decoder, or anything else that
+    maps (input_ids [B, 1], cache=cache) to {"logits": [B, 1, V]}.
     """
     stopped, ids = [False] * len(logits), None
     for _ in range(max_new_tokens):
         if ids is not None:
-            logits = model(ids[:, None], cache=cache)["logits"][:, -1]
+            logits = step(ids[:, None], cache=cache)["logits"][:, -1]
         ids = sample(logits, **sampling)
         row = ids.tolist()
         stopped = [done or token in stop_tokens for done, token in zip(stopped, row, strict=True)]
@@ -441,3 +417,43 @@ def collect(steps: Iterator[list[int | None]], num_rows: int) -> list[list[int]]
             if token is not None:
                 row.append(token)
     return rows
+
+
+# ---- model -----------------------------------------------------------------------------------------------------------
+
+
+class GPT(Decoder):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.config = config
+        self.token_embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.position_embedding = nn.Embedding(config.context_length, config.hidden_size)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        init_weights(self, self.blocks)
+        nn.init.normal_(self.position_embedding.weight, std=0.01)  # as OpenAI's own code does
+        self.tie_weights()
+
+    def tie_weights(self):
+        self.lm_head.weight = self.token_embedding.weight  # one matrix turns a token into a vector and a vector into a token
+
+    def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """[B, T] -> [B, T, D], without positions."""
+        return self.token_embedding(input_ids)
+
+    def hidden_states(self, inputs_embeds, attention_mask=None, position_ids=None, cache=None) -> torch.Tensor:
+        """[B, T, D] -> [B, T, D], after the final norm. The arguments are those of Decoder.forward."""
+        limit = self.config.context_length
+        positions, mask = positions_and_mask(inputs_embeds, attention_mask, position_ids, cache, limit)
+        x = inputs_embeds + self.position_embedding(positions)
+        x = F.dropout(x, self.config.dropout, self.training)
+        for layer, block in enumerate(self.blocks):
+            x = block(x, mask, cache, layer)
+        return self.norm(x)
+
+    def new_cache(self, batch_size: int, max_length: int) -> KVCache:
+        """An empty KVCache for so many rows of so many tokens."""
+        config, weight = self.config, self.token_embedding.weight
+        heads, width = config.num_attention_heads, config.hidden_size // config.num_attention_heads
+        return KVCache(config.num_hidden_layers, batch_size, heads, max_length, width, weight.dtype, weight.device)

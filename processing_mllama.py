@@ -10,7 +10,8 @@ num_image_token placeholders, which the model overwrites with what the vision to
 
 The tokenizer is ours or any Hugging Face one. It gains `<image>`, then PaliGemma's 1,024 `<locNNNN>` and 128 `<segNNN>`. A
 placeholder needs no row in the model's embedding table; location tokens do, before they are used:
-model.resize_token_embeddings(len(tokenizer)), and then MLLAMAConfig's image_token_id must be processor.image_token_id.
+lib.vocabulary.resize_token_embeddings(model, len(tokenizer)). MLLAMAConfig's image_token_id is processor.image_token_id; a
+batch with images brings it along.
 
 Text is data: with our tokenizer nothing but those tokens means anything inside it, and "<|im_end|>" stays text; a Hugging
 Face tokenizer obeys every special token it finds. Pictures are squeezed into one square, never tiled.
@@ -340,6 +341,7 @@ class MllamaImageProcessor:
             del batch["labels"]
         if pictures := [image for row in shared for image in row]:
             batch["pixel_values"] = self.pixel_values(pictures, fast)
+            batch["image_token_id"] = torch.tensor(self.image_token_id)
         return batch
 
     def conversation(self, conversation, images=None, **options) -> dict[str, torch.Tensor]:

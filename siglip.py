@@ -1,13 +1,13 @@
-"""SigLIP: one tower reads pictures, the other captions, and both learn which belong together. Our VLM sees with the first.
+"""SigLIP: one tower encodes images, the other captions, and both learn which belong together. Our VLM sees with the first.
 
-Mirrors: "Sigmoid Loss for Language Image Pre-Training" (Zhai et al., 2023) and google's published SigLIP checkpoints (the
-fixed-size SigLIP 2 ones as well), whose outputs it reproduces (tests/test_siglip.py). Read vit_scratch.py first. What
-changes from there to here: no CLS token, a learned probe that asks all patches instead (the pooling head), a text tower of
-the same blocks, and a loss that judges every pair of picture and caption on its own. Parameters carry the published names.
+Mirrors: "Sigmoid Loss for Language Image Pre-Training" (Zhai et al., 2023) and Google's published SigLIP checkpoints (the
+fixed-size SigLIP 2 ones as well), whose outputs it reproduces (tests/core/test_siglip.py). Read vit_scratch.py first. What
+changes from there to here: no CLS token, but a learned query that attends to all patches (the pooling head); a text tower of
+the same blocks; and a loss that judges every pair of image and caption on its own. Parameters carry the published names.
 
     vision = SiglipModel(SiglipVisionConfig.preset("base-p16-224"))
-    vision(pixel_values)                                 # [B, N, D], what a language model gets to see
-    vision(pixel_values, vision_feature_layer=-2)        # the same one layer earlier, before the final norm, as for LLaVA
+    vision(pixel_values)                                 # [B, N, D], what a language model gets
+    vision.features(pixel_values, layer=-2)              # the same one layer earlier, before the final norm, as for LLaVA
     towers = SiglipTwoTower(SiglipConfig.preset("tiny"))
     towers.logits(pixel_values, input_ids)               # [B images, B captions]
 
@@ -20,10 +20,11 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
 
-from gpt import check_block_config, explicit_attention, preset_settings, products_win
-from vit_scratch import pair, resize_positions
+from gpt import Output, attention
+from vit_scratch import pair
+
+# ---- configuration ---------------------------------------------------------------------------------------------------
 
 # What differs from the defaults below (which are B/16 at 224 pixels), per published size: (vision tower, text tower). The
 # multilingual and SigLIP 2 checkpoints are these sizes with a vocab_size of 250,000 and 256,000. "tiny" is ours.
@@ -58,11 +59,11 @@ class SiglipTowerConfig:
 
     def __post_init__(self):
         self.intermediate_size = self.intermediate_size or 4 * self.hidden_size
-        check_block_config(self)
+        assert self.hidden_size % self.num_attention_heads == 0, "hidden_size must be a multiple of num_attention_heads"
 
     @classmethod
     def preset(cls, name: str, **changes):
-        return cls(**{**preset_settings(cls.PRESETS, name), **changes})
+        return cls(**{**cls.PRESETS[name], **changes})
 
 
 @dataclass
@@ -76,12 +77,15 @@ class SiglipVisionConfig(SiglipTowerConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        self.grid  # noqa: B018  raises for a picture smaller than a patch
+        (H, W), (h, w) = pair(self.image_size), pair(self.patch_size)
+        assert H >= h and W >= w, f"a {H}x{W} image holds no {h}x{w} patch: choose larger images or smaller patches"
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Patches down and across."""
-        return whole_patches(pair(self.image_size), pair(self.patch_size))
+        """Patches down and across. Unlike in vit_scratch.py a remainder is cut off, because so400m-p14-384 was trained that
+        way: of 384 pixels it sees 27 x 14 = 378."""
+        (H, W), (h, w) = pair(self.image_size), pair(self.patch_size)
+        return H // h, W // w
 
 
 @dataclass
@@ -95,9 +99,6 @@ class SiglipTextConfig(SiglipTowerConfig):
     def __post_init__(self):
         super().__post_init__()
         self.projection_size = self.projection_size or self.hidden_size
-        for name in ("vocab_size", "max_position_embeddings", "projection_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1")
 
 
 @dataclass
@@ -112,13 +113,9 @@ class SiglipConfig:
             self.vision_config = SiglipVisionConfig(**self.vision_config)
         if isinstance(self.text_config, dict):
             self.text_config = SiglipTextConfig(**self.text_config)
-        if not self.vision_config.vision_use_head:
-            raise ValueError("vision_use_head is False: two towers compare pooled pictures, which only the head makes")
-        if self.vision_config.hidden_size != self.text_config.projection_size:
-            raise ValueError(
-                f"pictures come out {self.vision_config.hidden_size} wide and texts {self.text_config.projection_size}: "
-                "the text's projection_size must be the vision tower's hidden_size"
-            )
+        assert self.vision_config.vision_use_head, "vision_use_head is False: without the head there is no image embedding"
+        widths = self.vision_config.hidden_size, self.text_config.projection_size
+        assert widths[0] == widths[1], f"images come out {widths[0]} wide and texts {widths[1]}: they must be equal"
 
     @classmethod
     def preset(cls, name: str, vision: dict | None = None, text: dict | None = None) -> "SiglipConfig":
@@ -126,24 +123,11 @@ class SiglipConfig:
         return cls(SiglipVisionConfig.preset(name, **(vision or {})), SiglipTextConfig.preset(name, **(text or {})))
 
 
-def whole_patches(image_size: tuple[int, int], patch_size: tuple[int, int]) -> tuple[int, int]:
-    """How many patches fit down and across. Unlike in vit_scratch.py a rest is cut off, because so400m-p14-384 was
-    trained that way: of 384 pixels it sees 27 x 14 = 378. Raises ValueError where not even one fits."""
-    (H, W), (h, w) = image_size, patch_size
-    if min(h, w) < 1 or H < h or W < w:
-        raise ValueError(f"a {H}x{W} picture holds no {h}x{w} patch: choose a larger picture or smaller patches")
-    return H // h, W // w
-
-
-def note(trace: dict | None, name: str, x: torch.Tensor) -> torch.Tensor:
-    """x, after writing it down under its name where somebody wants to know."""
-    if trace is not None:
-        trace[name] = x
-    return x
+# ---- embeddings ------------------------------------------------------------------------------------------------------
 
 
 class SiglipVisionEmbeddings(nn.Module):
-    """Cut the picture into patches, map each to a vector and tell it where it stands."""
+    """Cut the image into patches, map each to a vector and add a position to each."""
 
     def __init__(self, config: SiglipVisionConfig):
         super().__init__()
@@ -152,22 +136,12 @@ class SiglipVisionEmbeddings(nn.Module):
         self.patch_embedding = nn.Conv2d(config.num_channels, D, kernel_size=self.patch_size, stride=self.patch_size)
         self.position_embedding = nn.Embedding(math.prod(self.grid), D)
 
-    def forward(self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool = False) -> torch.Tensor:
-        """[B, C, height, width] -> [B, N, D]. Another size than the configured one is a ValueError, or, when asked for,
-        gets position embeddings resized to its grid."""
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """[B, C, height, width] -> [B, N, D]. Raises ValueError for images of another size than the model's."""
         conv = self.patch_embedding
-        if pixel_values.ndim != 4 or pixel_values.shape[1] != conv.in_channels:
-            raise ValueError(
-                f"pixel_values is {list(pixel_values.shape)}: it must be [batch, {conv.in_channels}, height, width]"
-            )
-        size = tuple(pixel_values.shape[-2:])
-        if size != self.image_size and not interpolate_pos_encoding:
-            raise ValueError(
-                f"the picture is {size[0]}x{size[1]}, the model was made for {self.image_size[0]}x{self.image_size[1]}: "
-                "resize it, or pass interpolate_pos_encoding=True"
-            )
-        positions = resize_positions(self.position_embedding.weight, self.grid, whole_patches(size, self.patch_size))
-        return conv(pixel_values.to(conv.weight.dtype)).flatten(2).transpose(1, 2) + positions
+        if (expected := (conv.in_channels, *self.image_size)) != tuple(pixel_values.shape[1:]):
+            raise ValueError(f"pixel_values is {list(pixel_values.shape)}, the model reads {['B', *expected]}: resize them")
+        return conv(pixel_values.to(conv.weight.dtype)).flatten(2).transpose(1, 2) + self.position_embedding.weight
 
 
 class SiglipTextEmbeddings(nn.Module):
@@ -184,19 +158,17 @@ class SiglipTextEmbeddings(nn.Module):
         return self.token_embedding(input_ids) + self.position_embedding.weight[:T]
 
 
-def attend(q, k, v, config, mask=None, dropout_p=0.0, trace=None, name="") -> torch.Tensor:
-    """q [B, T, D] looks at k, v [B, S, D] with all heads: [B, T, D]. mask: bool [B, 1, 1, S], False where not to look."""
+# ---- block -----------------------------------------------------------------------------------------------------------
+
+
+def attend(q, k, v, config, mask=None, dropout=0.0) -> torch.Tensor:
+    """q [B, T, D] attends to k, v [B, S, D] with all heads: [B, T, D]. mask: bool [B, 1, 1, S], False for padding."""
     q, k, v = (x.unflatten(-1, (config.num_attention_heads, -1)).transpose(1, 2) for x in (q, k, v))
-    if config.attention == "explicit" or trace is not None or products_win(q, k):
-        y, weights = explicit_attention(q, k, v, mask, dropout_p)
-        note(trace, name, weights)
-    else:
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout_p)
-    return y.transpose(1, 2).flatten(2)
+    return attention(q, k, v, mask, dropout=dropout, explicit=config.attention == "explicit").transpose(1, 2).flatten(2)
 
 
 class SiglipAttention(nn.Module):
-    """Everybody looks at everybody: there is no causal mask, over words no more than over patches."""
+    """Bidirectional attention in both towers: no causal mask, over words no more than over patches."""
 
     def __init__(self, config: SiglipTowerConfig):
         super().__init__()
@@ -205,10 +177,9 @@ class SiglipAttention(nn.Module):
         self.q_proj, self.k_proj, self.v_proj = nn.Linear(D, D), nn.Linear(D, D), nn.Linear(D, D)
         self.out_proj = nn.Linear(D, D)
 
-    def forward(self, x, mask=None, layer=0, trace=None):
-        dropout_p = self.config.attention_dropout if self.training else 0.0
-        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
-        return self.out_proj(attend(q, k, v, self.config, mask, dropout_p, trace, f"encoder.layers.{layer}.attention"))
+    def forward(self, x, mask=None):
+        dropout = self.config.attention_dropout if self.training else 0.0
+        return self.out_proj(attend(self.q_proj(x), self.k_proj(x), self.v_proj(x), self.config, mask, dropout))
 
 
 class SiglipMLP(nn.Module):
@@ -232,29 +203,28 @@ class SiglipEncoderLayer(nn.Module):
         self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.mlp = SiglipMLP(config)
 
-    def forward(self, x, mask=None, layer=0, trace=None):
-        x = x + self.self_attn(self.layer_norm1(x), mask, layer, trace)
-        return note(trace, f"encoder.layers.{layer}", x + self.mlp(self.layer_norm2(x)))
+    def forward(self, x, mask=None):
+        x = x + self.self_attn(self.layer_norm1(x), mask)
+        return x + self.mlp(self.layer_norm2(x))
 
 
 class SiglipEncoder(nn.Module):
     def __init__(self, config: SiglipTowerConfig):
         super().__init__()
-        self.grad_checkpoint = False  # recompute activations in the backward pass instead of keeping them
         self.layers = nn.ModuleList(SiglipEncoderLayer(config) for _ in range(config.num_hidden_layers))
 
-    def forward(self, x, mask=None, num_layers=None, trace=None):
+    def forward(self, x, mask=None, num_layers=None):
         """x [B, T, D] through the first num_layers layers; all unless given."""
-        for i, layer in enumerate(list(self.layers)[:num_layers]):
-            if self.grad_checkpoint and torch.is_grad_enabled():
-                x = checkpoint(layer, x, mask, i, trace, use_reentrant=False)
-            else:
-                x = layer(x, mask, i, trace)
+        for layer in self.layers[:num_layers]:
+            x = layer(x, mask)
         return x
 
 
+# ---- one vector for an image -----------------------------------------------------------------------------------------
+
+
 class SiglipPoolingAttention(nn.Module):
-    """One question to all patches. q, k and v share a matrix here, as nn.MultiheadAttention keeps them in its files."""
+    """One query over all patches. q, k and v share a matrix here, as in the files of nn.MultiheadAttention."""
 
     def __init__(self, config: SiglipVisionConfig):
         super().__init__()
@@ -264,15 +234,15 @@ class SiglipPoolingAttention(nn.Module):
         self.in_proj_bias = nn.Parameter(torch.empty(3 * D))
         self.out_proj = nn.Linear(D, D)
 
-    def forward(self, probe, x, trace=None):
+    def forward(self, probe, x):
         D = x.shape[-1]
         q = F.linear(probe, self.in_proj_weight[:D], self.in_proj_bias[:D]).expand(len(x), -1, -1)
         k, v = F.linear(x, self.in_proj_weight[D:], self.in_proj_bias[D:]).chunk(2, dim=-1)
-        return self.out_proj(attend(q, k, v, self.config, trace=trace, name="head.attention"))
+        return self.out_proj(attend(q, k, v, self.config))
 
 
 class SiglipMultiheadAttentionPoolingHead(nn.Module):
-    """From all patches to one vector: the probe is a learned question, the same for every picture."""
+    """From all patches to one vector: the probe is a learned query, the same for every image."""
 
     def __init__(self, config: SiglipVisionConfig):
         super().__init__()
@@ -281,10 +251,10 @@ class SiglipMultiheadAttentionPoolingHead(nn.Module):
         self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.mlp = SiglipMLP(config)
 
-    def forward(self, x, trace=None):
+    def forward(self, x):
         """[B, N, D] -> [B, D]."""
-        x = self.attention(self.probe, x, trace)
-        return note(trace, "head", (x + self.mlp(self.layernorm(x)))[:, 0])
+        x = self.attention(self.probe, x)
+        return (x + self.mlp(self.layernorm(x)))[:, 0]
 
 
 def init_weights(tower: nn.Module) -> None:
@@ -305,21 +275,10 @@ def init_weights(tower: nn.Module) -> None:
                 nn.init.xavier_uniform_(matrix)
 
 
-class Checkpointing(nn.Module):
-    """A model with `grad_checkpoint` as in gpt.py; here it is that of all the encoders inside."""
-
-    @property
-    def grad_checkpoint(self) -> bool:
-        return all(module.grad_checkpoint for module in self.modules() if isinstance(module, SiglipEncoder))
-
-    @grad_checkpoint.setter
-    def grad_checkpoint(self, on: bool):
-        for module in self.modules():
-            if isinstance(module, SiglipEncoder):
-                module.grad_checkpoint = on
+# ---- towers ----------------------------------------------------------------------------------------------------------
 
 
-class SiglipVisionTransformer(Checkpointing):
+class SiglipVisionTransformer(nn.Module):
     def __init__(self, config: SiglipVisionConfig):
         super().__init__()
         self.config = config
@@ -329,37 +288,21 @@ class SiglipVisionTransformer(Checkpointing):
         self.head = SiglipMultiheadAttentionPoolingHead(config) if config.vision_use_head else None
         init_weights(self)
 
-    def forward(
-        self,
-        pixel_values: torch.Tensor,
-        vision_feature_layer: int | None = None,
-        interpolate_pos_encoding: bool = False,
-        trace: dict | None = None,
-    ) -> torch.Tensor:
-        """pixel_values [B, C, height, width] -> [B, N, D], after the final norm.
+    def forward(self, pixel_values: torch.Tensor, layer: int | None = None) -> torch.Tensor:
+        """pixel_values [B, C, height, width] -> [B, N, D], after the final norm. layer: a hidden state before that norm
+        instead, counted as in transformers: 0 the embeddings, 1 the first layer's output, -1 the last one's."""
+        x = self.embeddings(pixel_values)
+        if layer is not None:  # later layers are not computed
+            return self.encoder(x, num_layers=range(len(self.encoder.layers) + 1)[layer])
+        return self.post_layernorm(self.encoder(x))
 
-        vision_feature_layer: what enters that norm or an earlier state instead, counted like transformers' hidden_states:
-        0 the embeddings, 1 the first layer's output, -1 the last one's. Layers beyond it are not computed.
-        trace: a dict to be filled with every named intermediate: "embeddings", "encoder.layers.0",
-        "encoder.layers.0.attention" [B, heads, N, N], ..., "post_layernorm"; by `pooled` also "head.attention" and "head".
-        Raises ValueError for a picture of another size (see SiglipVisionEmbeddings) and for a layer that is not there.
-        """
-        depth = len(self.encoder.layers)
-        if vision_feature_layer is not None and not -depth - 1 <= vision_feature_layer <= depth:
-            raise ValueError(f"vision_feature_layer is {vision_feature_layer}: it must be from {-depth - 1} to {depth}")
-        x = note(trace, "embeddings", self.embeddings(pixel_values, interpolate_pos_encoding))
-        if vision_feature_layer is not None:
-            return self.encoder(x, num_layers=vision_feature_layer % (depth + 1), trace=trace)
-        return note(trace, "post_layernorm", self.post_layernorm(self.encoder(x, trace=trace)))
-
-    def pooled(self, pixel_values, interpolate_pos_encoding: bool = False, trace: dict | None = None) -> torch.Tensor:
-        """One vector per picture, [B, D]. Raises ValueError where the tower has no head."""
-        if self.head is None:
-            raise ValueError("this vision tower has no pooling head: make or load one with vision_use_head=True")
-        return self.head(self(pixel_values, None, interpolate_pos_encoding, trace), trace)
+    def pooled(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """One vector per image, [B, D]."""
+        assert self.head is not None, "this vision tower has no pooling head: make or load one with vision_use_head=True"
+        return self.head(self(pixel_values))
 
 
-class SiglipModel(Checkpointing):
+class SiglipModel(nn.Module):
     """The vision tower on its own, its parameters under "vision_model." as in the published files."""
 
     def __init__(self, config: SiglipVisionConfig):
@@ -367,16 +310,30 @@ class SiglipModel(Checkpointing):
         self.config = config
         self.vision_model = SiglipVisionTransformer(config)
 
-    def forward(self, pixel_values, vision_feature_layer=None, interpolate_pos_encoding=False, trace=None) -> torch.Tensor:
-        """[B, C, height, width] -> [B, N, D]; see SiglipVisionTransformer."""
-        return self.vision_model(pixel_values, vision_feature_layer, interpolate_pos_encoding, trace)
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """[B, C, height, width] -> [B, N, D]."""
+        return self.vision_model(pixel_values)
 
-    def pooled(self, pixel_values, interpolate_pos_encoding=False, trace=None) -> torch.Tensor:
+    def pooled(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """[B, C, height, width] -> [B, D]."""
-        return self.vision_model.pooled(pixel_values, interpolate_pos_encoding, trace)
+        return self.vision_model.pooled(pixel_values)
+
+    # What a vision-language model asks of a tower (model.py): config.hidden_size, grid, image_size, features.
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        return self.config.grid
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        return pair(self.config.image_size)
+
+    def features(self, pixel_values: torch.Tensor, layer: int | None = None) -> torch.Tensor:
+        """[B, C, height, width] -> [B, N, D]; see SiglipVisionTransformer."""
+        return self.vision_model(pixel_values, layer)
 
 
-class SiglipTextTransformer(Checkpointing):
+class SiglipTextTransformer(nn.Module):
     def __init__(self, config: SiglipTextConfig):
         super().__init__()
         self.config = config
@@ -386,63 +343,35 @@ class SiglipTextTransformer(Checkpointing):
         self.head = nn.Linear(config.hidden_size, config.projection_size)
         init_weights(self)
 
-    def forward(self, input_ids, attention_mask=None, trace: dict | None = None) -> torch.Tensor:
-        """input_ids [B, T] -> [B, T, D], after the final norm.
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+        """input_ids [B, T] -> [B, T, D], after the final norm. attention_mask [B, T], 0 for padding. The published models want
+        none: they were trained on texts padded to max_position_embeddings, and attend to the padding too."""
+        mask = None if attention_mask is None else attention_mask.bool()[:, None, None]
+        assert mask is None or mask.any(dim=-1).all(), "attention_mask has a row of nothing but padding: leave that text out"
+        return self.final_layer_norm(self.encoder(self.embeddings(input_ids), mask))
 
-        attention_mask [B, T], 0 for tokens that nobody shall look at. The published models want none: they were trained on
-        texts padded to max_position_embeddings, and look at the padding too. trace: as in SiglipVisionTransformer.
-        Raises ValueError for a text that is too long, a mask of another shape and a row without a real token.
-        """
-        x, mask = note(trace, "embeddings", self.embeddings(input_ids)), None
-        if attention_mask is not None:
-            if attention_mask.shape != input_ids.shape:
-                raise ValueError(
-                    f"attention_mask is {list(attention_mask.shape)}, the input is {list(input_ids.shape)}: they must agree"
-                )
-            mask = attention_mask.bool()[:, None, None]
-            if not mask.any(dim=-1).all():  # a softmax over nothing is NaN
-                raise ValueError("attention_mask has a row of nothing but padding: leave that text out")
-        return note(trace, "final_layer_norm", self.final_layer_norm(self.encoder(x, mask, trace=trace)))
-
-    def pooled(self, input_ids, attention_mask=None, trace: dict | None = None) -> torch.Tensor:
-        """One vector per text, [B, P]: what stands at the last position, be it padding, as in the published models."""
-        return note(trace, "head", self.head(self(input_ids, attention_mask, trace)[:, -1]))
+    def pooled(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+        """One vector per text, [B, P]: that of the last position, be it padding, as in the published models."""
+        return self.head(self(input_ids, attention_mask)[:, -1])
 
 
-def pair_losses(images: torch.Tensor, texts: torch.Tensor, scale, bias, first: int = 0) -> torch.Tensor:
-    """Sum of -log sigmoid(label x logit) over all pairs of images [b, P], numbers `first` and up of the batch, with all
-    texts [B, P]; the label is 1 where both have the same number and -1 elsewhere."""
-    with torch.autocast(images.device.type, enabled=False):  # half precision has steps of 0.06 at a logit of 100
-        logits = images.float() @ texts.float().T * scale + bias
-    labels = torch.full_like(logits, -1.0)
-    labels.diagonal(first).fill_(1.0)
-    return -F.logsigmoid(labels * logits).sum()
+# ---- which belong together -------------------------------------------------------------------------------------------
 
 
-def sigmoid_loss(image_emb: torch.Tensor, text_emb: torch.Tensor, scale, bias, chunk_size: int | None = None) -> torch.Tensor:
+def sigmoid_loss(image_emb: torch.Tensor, text_emb: torch.Tensor, scale, bias) -> torch.Tensor:
     """Algorithm 1 of Zhai et al. 2023: each of the B x B pairs is a yes-or-no question of its own; their sum, over B.
 
     image_emb, text_emb [B, P] of length 1, row i of one belonging to row i of the other; scale multiplies their products
-    (exp of the learned logit_scale), bias is added. chunk_size: take that many images at a time and recompute them in the
-    backward pass: memory grows with chunk_size x B instead of B x B, loss and gradients are the same.
-    Raises ValueError where the two do not pair up and for a chunk_size below 1.
+    (exp of the learned logit_scale), bias is added. extras/train_siglip.py has the same in chunks, for large batches.
     """
-    if image_emb.shape != text_emb.shape:
-        raise ValueError(f"images {list(image_emb.shape)} and texts {list(text_emb.shape)} do not pair up one to one")
-    if chunk_size is None:
-        return pair_losses(image_emb, text_emb, scale, bias) / len(image_emb)
-    if chunk_size < 1:
-        raise ValueError(f"chunk_size is {chunk_size}: it must be at least 1")
-    total = 0.0
-    for first in range(0, len(image_emb), chunk_size):
-        images = image_emb[first : first + chunk_size]
-        total = total + checkpoint(
-            pair_losses, images, text_emb, scale, bias, first, use_reentrant=False, preserve_rng_state=False
-        )
-    return total / len(image_emb)
+    assert image_emb.shape == text_emb.shape, "images and texts do not pair up one to one"
+    with torch.autocast(image_emb.device.type, enabled=False):  # half precision has steps of 0.06 at a logit of 100
+        logits = image_emb.float() @ text_emb.float().T * scale + bias
+    labels = 2 * torch.eye(len(logits), device=logits.device) - 1  # 1 for the true pairs, -1 for all others
+    return -F.logsigmoid(labels * logits).sum() / len(logits)
 
 
-class SiglipTwoTower(Checkpointing):
+class SiglipTwoTower(nn.Module):
     def __init__(self, config: SiglipConfig):
         super().__init__()
         self.config = config
@@ -452,46 +381,25 @@ class SiglipTwoTower(Checkpointing):
         self.logit_scale = nn.Parameter(torch.full((1,), math.log(10.0)))
         self.logit_bias = nn.Parameter(torch.full((1,), -10.0))
 
-    def image_embeddings(self, pixel_values, interpolate_pos_encoding=False, trace=None) -> torch.Tensor:
+    def image_embeddings(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """[B, C, height, width] -> [B, P] of length 1."""
-        return self._embed("vision_model", trace, pixel_values, interpolate_pos_encoding)
+        return F.normalize(self.vision_model.pooled(pixel_values), dim=-1)
 
-    def text_embeddings(self, input_ids, attention_mask=None, trace=None) -> torch.Tensor:
+    def text_embeddings(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
         """[B, T] -> [B, P] of length 1."""
-        return self._embed("text_model", trace, input_ids, attention_mask)
+        return F.normalize(self.text_model.pooled(input_ids, attention_mask), dim=-1)
 
-    def _embed(self, tower: str, trace: dict | None, *inputs) -> torch.Tensor:
-        inner = None if trace is None else {}
-        pooled = getattr(self, tower).pooled(*inputs, trace=inner)
-        if trace is not None:
-            trace.update({f"{tower}.{name}": value for name, value in inner.items()})
-        return F.normalize(pooled, dim=-1)
+    def logits(self, pixel_values, input_ids, attention_mask=None) -> torch.Tensor:
+        """How well every image fits every text, [images, texts]; a sigmoid makes each a probability of its own."""
+        return self(pixel_values, input_ids, attention_mask)["logits_per_image"]
 
-    def logits(self, pixel_values, input_ids, attention_mask=None, interpolate_pos_encoding=False) -> torch.Tensor:
-        """How well every picture fits every text, [images, texts]; a sigmoid makes each a probability of its own."""
-        return self(pixel_values, input_ids, attention_mask, interpolate_pos_encoding)["logits_per_image"]
-
-    def forward(
-        self,
-        pixel_values: torch.Tensor,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        interpolate_pos_encoding: bool = False,
-        return_loss: bool = False,
-        chunk_size: int | None = None,
-        trace: dict | None = None,
-    ) -> dict[str, torch.Tensor]:
+    def forward(self, pixel_values, input_ids, attention_mask=None, return_loss: bool = False) -> Output:
         """pixel_values [B, C, height, width], input_ids [B', T] -> {"image_embeddings" [B, P], "text_embeddings" [B', P],
-        "logits_per_image" [B, B']}, with "loss" when asked for (picture i belongs to text i, B = B'). With a chunk_size
-        there are no logits, for they are what it avoids (see sigmoid_loss). trace: the intermediates of both towers, their
-        names after "vision_model." and "text_model.". Raises ValueError as the towers and the loss do.
-        """
-        images = self.image_embeddings(pixel_values, interpolate_pos_encoding, trace)
-        texts = self.text_embeddings(input_ids, attention_mask, trace)
-        out = {"image_embeddings": images, "text_embeddings": texts}
+        "logits_per_image" [B, B']}, with "loss" when asked for (image i belongs to text i, B = B')."""
+        images, texts = self.image_embeddings(pixel_values), self.text_embeddings(input_ids, attention_mask)
         scale, bias = self.logit_scale.exp(), self.logit_bias
-        if chunk_size is None:
-            out["logits_per_image"] = images @ texts.T * scale + bias
+        out = Output(image_embeddings=images, text_embeddings=texts)
+        out["logits_per_image"] = lambda: images @ texts.T * scale + bias
         if return_loss:
-            out["loss"] = sigmoid_loss(images, texts, scale, bias, chunk_size)
+            out["loss"] = sigmoid_loss(images, texts, scale, bias)
         return out

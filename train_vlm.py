@@ -42,6 +42,7 @@ from data.vlm_batches import (
     common_questions,
 )
 from extras.attention_maps import group_into_words, where_it_looks
+from extras.cross_attention import CrossAttentionConfig, CrossAttentionVLM
 from lib import figures
 from lib.adapters import save_lora
 from lib.answers import (
@@ -73,6 +74,7 @@ from lib.run import (
     run_cli,
 )
 from lib.tokenizer import BPETokenizer
+from lib.vocabulary import resize_token_embeddings
 from model import (
     Llama3ForCausalLM,
     LLAMA32Config,
@@ -227,7 +229,7 @@ def whole_model(args) -> tuple[MllamaForConditionalGeneration, MllamaImageProces
     """--model, ready to learn more."""
     model, processor = load_vlm(args.model)
     teach_to_converse(processor.tokenizer)
-    model.resize_token_embeddings(max(len(processor.tokenizer), model.config.text_config.vocab_size))
+    resize_token_embeddings(model, max(len(processor.tokenizer), model.config.text_config.vocab_size))
     model.config = replace(model.config, image_token_id=processor.image_token_id)
     torch.manual_seed(args.seed)
     return model, processor
@@ -254,17 +256,20 @@ def build(args, texts: list[str], mean, std) -> tuple[MllamaForConditionalGenera
     vision = replace(tower.config, vision_use_head=False) if tower else SiglipVisionConfig(
         **{**vision_settings, **changes, "vision_use_head": False})  # fmt: skip
     linear = args.projector == "linear"
-    join = {"pixel_shuffle": args.pixel_shuffle, "fusion": args.fusion, "projector_type": args.projector,
+    join = {"pixel_shuffle": args.pixel_shuffle, "projector_type": args.projector,
             "vision_feature_layer": None if linear else -1}  # fmt: skip
-    count = MLLAMAConfig(vision, LLAMA32Config(**text_settings), **join).text_config.num_image_tokens
+    config_class, model_class = MLLAMAConfig, MllamaForConditionalGeneration
+    if args.fusion == "cross":
+        config_class, model_class = CrossAttentionConfig, CrossAttentionVLM
+    count = config_class(vision, LLAMA32Config(**text_settings), **join).text_config.num_image_tokens
     seeing = image_settings_of(args.vision) if tower else {"image_mean": mean, "image_std": std}
     seeing |= {"around_image": IDEFICS3_AROUND} if linear and args.fusion == "early" else {}
     processor = MllamaImageProcessor(tokenizer, count, vision.image_size, add_location_tokens=False, **seeing)
     text = lm.config if lm else LLAMA32Config(**{**text_settings, "vocab_size": len(tokenizer)})
-    config = MLLAMAConfig(vision, replace(text, vocab_size=max(len(tokenizer), text.vocab_size)),
+    config = config_class(vision, replace(text, vocab_size=max(len(tokenizer), text.vocab_size)),
                           image_token_id=processor.image_token_id, **join)  # fmt: skip
     torch.manual_seed(args.seed)
-    model = MllamaForConditionalGeneration(config)
+    model = model_class(config)
     with torch.no_grad():
         if tower:
             state = {k: v for k, v in tower.state_dict().items() if not k.startswith("vision_model.head.")}
@@ -273,7 +278,7 @@ def build(args, texts: list[str], mean, std) -> tuple[MllamaForConditionalGenera
             positions = model.vision_tower.vision_model.embeddings.position_embedding.weight
             positions.copy_(sincos_positions(vision.grid, vision.hidden_size))
     if lm:
-        lm.resize_token_embeddings(config.text_config.vocab_size)
+        resize_token_embeddings(lm, config.text_config.vocab_size)
         new = model.language_model.state_dict()  # the layers between, under cross-attention, are not in it
         known = {k: v for k, v in lm.state_dict().items() if k in new or "cross_layers" not in k}
         model.language_model.load_state_dict({**new, **known})
@@ -413,7 +418,7 @@ def choose_parameters(learner: Learner, stage: Stage, args) -> list[dict]:
         lr, muon = args.lr or (1e-3 if lora else 2e-3), MUON_LR[stage.name] if args.muon_lr is None else args.muon_lr
         muon = None if lora else muon
         if pretrained and part == "model.language_model" and not args.model:  # the layers between start untrained
-            between = module.model.cross_layers
+            between = getattr(module.model, "cross_layers", nn.ModuleDict())
             groups += parameter_groups(between, args.weight_decay, lr, muon)
             between.requires_grad_(False)
             groups += parameter_groups(module, args.weight_decay, args.lr_pretrained)
@@ -516,8 +521,8 @@ def draw_attention(path: Path, model, processor, item: Item) -> None:
 def save_run(run: Run, model, processor, args) -> None:
     """The model as a published checkpoint folder with its processor; the LoRA corrections by themselves as well."""
     ends = {"eos_token_id": processor.tokenizer.eos_token_id, "pad_token_id": processor.tokenizer.pad_token_id}
-    save_pretrained(model, run.folder, **ends)
-    processor.save_pretrained(run.folder, model.config.layout)
+    kind = save_pretrained(model, run.folder, **ends)
+    processor.save_pretrained(run.folder, kind if kind in ("llava", "idefics3") else None)
     if args.lora:
         save_lora(model, run.folder / "lora")
     write_json(run.folder / "settings.json", vars(args))

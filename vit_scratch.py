@@ -1,12 +1,13 @@
-"""A Vision Transformer: the block of gpt.py without its causal mask, looking at patches of a picture instead of words.
+"""A Vision Transformer: the block of gpt.py without its causal mask, over patches of an image instead of words.
 
-Mirrors: "An Image is Worth 16x16 Words" (Dosovitskiy et al., 2021) and google's published ViT checkpoints, whose logits
-it reproduces (tests/test_checkpoint.py). Read gpt.py first. What changes from there to here is all there is to see:
-patches take the place of words (PatchEmbedding), the mask goes (ViTMultiHeadAttention), a CLS token is read at the end.
+Mirrors: "An Image is Worth 16x16 Words" (Dosovitskiy et al., 2021) and Google's published ViT checkpoints, whose logits
+it reproduces (tests/test_checkpoint.py). Read gpt.py first. Three things change from there to here: patches take the place
+of words (PatchEmbedding), the mask goes (ViTMultiHeadAttention), a CLS token is read at the end.
 
     model = ViTModel(ViTConfig.preset("vit-s16", num_labels=10))
     model(pixel_values)                                  # [B, num_labels]
     model(pixel_values, output_hidden_states=True)       # [B, N+1, D]: CLS first, then the patches row by row
+    model.features(pixel_values, layer=-2)               # [B, N, D]: patches alone, as a language model gets them
     python train_vit.py                                  # train one on handwritten digits in two minutes
 
 Axes: B batch, C channels, N patches, D width, H and W pixels.
@@ -17,9 +18,10 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 
-from gpt import Block, MultiHeadAttention, check_block_config, preset_settings, run_blocks
+from gpt import Block, MultiHeadAttention
+
+# ---- configuration ---------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -57,16 +59,11 @@ class ViTConfig:
 
     def __post_init__(self):
         self.intermediate_size = self.intermediate_size or 4 * self.hidden_size
-        check_block_config(self)
-        if self.pooling not in ("cls", "mean"):
-            raise ValueError(f"pooling is {self.pooling!r}: it must be cls or mean")
-        if self.position_init not in ("normal", "sincos"):
-            raise ValueError(f"position_init is {self.position_init!r}: it must be normal or sincos")
-        self.grid  # noqa: B018  raises where the patches do not cover the picture
+        assert self.hidden_size % self.num_attention_heads == 0, "hidden_size must be a multiple of num_attention_heads"
 
     @classmethod
     def preset(cls, name: str, **changes) -> "ViTConfig":
-        return cls(**{**preset_settings(cls.PRESETS, name), **changes})
+        return cls(**{**cls.PRESETS[name], **changes})
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -79,26 +76,18 @@ def pair(size: int | tuple[int, int]) -> tuple[int, int]:
 
 
 def patch_grid(image_size: tuple[int, int], patch_size: tuple[int, int]) -> tuple[int, int]:
-    """How many patches fit down and across. Raises ValueError unless they fit exactly."""
+    """How many patches fit down and across."""
     (H, W), (h, w) = image_size, patch_size
-    if min(H, W, h, w) < 1 or H % h or W % w:
-        raise ValueError(f"a {H}x{W} picture cannot be cut into {h}x{w} patches: choose sizes that divide")
+    assert H % h == 0 and W % w == 0, f"a {H}x{W} image cannot be cut into {h}x{w} patches: choose sizes that divide"
     return H // h, W // w
 
 
-def resize_positions(positions: torch.Tensor, old: tuple[int, int], new: tuple[int, int]) -> torch.Tensor:
-    """Position embeddings [N, D] of a grid `old` -> [N', D] of a grid `new`, bicubic as in the published code."""
-    if old == new:
-        return positions
-    grid = positions.T.reshape(1, -1, *old)
-    return F.interpolate(grid.float(), size=new, mode="bicubic", align_corners=False).flatten(2)[0].T.to(positions.dtype)
-
+# ---- patches ---------------------------------------------------------------------------------------------------------
 
 def sincos_positions(grid: tuple[int, int], width: int) -> torch.Tensor:
     """[N, D]: half of the width says the row, half the column, in sines and cosines of falling frequency, the 2-D form of
     Vaswani et al. 2017, section 3.5. A ViT on 1,400 digits gains two points from starting here."""
-    if width % 4:
-        raise ValueError(f"sincos positions need a hidden_size divisible by 4, not {width}")
+    assert width % 4 == 0, f"sincos positions need a hidden_size divisible by 4, not {width}"
     frequency = 10000.0 ** -(torch.arange(width // 4) / (width // 4))
     rows, columns = torch.meshgrid(*(torch.arange(n).float() for n in grid), indexing="ij")
     angles = [axis.flatten()[:, None] * frequency for axis in (rows, columns)]
@@ -106,7 +95,7 @@ def sincos_positions(grid: tuple[int, int], width: int) -> torch.Tensor:
 
 
 class PatchEmbedding(nn.Module):
-    """Cut the picture into patches, map each to a vector, put a CLS token before them and tell each where it stands."""
+    """Cut the image into patches, map each to a vector, put a CLS token before them and add a position to each."""
 
     def __init__(self, config: ViTConfig):
         super().__init__()
@@ -117,28 +106,20 @@ class PatchEmbedding(nn.Module):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, D))
         self.position_embedding = nn.Parameter(torch.zeros(1, N + 1, D))
 
-    def forward(self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool = False) -> torch.Tensor:
-        """[B, C, H, W] -> [B, N+1, D]. Another size than the configured one is an error, or, when asked for, gets
-        position embeddings resized to its grid."""
-        if pixel_values.ndim != 4 or pixel_values.shape[1] != self.projection.in_channels:
-            raise ValueError(
-                f"pixel_values is {list(pixel_values.shape)}: it must be [batch, {self.projection.in_channels}, height, width]"
-            )
-        size = tuple(pixel_values.shape[-2:])
-        if size != self.image_size and not interpolate_pos_encoding:
-            raise ValueError(
-                f"the picture is {size[0]}x{size[1]}, the model was made for {self.image_size[0]}x{self.image_size[1]}: "
-                "resize it, or pass interpolate_pos_encoding=True"
-            )
-        cls_position, positions = self.position_embedding[0, :1], self.position_embedding[0, 1:]
-        positions = resize_positions(positions, self.grid, patch_grid(size, self.patch_size))
-        patches = self.projection(pixel_values).flatten(2).transpose(1, 2) + positions  # [B, N, D]
-        cls = (self.cls_token + cls_position).expand(len(patches), -1, -1)
-        return torch.cat([cls, patches], dim=1)
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """[B, C, H, W] -> [B, N+1, D]. Raises ValueError for images of another size than the model's."""
+        if (expected := (self.projection.in_channels, *self.image_size)) != tuple(pixel_values.shape[1:]):
+            raise ValueError(f"pixel_values is {list(pixel_values.shape)}, the model reads {['B', *expected]}: resize them")
+        patches = self.projection(pixel_values).flatten(2).transpose(1, 2)  # [B, N, D]
+        cls = self.cls_token.expand(len(patches), -1, -1)
+        return torch.cat([cls, patches], dim=1) + self.position_embedding
+
+
+# ---- block -----------------------------------------------------------------------------------------------------------
 
 
 class ViTMultiHeadAttention(MultiHeadAttention):
-    """GPT-2's attention, except that every patch may look at every other: a picture has no "later"."""
+    """GPT-2's attention without its causal mask: every patch attends to every other, since an image has no "later"."""
 
     causal = False
 
@@ -165,11 +146,13 @@ class ViTBlock(Block):
         self.drop_path = DropPath(drop_path)
 
 
+# ---- model -----------------------------------------------------------------------------------------------------------
+
+
 class ViTModel(nn.Module):
     def __init__(self, config: ViTConfig):
         super().__init__()
         self.config = config
-        self.grad_checkpoint = False
         depth = config.num_hidden_layers
         self.embeddings = PatchEmbedding(config)
         self.blocks = nn.ModuleList(ViTBlock(config, config.drop_path * i / max(1, depth - 1)) for i in range(depth))
@@ -179,8 +162,8 @@ class ViTModel(nn.Module):
 
     @torch.no_grad()
     def _init_weights(self):
-        """As the paper's own code: matrices by fan-in and fan-out (Xavier), so that a narrow model starts as lively as a wide
-        one, where GPT-2's fixed 0.02 would leave patches almost silent beside their positions."""
+        """As in the paper's own code: matrices by fan-in and fan-out (Xavier), so that activations are as large in a narrow
+        model as in a wide one; with GPT-2's fixed 0.02 patches would be far smaller than the positions added to them."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 parts = 3 if module.weight.shape[0] == 3 * module.weight.shape[1] else 1  # q, k, v are three matrices
@@ -196,30 +179,35 @@ class ViTModel(nn.Module):
         if self.config.position_init == "sincos":
             self.embeddings.position_embedding[0, 1:] = sincos_positions(self.config.grid, self.config.hidden_size)
 
-    def forward(
-        self,
-        pixel_values: torch.Tensor,
-        output_hidden_states: bool = False,
-        interpolate_pos_encoding: bool = False,
-        trace: dict | None = None,
-    ) -> torch.Tensor:
-        """pixel_values [B, C, H, W] -> logits [B, num_labels]; with output_hidden_states, the last normed [B, N+1, D].
-
-        trace: a dict to be filled with every named intermediate: "embeddings", "blocks.0", "blocks.0.attention" [B, heads,
-        N+1, N+1], ..., "norm". Raises ValueError for a picture of another size (see PatchEmbedding).
-        """
-        x = self.embeddings(pixel_values, interpolate_pos_encoding)
-        if trace is not None:
-            trace["embeddings"] = x
-        # Where only CLS will be read, the last block need not work for the patches: 1/12 less work for 12 blocks.
-        cls_only = self.config.pooling == "cls" and not output_hidden_states and trace is None
-        options = {"trace": trace, "grad_checkpoint": self.grad_checkpoint, "last_queries": 1 if cls_only else None}
-        x = self.norm(run_blocks(self.blocks, x, **options))
-        if trace is not None:
-            trace["norm"] = x
+    def forward(self, pixel_values: torch.Tensor, output_hidden_states: bool = False) -> torch.Tensor:
+        """pixel_values [B, C, H, W] -> logits [B, num_labels]; with output_hidden_states, the last normed [B, N+1, D]."""
+        x = self.embeddings(pixel_values)
+        for block in self.blocks:
+            x = block(x)
+        x = self.norm(x)
         if output_hidden_states:
             return x
         return self.classifier(x[:, 0] if self.config.pooling == "cls" else x[:, 1:].mean(dim=1))
+
+    # What a vision-language model asks of a tower (model.py): config.hidden_size, grid, image_size, features.
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        return self.config.grid
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        return pair(self.config.image_size)
+
+    def features(self, pixel_values: torch.Tensor, layer: int | None = None) -> torch.Tensor:
+        """[B, C, H, W] -> [B, N, D]: the patches row by row, without CLS, after the final norm. layer: a hidden state before
+        that norm instead, counted as in transformers: 0 the embeddings, 1 the first block's output, -1 the last one's."""
+        if layer is None:
+            return self(pixel_values, output_hidden_states=True)[:, 1:]
+        x = self.embeddings(pixel_values)
+        for block in self.blocks[: range(len(self.blocks) + 1)[layer]]:  # later blocks are not computed
+            x = block(x)
+        return x[:, 1:]
 
 
 class ViTAdapter(nn.Module):
@@ -230,12 +218,11 @@ class ViTAdapter(nn.Module):
 
     def __init__(self, vit_d_out: int, llm_d_in: int, adapter_type: str = "ffn"):
         super().__init__()
+        assert adapter_type in ("linear", "ffn"), f"adapter_type is {adapter_type!r}: it must be linear or ffn"
         if adapter_type == "linear":
             self.adapter = nn.Linear(vit_d_out, llm_d_in)
-        elif adapter_type == "ffn":
-            self.adapter = nn.Sequential(nn.Linear(vit_d_out, llm_d_in), nn.GELU(), nn.Linear(llm_d_in, llm_d_in))
         else:
-            raise ValueError(f"adapter_type is {adapter_type!r}: it must be linear or ffn")
+            self.adapter = nn.Sequential(nn.Linear(vit_d_out, llm_d_in), nn.GELU(), nn.Linear(llm_d_in, llm_d_in))
 
     def forward(self, vit_hidden_states: torch.Tensor) -> torch.Tensor:
         return self.adapter(vit_hidden_states)

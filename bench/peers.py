@@ -41,21 +41,21 @@ from PIL import Image
 import train_vlm
 from data import scenes
 from data.vlm_batches import SceneBatches, scene_pixels
-from gpt import preset_settings
 from lib import figures
 from lib.checkpoint import from_pretrained, save_pretrained
+from lib.fast_decode import fast_step
+from lib.loss import chunked_cross_entropy
 from lib.memory import peak_bytes
 from lib.quant import Linear4bit, bytes_of, quantised_memory, quantize_, quantize_8bit_
 from lib.run import find_device, find_dtype, not_negative_int, positive_int, run_cli
 from lib.tokenizer import BPETokenizer
+from lib.vocabulary import resize_token_embeddings
 from lib.weights import DTYPES
 from model import (
     Llama3ForCausalLM,
     LLAMA32Config,
     MLLAMAConfig,
     MllamaForConditionalGeneration,
-    arrange_for_decoding,
-    chunked_cross_entropy,
     convert_linears_to_lora,
 )
 from processing_mllama import process_images
@@ -207,8 +207,9 @@ def bench_decode(args, device: torch.device) -> list[dict]:
             out = theirs.generate(ids, attention_mask=mask, do_sample=False, min_new_tokens=new, max_new_tokens=new)
             return out[:, ids.shape[1] :].tolist()
 
-        model = arrange_for_decoding(copy.deepcopy(ours)) if batch == 1 else ours  # more rows do not gain from it
-        steps = {"ours": partial(model.generate, ids, max_new_tokens=new), "transformers": run_theirs}
+        model = copy.deepcopy(ours) if batch == 1 else ours
+        step = fast_step(model) if batch == 1 else None  # more rows do not gain from it
+        steps = {"ours": partial(model.generate, ids, max_new_tokens=new, step=step), "transformers": run_theirs}
         first, second = (step() for step in steps.values())
         same = sum(a == b for one, two in zip(first, second, strict=True) for a, b in zip(one, two, strict=True))
         what = "decoding in 8 bits" if args.int8 else "decoding"
@@ -233,7 +234,7 @@ def bench_loss(args, device: torch.device) -> list[dict]:
             hidden.grad = head.grad = None
 
         def chunked(hidden=hidden, targets=targets):
-            chunked_cross_entropy(hidden, head, targets).backward()
+            chunked_cross_entropy(partial(F.linear, weight=head), hidden, targets).backward()
             hidden.grad = head.grad = None
 
         steps = {"ours": chunked, "all logits at once": plain}
@@ -322,7 +323,7 @@ def equal_vlms(size: str) -> tuple[nn.Module, nn.Module]:
     """Ours with random weights, 2 x 2 patches to a token, and transformers' Idefics3 with the same; both on the CPU.
     Raises ValueError for an unknown size."""
     peer = from_transformers("Idefics3ForConditionalGeneration")
-    tower, decoder = preset_settings(VLM_SIZES, size)
+    tower, decoder = VLM_SIZES[size]
     text = LLAMA32Config.preset(decoder)
     config = MLLAMAConfig(
         SiglipVisionConfig.preset(tower, vision_use_head=False), text, projector_type="linear", pixel_shuffle=2,
@@ -454,7 +455,7 @@ def bench_questions(args, device: torch.device) -> list[dict]:
     flags = ["--seed", str(args.seed), "--size", args.size, "--pixel-shuffle", "2" if args.size == "smol" else "1"]
     model, processor = train_vlm.build(train_vlm.parse_args(flags), scenes.corpus(), [0.5] * 3, [0.5] * 3)
     if args.size == "smol":
-        model.resize_token_embeddings(LLAMA32Config.PRESETS["smollm2-135m"]["vocab_size"])
+        resize_token_embeddings(model, LLAMA32Config.PRESETS["smollm2-135m"]["vocab_size"])
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         save_pretrained(model, folder, layout="idefics3")

@@ -15,10 +15,11 @@ Padding is packed away: short samples share a row. Axes: B rows, T tokens of a r
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
-from model import AttentionBlocks
+from gpt import attention
 
 PADDING = -1  # in place of a sample's number
 
@@ -43,6 +44,32 @@ class Sample:
 
     def __len__(self) -> int:
         return sum(self.lengths)
+
+
+class AttentionBlocks(NamedTuple):
+    """Which tokens of packed rows attend to which, without the large squares in which none attends to any: R blocks of L
+    queries and S keys each, where a key may be in many blocks. Tokens are numbered b * T + t. A mask for gpt.attention."""
+
+    queries: torch.Tensor  # int64 [R, L]: tokens; what a block has too few of is filled up with any
+    keys: torch.Tensor  # int64 [R, S]
+    mask: torch.Tensor  # bool [R, 1, L, S]
+    places: torch.Tensor  # int64 [B * T]: where among the R * L queries each token is
+
+    def to(self, device) -> "AttentionBlocks":
+        return AttentionBlocks(*(t.to(device) for t in self))
+
+    def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout: float = 0.0) -> torch.Tensor:
+        """q [B, H, T, head_dim], k and v [B, KV, T, head_dim] -> [B, H, T, head_dim]."""
+        B, H, T, width = q.shape
+        q, k, v = take_tokens(q, self.queries), take_tokens(k, self.keys), take_tokens(v, self.keys)
+        y = attention(q, k, v, self.mask, dropout=dropout).transpose(1, 2)  # [R, L, H, head_dim]
+        return y.flatten(0, 1).index_select(0, self.places).view(B, T, H, width).transpose(1, 2)
+
+
+def take_tokens(x: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """x [B, H, T, head_dim], tokens [R, L] -> [R, H, L, head_dim]."""
+    flat = x.transpose(1, 2).flatten(2).flatten(0, 1).index_select(0, tokens.flatten())
+    return flat.view(*tokens.shape, x.shape[1], -1).transpose(1, 2)
 
 
 def encode_sample(processor, conversations: Sequence, num_images: int) -> Sample:

@@ -1,6 +1,6 @@
 """Where a vision-language model looks while it answers: how much each generated token attends to each part of a picture.
 
-The model reads prompt and answer once more, with attention weights spelled out (forward's `trace`). The position that
+The model reads prompt and answer once more, and lib/trace.py records its attention weights. The position that
 produced a token, the one before it, has a row of weights over all that stands before it; those of the image tokens are laid
 back on the picture's grid. Heads are averaged, and then layers, in one of two ways:
 
@@ -12,7 +12,7 @@ The mean is the default since it tells more: in a model of four layers, taught o
 of four corners, the hottest image token for the colour lay in the corner asked about in 100 of 100 pictures; by rollout in
 37, where 25 is chance: the lower layers' broad looks drown the later ones' narrow ones.
 
-Under fusion "cross" the weights are those of the cross-attention layers, whose rows sum to 1 over the pictures.
+In a model with cross-attention the weights are those of the cross-attention layers, whose rows sum to 1 over the pictures.
 
     maps = where_it_looks(model, answer_ids, **processor(["What is this? <image>"], ["photo.jpg"]))
     words, maps = group_into_words(answer_ids, maps, tokenizer.decode)
@@ -26,22 +26,11 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from model import MllamaForConditionalGeneration, shuffled_grid
+from extras.cross_attention import CrossAttentionVLM
+from lib.trace import record
+from model import MllamaForConditionalGeneration
 
 METHODS = ("mean", "rollout")
-
-
-class LookTrace(dict):
-    """A trace that keeps, of every layer's weights [1, H, S, S'], only what is asked for: the mean over heads, from row `first`
-    on. All layers in full would be gigabytes for a long text."""
-
-    def __init__(self, kind: str, first: int):
-        super().__init__()
-        self.kind, self.first = kind, first
-
-    def __setitem__(self, name, x):
-        if name.startswith(self.kind) and name.endswith(".attention"):
-            super().__setitem__(name, x[0].float().mean(dim=0)[self.first :])
 
 
 @torch.no_grad()
@@ -73,18 +62,20 @@ def where_it_looks(
         raise ValueError("there is no picture to look at: give pixel_values or image_features")
     if image_features is None:
         image_features = model.image_features(pixel_values.to(device))
-    grid = shuffled_grid(model.config.vision_config.grid, model.config.pixel_shuffle)
     I, N = image_features.shape[:2]
-    if N != grid[0] * grid[1]:
-        raise ValueError(f"an image is {N} tokens, which do not lie on the model's grid of {grid[0]}x{grid[1]}")
+    grid = tuple(side // model.config.pixel_shuffle for side in model.vision_tower.grid)
+    if N != grid[0] * grid[1]:  # a projector whose tokens are no places: a strip of them
+        grid = 1, N
 
     # The last token of the answer asks nothing any more: what it would produce is not there.
     ids = torch.cat([prompt, answer[None, :-1]], dim=1).to(device)
-    cross, first = model.config.fusion == "cross", prompt.shape[1] - 1
-    rollout = method == "rollout" and not cross  # pictures enter beside the text's own layers there: one step, no path
-    trace = LookTrace("cross_layers." if cross else "layers.", 0 if rollout else first)
-    model(ids, image_features=image_features.to(device), logits_to_keep=1, trace=trace)
-    layers = list(trace.values())
+    cross, first = isinstance(model, CrossAttentionVLM), prompt.shape[1] - 1
+    rollout = method == "rollout" and not cross  # images enter beside the text's own layers there: one step, no path
+    names = "language_model.model." + ("cross_layers.*.weights" if cross else "layers.*.self_attn.weights")
+    begin = 0 if rollout else first  # all layers in full would be gigabytes for a long text
+    with record(model, names, reduce=lambda weights: weights[0].float().mean(dim=0)[begin:]) as seen:
+        model(ids, image_features=image_features.to(device), logits_to_keep=1)
+    layers = list(seen.values())
     rows = roll_out(layers)[first:] if rollout else torch.stack(layers).mean(dim=0)  # [A, S], or [A, I * N] under cross
     if not cross:
         rows = rows[:, model._find_placeholders(image_features, ids)[0]]

@@ -23,7 +23,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from gpt import GPT, run_blocks
+from gpt import GPT
 from model import Llama3ForCausalLM
 from vit_scratch import ViTConfig, ViTModel, pair, sincos_positions
 
@@ -250,13 +250,7 @@ class LanguageClassifier(nn.Module):
 
     def forward(self, inputs_embeds: torch.Tensor) -> dict[str, torch.Tensor]:
         """[B, N, D] -> {"logits": [B, K]}."""
-        if isinstance(self.decoder, GPT):
-            decoder, N = self.decoder, inputs_embeds.shape[1]
-            x = inputs_embeds + decoder.position_embedding.weight[:N]
-            x = F.dropout(x, decoder.config.dropout, self.training)
-            x = decoder.norm(run_blocks(decoder.blocks, x, grad_checkpoint=decoder.grad_checkpoint))
-        else:
-            x = self.decoder(inputs_embeds=inputs_embeds)
+        x = self.decoder.hidden_states(inputs_embeds) if isinstance(self.decoder, GPT) else self.decoder(inputs_embeds)
         return {"logits": self.score(x[:, -1] if self.pooling == "last" else x.mean(dim=1))}
 
 

@@ -15,29 +15,27 @@ from safetensors.torch import load_file
 from lib.checkpoint import choose_layout
 from lib.files import find_source, read_json, write_json
 from lib.layouts.common import Layout, renamed, with_defaults
+from lib.lora import lora_layers, merge_lora, merged_weight
 from lib.quant import Linear4bit
 from lib.weights import naming, shorten, write_tensors
-from model import Linear_LORA, convert_linears_to_lora, merge_lora
+from model import convert_linears_to_lora
 
 # What else PEFT can put into an adapter, which Linear_LORA does not compute.
 NOT_LORA = ("use_dora", "use_qalora", "use_bdlora", "lora_bias", "alora_invocation_tokens", "modules_to_save")
 NOT_LORA += ("trainable_token_indices", "target_parameters", "layer_replication")
 
 
-def lora_layers(model: nn.Module) -> dict[str, Linear_LORA]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, Linear_LORA)}
-
-
 def plain_state(model: nn.Module) -> dict[str, torch.Tensor]:
     """The state of the model without LoRA that computes the same."""
     state = model.state_dict()
     for prefix, layer in lora_layers(model).items():
-        weight = getattr(layer.base, "weight", None)
-        if weight is None or not weight.is_floating_point():
-            raise ValueError(f"{prefix} is a {type(layer.base).__name__}, too coarse to merge LoRA into: use save_lora")
-        bias = state.get(f"{prefix}.base.bias")
+        try:
+            weight = merged_weight(layer)
+        except ValueError as error:
+            raise ValueError(f"{prefix}: {error}; save_lora keeps the correction by itself") from None
+        bias = state.get(f"{prefix}.linear.bias")
         state = {name: tensor for name, tensor in state.items() if not name.startswith(f"{prefix}.")}
-        state |= {f"{prefix}.weight": layer.weight} | ({} if bias is None else {f"{prefix}.bias": bias})
+        state |= {f"{prefix}.weight": weight} | ({} if bias is None else {f"{prefix}.bias": bias})
     return state
 
 
@@ -102,7 +100,8 @@ def load_lora(model: nn.Module, folder: str | Path) -> list[str]:
         alpha = next(special, config["lora_alpha"]) * (rank**0.5 if config.get("use_rslora") else 1)
         alike.setdefault((rank, alpha), []).append(name)
     for (rank, alpha), names in alike.items():
-        convert_linears_to_lora(model, rank, alpha, config["lora_dropout"], "|".join(map(re.escape, names)))
+        targets = "|".join(map(re.escape, names))
+        convert_linears_to_lora(model, rank, alpha, config["lora_dropout"], (nn.Linear, Linear4bit), targets)
     for name, (a, b) in pairs.items():
         layer = model.get_submodule(name)
         with torch.no_grad():
@@ -130,7 +129,7 @@ def read_adapter(model: nn.Module, layout: Layout, file: Path) -> dict[str, tupl
     if not file.exists():
         raise FileNotFoundError(f"there is no {file}: save the adapter as safetensors")
     with torch.device("meta"):
-        ours = {name.theirs[0]: name.ours for name in layout.names(layout.model(model.config)) if name.repeat is None}
+        ours = {name.theirs[0]: name.ours for name in layout.names(layout.build(model.config)) if name.repeat is None}
     with naming(file):
         tensors = load_file(file)
     found: dict[str, dict[str, torch.Tensor]] = {}
@@ -167,8 +166,8 @@ def put_adapter(model: nn.Module, source: str | Path, adapter: str | Path) -> st
         merge_lora(model)
     layers = [model.get_submodule(name) for name in load_lora(model, adapter)]
     trainable = sum(layer.lora_a.numel() + layer.lora_b.numel() for layer in layers)
-    for layer in layers:
-        layer.merged = same
+    for layer in layers if same else ():
+        layer.lora_b.data.zero_()  # nothing is left to add
     if not in_bits:
         merge_lora(model)
     where = ", which the weights held already" if same else ", in place of the run's own" if held else ""

@@ -230,19 +230,6 @@ def look(model, processor, pictures: dict, blind: bool) -> dict:
     return dict(zip(pictures, features, strict=True))
 
 
-def pick_rows(cache: KVCache, rows: Sequence[int]) -> KVCache:
-    """A cache of these rows of another: some of them several times, some not at all."""
-    (layers, _, heads, _, width), used = cache.keys.shape, slice(cache.length)
-    new = KVCache(layers, len(rows), heads, cache.max_length, width, cache.keys.dtype, cache.keys.device)
-    rows = torch.tensor(rows, device=cache.keys.device)
-    new.keys[:, :, :, used], new.values[:, :, :, used] = cache.keys[:, rows, :, used], cache.values[:, rows, :, used]
-    new.real[:, used], new.length, new.padded = cache.real[rows, used], cache.length, cache.padded
-    if cache.images is not None:  # what cross-attention looks at
-        images, visible = cache.images
-        new.images = {layer: (k[rows], v[rows]) for layer, (k, v) in images.items()}, visible[rows]
-    return new
-
-
 def read_beginnings(model, processor, items, batch: list[Row], blind: bool, room: int) -> tuple[KVCache, list[int]]:
     """A cache of the P different shared parts in a batch, with room for the rows' own parts and so many new tokens; and which
     of the P is that of each row."""
@@ -287,7 +274,7 @@ def continue_rows(model, logits, cache: KVCache, most: Sequence[int], stop: set[
             return said
         if full or 2 * len(going) <= len(rows):
             keep = [place for place, row in enumerate(rows) if row in going]
-            cache, ids, rows = pick_rows(cache, keep), ids[keep], [rows[place] for place in keep]
+            cache, ids, rows = cache.select(keep), ids[keep], [rows[place] for place in keep]
 
 
 def longest_row(model, rows: Sequence[Row], room: int) -> int:
@@ -318,7 +305,8 @@ def answer(
     said, stop = [""] * len(items), stop_tokens(processor.tokenizer)
     with at_rest(model):
         for batch in batches(rows, batch_size):
-            cache = pick_rows(*read_beginnings(model, processor, items, batch, blind, max_new_tokens))
+            cache, beginnings = read_beginnings(model, processor, items, batch, blind, max_new_tokens)
+            cache = cache.select(beginnings)
             out = model.language_model(**own_parts(batch, cache), cache=cache, logits_to_keep=1)
             most = [min(max_new_tokens, limit - row.length) for row in batch]
             for row, ids in zip(batch, continue_rows(model, out["logits"][:, -1], cache, most, stop), strict=True):
@@ -349,7 +337,7 @@ def mean_answer_loss(
             cache, beginnings = read_beginnings(model, processor, items, batch, blind, 0)
             order = sorted(range(len(batch)), key=lambda k: len(batch[k].own))  # answers differ in length: little padding
             for part in (order[k : k + LOSS_ROWS] for k in range(0, len(order), LOSS_ROWS)):
-                loss, tokens = own_loss(model, [batch[k] for k in part], pick_rows(cache, [beginnings[k] for k in part]))
+                loss, tokens = own_loss(model, [batch[k] for k in part], cache.select([beginnings[k] for k in part]))
                 total, count = total + loss * tokens, count + tokens
     return total / count if count else math.nan, count
 

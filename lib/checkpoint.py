@@ -17,7 +17,7 @@ import torch.nn as nn
 
 from lib.files import find_source, read_json, write_json
 from lib.layouts import find_layout, layouts_of
-from lib.layouts.common import TOKEN_IDS, Layout, check_types
+from lib.layouts.common import TOKEN_IDS, Layout
 from lib.weights import load_tensors, published_tensors, read_safetensors, write_safetensors
 
 
@@ -35,7 +35,7 @@ def from_pretrained(
     layout, config = understand(path, published)
     try:
         with torch.device("meta"):
-            model = layout.model(config)
+            model = layout.build(config)
     except (RuntimeError, TypeError, ArithmeticError) as error:  # torch's ways to say that a size exceeds what it can hold
         reason = str(error).splitlines()[0]
         raise ValueError(f"{path} does not describe a {published['model_type']}: {reason}") from None
@@ -84,7 +84,6 @@ def understand(path: Path, published: dict) -> tuple[Layout, object]:
             raise ValueError(f"{where} is a {kind} in 4 bits: only LLaMA and VLMs are implemented so")
     try:
         config = layout.read_config(published)
-        check_types(config)
     except (AttributeError, KeyError, TypeError, ArithmeticError) as error:
         raise ValueError(f"{where} does not describe a {kind}: {error}") from None
     except ValueError as error:
@@ -121,7 +120,7 @@ def save_pretrained(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with torch.device("meta"):
-        names = chosen.names(chosen.model(model.config))
+        names = chosen.names(chosen.build(model.config))
     tensors = published_tensors(state, names, dtype)
     stored = next(tensor.dtype for tensor in tensors.values() if tensor.is_floating_point())
     config = {"model_type": kind, **chosen.write_config(model.config), "dtype": str(stored).removeprefix("torch."), **more}

@@ -10,8 +10,8 @@ So a weight costs 4 + 8 / 64 + 32 / (64 x 256) = 4.127 bits. Expect a price: Smo
 
     quantize_(model, targets=["q_proj", "v_proj"])                    # in place; None: all linear layers but lm_head
     model.requires_grad_(False)
-    convert_linears_to_lora(model, rank=8, alpha=16, targets=["q_proj", "v_proj"])      # QLoRA: only A and B train
-    merge_lora(model)                                                 # plain linear layers again, LoRA added
+    convert_linears_to_lora(model, 8, 16, target_module_classes=(Linear4bit,), targets=["q_proj", "v_proj"])        # QLoRA
+    lib.lora.merge_lora(model)                                               # plain linear layers again, LoRA added
     quantised_memory(model)["bytes_per_weight"]
     python bench.py quant --source model.gguf                         # time, memory and perplexity against floats
 
@@ -35,7 +35,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from model import Llama3ForCausalLM, find_linears, merge_lora, read_together
+from lib.fast_decode import read_together
+from lib.lora import find_linears, merge_lora
+from model import Llama3ForCausalLM
 
 BLOCK, NESTED_BLOCK = 64, 256  # weights that share an absmax, absmax that share one
 NF4 = (
@@ -287,7 +289,7 @@ class Linear8bit(QuantisedLinear):
 
     @staticmethod
     def side_by_side(layers: Sequence["Linear8bit"]) -> Callable | None:
-        """What model.side_by_side asks for."""
+        """What fast_decode.side_by_side asks for."""
         codes, scales = (in_one_piece([getattr(layer, name) for layer in layers]) for name in ("codes", "scales"))
         return None if codes is None or scales is None else partial(multiply_int8, codes=codes, scales=scales)
 
@@ -313,7 +315,7 @@ def quantize_(module: nn.Module, targets: Sequence[str] | str | None = None) -> 
     targets: as for convert_linears_to_lora, which comes after this. One layer at a time, so that its floats are free before
     the next. Raises ValueError where nothing fits, for a head that is tied to the embedding and weights that are not finite.
     """
-    return replace_linears(module, list(find_linears(module, targets, nn.Linear)), Linear4bit)
+    return replace_linears(module, list(find_linears(module, targets)), Linear4bit)
 
 
 def replace_linears(module: nn.Module, names: list[str], kind: type[QuantisedLinear]) -> list[str]:

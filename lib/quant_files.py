@@ -99,7 +99,7 @@ def place_quantised(model: nn.Module, tensors: dict, names: list[Name], source: 
 def quantised_weights(model: nn.Module, layout: Layout) -> tuple[dict[str, dict[str, torch.Tensor]], dict]:
     """{name of a 4-bit layer's weight: its tensors as in files, by suffix}, and what config.json says of them. Those inside
     LoRA layers are left out, since these are written merged. Raises ValueError where the model's layout holds none."""
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, Linear4bit) and not name.endswith(".base")}
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, Linear4bit) and not name.endswith(".linear")}
     if layers and layout.modules is None:
         raise ValueError(f"4-bit layers of a {type(model).__name__} have no layout: only those of LLaMA and VLMs do")
     weights = {f"{name}.weight": weight_to_file(layer) for name, layer in layers.items()}

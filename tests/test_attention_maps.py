@@ -8,7 +8,9 @@ import torch
 from PIL import Image
 
 from extras.attention_maps import METHODS, group_into_words, where_it_looks
+from extras.cross_attention import CrossAttentionConfig, CrossAttentionVLM
 from lib import figures
+from lib.trace import record
 from model import MLLAMAConfig, MllamaForConditionalGeneration, pixel_shuffle
 
 IMAGE = 49
@@ -16,15 +18,17 @@ VISION = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "n
 VISION |= {"image_size": (16, 24), "patch_size": 4}  # 4 x 6 patches
 TEXT = {"vocab_size": 50, "hidden_size": 32, "n_heads": 4, "n_kv_groups": 2, "n_layers": 3, "hidden_dim": 48}
 TEXT |= {"max_position_embeddings": 64}
-KINDS = {"shuffled": {"pixel_shuffle": 2}, "plain": {}, "cross": {"fusion": "cross", "cross_every": 2}}
+KINDS = {"shuffled": {"pixel_shuffle": 2}, "plain": {}, "cross": {"cross_every": 2}}
 ANSWER = [7, 31, 2, 18]
 
 
 @pytest.fixture(params=KINDS)
 def model(request):
     torch.manual_seed(0)
-    config = MLLAMAConfig(VISION, TEXT, image_token_id=IMAGE, **KINDS[request.param])
-    model = MllamaForConditionalGeneration(config).eval()
+    config_class, model_class = MLLAMAConfig, MllamaForConditionalGeneration
+    if request.param == "cross":
+        config_class, model_class = CrossAttentionConfig, CrossAttentionVLM
+    model = model_class(config_class(VISION, TEXT, image_token_id=IMAGE, **KINDS[request.param])).eval()
     with torch.no_grad():
         for p in model.parameters():
             p.add_(torch.randn_like(p) * 0.2)
@@ -41,12 +45,11 @@ def prompt(model, images: int = 2) -> dict[str, torch.Tensor]:
 
 def traced(model, batch, answer=ANSWER) -> dict:
     """All weights of a pass over prompt and whole answer."""
-    trace = {}
-    with torch.no_grad():
-        model(torch.cat([batch["input_ids"], torch.tensor([answer])], dim=1), batch["pixel_values"], trace=trace)
-    cross = model.config.fusion == "cross"
-    layers = (0, 2) if cross else (0, 1, 2)
-    return [trace[f"{'cross_' if cross else ''}layers.{i}.attention"][0] for i in layers]
+    with torch.no_grad(), record(model, "language_model.*.weights") as seen:
+        model(torch.cat([batch["input_ids"], torch.tensor([answer])], dim=1), batch["pixel_values"])
+    if isinstance(model, CrossAttentionVLM):
+        return [seen[f"language_model.model.cross_layers.{i}.weights"][0] for i in (0, 2)]
+    return [seen[f"language_model.model.layers.{i}.self_attn.weights"][0] for i in (0, 1, 2)]
 
 
 def test_a_map_is_what_the_trace_says(model):
@@ -54,7 +57,7 @@ def test_a_map_is_what_the_trace_says(model):
     batch = prompt(model)
     maps, layers = where_it_looks(model, ANSWER, **batch), traced(model, batch)
     ids = batch["input_ids"][0].tolist()
-    cross, (I, h, w) = model.config.fusion == "cross", maps.shape[1:]
+    cross, (I, h, w) = isinstance(model, CrossAttentionVLM), maps.shape[1:]
     assert maps.shape[0] == len(ANSWER) and (h, w) == ((2, 3) if model.config.pixel_shuffle == 2 else (4, 6))
     columns = list(range(I * h * w)) if cross else [place for place, token in enumerate(ids) if token == IMAGE]
     for k in range(len(ANSWER)):
@@ -72,7 +75,7 @@ def test_rollout_is_the_product_of_the_layers(model):
     """Share by share: what a token holds after a layer is half its own, half what it looked at."""
     batch = prompt(model)
     maps, layers = where_it_looks(model, ANSWER, **batch, method="rollout"), traced(model, batch)
-    if model.config.fusion == "cross":
+    if isinstance(model, CrossAttentionVLM):
         assert torch.equal(maps, where_it_looks(model, ANSWER, **batch))
         return
     S, first = layers[0].shape[-1], batch["input_ids"].shape[1] - 1
@@ -91,7 +94,7 @@ def test_rollout_is_the_product_of_the_layers(model):
 def test_no_token_looks_at_later_ones(model, method):
     """The weights on all that stands later are 0, and another end of the answer changes no map before it."""
     batch = prompt(model)
-    if model.config.fusion == "early":
+    if not isinstance(model, CrossAttentionVLM):
         assert all(bool((weights.triu(1) == 0).all()) for weights in traced(model, batch))
     maps = where_it_looks(model, ANSWER, **batch, method=method)
     for k in range(1, len(ANSWER) + 1):
@@ -119,14 +122,14 @@ def test_a_planted_look_lands_on_its_place(model):
     for image, row, column in ((0, 1, 2), (1, h - 1, 0)):
         planted = features.clone().requires_grad_()
         for _ in range(20):  # climb towards it: the weights on one place as a function of that place's feature
-            trace = {}
             ids = torch.cat([batch["input_ids"], torch.tensor([ANSWER[:-1]])], dim=1)
-            model(ids, image_features=planted, trace=trace)
-            cross = model.config.fusion == "cross"
+            with record(model, "*.weights") as seen:
+                model(ids, image_features=planted)
+            cross = isinstance(model, CrossAttentionVLM)
             place = image * h * w + row * w + column
             if not cross:
                 place = int((ids[0] == IMAGE).nonzero()[place])
-            weights = trace["cross_layers.0.attention" if cross else "layers.0.attention"]
+            weights = seen[f"language_model.model.{'cross_layers.0' if cross else 'layers.0.self_attn'}.weights"]
             (grad,) = torch.autograd.grad(weights[0, :, -len(ANSWER) :, place].clamp(min=1e-9).log().sum(), planted)
             with torch.no_grad():
                 planted[image, row * w + column] += grad[image, row * w + column]
@@ -168,13 +171,20 @@ def test_tokens_become_words(pieces, words):
         ({"answer_ids": []}, "at least one token"),
         ({"pixel_values": None}, "no picture to look at"),
         ({"method": "max"}, "must be mean or rollout"),
-        ({"pixel_values": None, "image_features": torch.zeros(2, 5, 32)}, "an image is 5 tokens"),
     ],
 )
 @pytest.mark.parametrize("model", ["shuffled"], indirect=True)
 def test_what_has_no_map_is_refused(model, changes, message):
     with pytest.raises(ValueError, match=message):
         where_it_looks(model, **{"answer_ids": ANSWER, **prompt(model), **changes})
+
+
+@pytest.mark.parametrize("model", ["shuffled"], indirect=True)
+def test_tokens_that_lie_on_no_grid_are_a_strip(model):
+    """As of a projector that asks its own questions of the patches: here 5 tokens of an image in place of 2 x 3."""
+    model.config.text_config.num_image_tokens = 5
+    maps = where_it_looks(model, ANSWER, prompt(model)["input_ids"], image_features=torch.randn(2, 5, 32))
+    assert maps.shape == (len(ANSWER), 2, 1, 5)
 
 
 @pytest.mark.parametrize("model", ["shuffled"], indirect=True)

@@ -1,13 +1,13 @@
 """What a layout of a published checkpoint is, and the tools that the readers of all model families share."""
 
-import math
 import re
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, fields
 from functools import partial
-from typing import get_args, get_origin
 
 import torch.nn as nn
+
+from lib.checks import checked
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,10 @@ class Layout:
     clean: Callable[[dict], dict] = lambda tensors: tensors  # drops what is no parameter, undoes spellings
     misfit: Callable[[object], str] = lambda config: ""  # why a model of this config cannot be saved so; "" where it can
     modules: dict[str, str] | None = None  # where transformers has our modules, by prefix; None: no adapters
+    make: Callable[[object], nn.Module] | None = None  # from a config, where `model` alone does not do it
+
+    def build(self, config) -> nn.Module:
+        return (self.make or self.model)(config)
 
 
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")  # entries of config.json that our configs do not hold
@@ -44,20 +48,6 @@ def activation(published: str) -> str:
     if published not in ACTIVATIONS:
         raise ValueError(f"the activation {published!r} is not implemented: known are {', '.join(ACTIVATIONS)}")
     return ACTIVATIONS[published]
-
-
-def check_types(config) -> None:
-    """Raise ValueError where JSON gave a setting of a config another type than its dataclass says, which may well compute
-    something: of "true" and 8.0 for a width as much as of NaN."""
-    for field in fields(config):
-        value, kinds = getattr(config, field.name), [get_origin(kind) or kind for kind in get_args(field.type) or (field.type,)]
-        if is_dataclass(value):
-            check_types(value)
-        elif float in kinds and type(value) in (int, float):
-            if not math.isfinite(value):
-                raise ValueError(f"{field.name} is {value}: it must be finite")
-        elif type(value) not in kinds or (isinstance(value, tuple) and [type(side) for side in value] != [int, int]):
-            raise ValueError(f"{field.name} is {value!r:.80}: it must be {' or '.join(kind.__name__ for kind in kinds)}")
 
 
 def with_defaults(published: dict, defaults: dict) -> dict:
@@ -106,18 +96,31 @@ def prefix_layout(model, read_config, write_config, prefixes=None, spellings=Non
     return Layout(model, read_config, write_config, names, clean, **more)
 
 
+def own_settings(published: dict, config_class: type) -> dict:
+    """What config.json says of the settings of one of our configs, with tuples again where JSON has lists."""
+
+    def tuples(value):
+        return {key: tuples(inner) for key, inner in value.items()} if isinstance(value, dict) else size_from_json(value)
+
+    return {f.name: tuples(published[f.name]) for f in fields(config_class) if f.name in published}
+
+
 def own_layout(model: type[nn.Module], config_class: type) -> Layout:
     """Our own layout, for what no published one holds: config.json has the settings of our config, tensors have our names."""
 
-    def tuples(value):  # JSON has lists only
-        if isinstance(value, dict):
-            return {key: tuples(inner) for key, inner in value.items()}
-        return size_from_json(value)
-
     def read(published: dict):
-        return config_class(**{f.name: tuples(published[f.name]) for f in fields(config_class) if f.name in published})
+        return checked(config_class, **own_settings(published, config_class))
 
     return prefix_layout(model, read, asdict, modules={})
+
+
+def unusual(config, handled: Iterable[str]) -> str:
+    """Why a published layout that knows only the settings `handled` cannot hold this config: another one is not its default.
+    So a variant with a setting of its own is never written as what it is not."""
+    for setting in fields(config):
+        if setting.name not in handled and getattr(config, setting.name) != setting.default:
+            return f"it has no {setting.name}"
+    return ""
 
 
 def block_names(ours: str, theirs: str, parts: dict[str, str | tuple[str, ...]], transpose: bool = False) -> list[Name]:

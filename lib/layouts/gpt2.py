@@ -1,6 +1,7 @@
 """GPT-2: gpt.py's parameters under the published names, which keep linear layers as [in, out]."""
 
 from gpt import GPT, GPTConfig
+from lib.checks import checked
 from lib.layouts.common import Layout, Name, activation, block_names
 
 
@@ -10,7 +11,8 @@ def read_gpt2_config(published: dict) -> GPTConfig:
             raise ValueError(f"this GPT-2 has {key} set, which gpt.py does not implement")
     if published.get("tie_word_embeddings") is False:
         raise ValueError("this GPT-2 has an untied head, which gpt.py does not implement")
-    return GPTConfig(
+    return checked(
+        GPTConfig,
         vocab_size=published["vocab_size"],
         context_length=published["n_positions"],
         hidden_size=published["n_embd"],

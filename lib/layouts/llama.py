@@ -1,6 +1,7 @@
 """LLaMA, as transformers 4 and 5 write it."""
 
-from lib.layouts.common import TOKEN_IDS, own_layout, prefix_layout, with_defaults
+from lib.checks import checked
+from lib.layouts.common import TOKEN_IDS, own_layout, prefix_layout, unusual, with_defaults
 from model import Llama3ForCausalLM, LLAMA32Config
 
 LLAMA = {
@@ -14,7 +15,7 @@ LLAMA_SETTINGS = {  # ours: theirs
     **{"context_length": "max_position_embeddings", "rms_norm_eps": "rms_norm_eps", "mlp_bias": "mlp_bias"},
     **{key: key for key in ("tie_word_embeddings", "attention_bias", "initializer_range")},
 }
-LONGEST_TABLE = 8192  # positions whose rotations are kept; for a context of 131,072 that would be 67 MB
+HANDLED = (*LLAMA_SETTINGS, "max_position_embeddings", "rope_base", "rope_scaling", "dropout", "attention", "num_image_tokens")
 
 
 def read_llama(published: dict) -> LLAMA32Config:
@@ -24,9 +25,10 @@ def read_llama(published: dict) -> LLAMA32Config:
     # transformers 5 has it all in rope_parameters; 4.x the base as rope_theta and the rest, if any, in rope_scaling
     rope = dict(given.get("rope_scaling") or given.get("rope_parameters") or {})
     base = rope.pop("rope_theta", given.get("rope_theta", 10000.0))
-    return LLAMA32Config(
+    return checked(
+        LLAMA32Config,
         **{ours: given[theirs] for ours, theirs in LLAMA_SETTINGS.items()},
-        max_position_embeddings=min(given["max_position_embeddings"], LONGEST_TABLE),
+        max_position_embeddings=given["max_position_embeddings"],
         rope_base=base,
         rope_scaling=None if rope in ({}, {"rope_type": "default"}) else rope,
     )
@@ -48,11 +50,9 @@ def write_llama(config: LLAMA32Config) -> dict:
 
 
 def llama_misfit(config: LLAMA32Config) -> str:
-    if config.cross_every:
-        return "it has no cross-attention layers"
     if config.hidden_size % config.n_heads:
         return f"hidden_size {config.hidden_size} is no multiple of {config.n_heads} heads, which transformers insists on"
-    return ""
+    return unusual(config, HANDLED)
 
 
 LAYOUTS = {

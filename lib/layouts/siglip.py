@@ -2,6 +2,7 @@
 
 from functools import partial
 
+from lib.checks import checked
 from lib.layouts.common import PUBLISHED_ACTIVATION, activation, own_layout, prefix_layout, size_from_json, with_defaults
 from siglip import SiglipConfig, SiglipModel, SiglipTextConfig, SiglipTextTransformer, SiglipTwoTower, SiglipVisionConfig
 from vit_scratch import pair
@@ -18,7 +19,7 @@ def read_tower(published: dict, config_class, defaults: dict):
     """A SiglipVisionConfig or SiglipTextConfig. defaults: what an absent setting means, and so which settings there are."""
     given = with_defaults(published, defaults)
     settings = {key: size_from_json(given[key]) for key in defaults}
-    return config_class(**{**settings, "hidden_act": activation(settings["hidden_act"])})
+    return checked(config_class, **{**settings, "hidden_act": activation(settings["hidden_act"])})
 
 
 read_vision = partial(read_tower, config_class=SiglipVisionConfig, defaults=SIGLIP_VISION)
@@ -51,7 +52,7 @@ def write_siglip_text(config: SiglipTextConfig) -> dict:
 
 def read_siglip(published: dict) -> SiglipConfig:
     towers = [published.get(key) or {} for key in ("vision_config", "text_config")]
-    return SiglipConfig(read_vision(towers[0]), read_siglip_text(towers[1]))
+    return checked(SiglipConfig, vision_config=read_vision(towers[0]), text_config=read_siglip_text(towers[1]))
 
 
 def write_siglip(config: SiglipConfig) -> dict:

@@ -1,12 +1,14 @@
 """ViT: vit_scratch.py's parameters under the published names, which keep queries, keys and values apart."""
 
+from lib.checks import checked
 from lib.layouts.common import PUBLISHED_ACTIVATION, Layout, Name, activation, block_names, size_from_json
 from vit_scratch import ViTConfig, ViTModel
 
 
 def read_vit_config(published: dict) -> ViTConfig:
     labels = published.get("id2label")
-    return ViTConfig(
+    return checked(
+        ViTConfig,
         image_size=size_from_json(published.get("image_size", 224)),
         patch_size=size_from_json(published.get("patch_size", 16)),
         num_channels=published.get("num_channels", 3),

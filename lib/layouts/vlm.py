@@ -1,10 +1,12 @@
 """Vision-language models of SigLIP and LLaMA: LLaVA, and Idefics3 with SmolVLM."""
 
+from dataclasses import asdict
 from functools import partial
 
 import torch
 
-from lib.layouts.common import NO_PARAMETER, own_layout, prefix_layout, with_defaults
+from lib.checks import checked
+from lib.layouts.common import NO_PARAMETER, own_settings, prefix_layout, unusual, with_defaults
 from lib.layouts.llama import llama_misfit, read_llama, write_llama
 from lib.layouts.siglip import SIGLIP_VISION, read_tower, read_vision, vision_misfit, write_vision
 from model import MLLAMAConfig, MllamaForConditionalGeneration
@@ -55,7 +57,8 @@ def read_llava(published: dict) -> MLLAMAConfig:
     if given.get("projector_hidden_act", "gelu") != "gelu":
         raise ValueError(f"projector_hidden_act is {given['projector_hidden_act']!r}: only gelu is implemented")
     tied = given.get("tie_word_embeddings", False) or text.get("tie_word_embeddings", False)
-    return MLLAMAConfig(
+    return checked(
+        MLLAMAConfig,
         vision_config=read_vision({**vision, "vision_use_head": False}),
         text_config=read_llama({**text, "tie_word_embeddings": tied}),
         projector_bias=given.get("multimodal_projector_bias", True),
@@ -79,22 +82,26 @@ def write_llava(config: MLLAMAConfig) -> dict:
     }
 
 
-NOT_CROSS = "it knows pictures as tokens among the words only, not fusion cross"
+HANDLED = ("vision_config", "text_config", "projection_dim", "projector_type", "projector_bias", "pixel_shuffle")
+HANDLED += ("vision_feature_layer", "image_token_id")
 
 
 def vlm_misfit(config: MLLAMAConfig) -> str:
     token, V = config.image_token_id, config.text_config.vocab_size
+    if type(config) is not MLLAMAConfig:
+        return "it knows images as tokens among the words only"
     if token is None:
         return "image_token_id is not set: give the model's config the id of the tokenizer's <image>"
     if token >= V:
-        return f"image_token_id {token} is outside the vocabulary of {V}: resize_token_embeddings to hold it"
-    return vision_misfit(config.vision_config) or llama_misfit(config.text_config)
+        return f"image_token_id {token} is outside the vocabulary of {V}: make room with lib.vocabulary.resize_token_embeddings"
+    if config.vision_config.grid[0] != config.vision_config.grid[1]:
+        return "its images are squares"
+    parts = vision_misfit(config.vision_config), llama_misfit(config.text_config), unusual(config, HANDLED)
+    return next(filter(None, parts), "")
 
 
 def llava_misfit(config: MLLAMAConfig) -> str:
     width = config.text_config.hidden_size
-    if config.fusion != "early":
-        return NOT_CROSS
     if config.projector_type != "mlp" or config.pixel_shuffle != 1 or config.projection_dim not in (None, width):
         return f"its projector is an mlp, {width} wide inside like the text model, without pixel shuffle"
     if config.vision_feature_layer is None:
@@ -111,7 +118,8 @@ def read_idefics3(published: dict) -> MLLAMAConfig:
     vision = read_part(published, "vision_config", IDEFICS3_KINDS, default="idefics3_vision")
     text = read_part(published, "text_config", ("llama",), default="llama")
     given = with_defaults(published, {"scale_factor": 2, "image_token_id": 128257, "tie_word_embeddings": False})
-    config = MLLAMAConfig(
+    config = checked(
+        MLLAMAConfig,
         vision_config=read_tower({**vision, "vision_use_head": False}, SiglipVisionConfig, IDEFICS3_VISION),
         text_config=read_llama({**text, "tie_word_embeddings": given["tie_word_embeddings"]}),
         projector_type="linear",
@@ -135,8 +143,6 @@ def write_idefics3(config: MLLAMAConfig, kind: str, name: str) -> dict:
 
 
 def idefics3_misfit(config: MLLAMAConfig) -> str:
-    if config.fusion != "early":
-        return NOT_CROSS
     if config.projector_type != "linear" or config.projector_bias:
         return "its projector is one linear layer without bias"
     if config.vision_feature_layer is not None:
@@ -145,15 +151,38 @@ def idefics3_misfit(config: MLLAMAConfig) -> str:
 
 
 def idefics3_position_misfit(config: SiglipVisionConfig) -> str:
-    """transformers computes the position of each patch of Idefics3 as a fraction of the picture's side, and rounding sends
+    """transformers computes the position of each patch of Idefics3 as a fraction of the image's side, and rounding sends
     some patches of some grids (19, 25, 29, 31, 38, ... a side) to a neighbour's position. This repeats that computation."""
     side = config.grid[0]
     if side > MOST_PATCHES:
-        return f"a grid of {side}x{side} patches is out of all proportion: over {MOST_PATCHES} a side"
+        return f"a grid of {side}x{side} patches exceeds the maximum of {MOST_PATCHES} a side"
     patches, borders = torch.arange(side, device="cpu"), torch.arange(1 / side, 1.0, 1 / side, device="cpu")
     if torch.equal(torch.bucketize(patches * (1 / side), borders, right=True), patches):
         return ""
     return f"transformers misplaces patches on its {side}x{side} grid by rounding: choose another image_size"
+
+
+def read_own(published: dict) -> MLLAMAConfig:
+    settings = own_settings(published, MLLAMAConfig)
+    if published.get("fusion", "early") == "early":
+        settings["text_config"] = {k: v for k, v in settings["text_config"].items() if k != "cross_every"}  # 0, in older files
+        return checked(MLLAMAConfig, **settings)
+    from extras.cross_attention import CrossAttentionConfig
+
+    cross_every = settings["text_config"].pop("cross_every")
+    return checked(CrossAttentionConfig, **settings, cross_every=cross_every)
+
+
+def write_own(config: MLLAMAConfig) -> dict:
+    return {**asdict(config), "fusion": "early" if type(config) is MLLAMAConfig else "cross"}
+
+
+def make_own(config: MLLAMAConfig) -> MllamaForConditionalGeneration:
+    if type(config) is MLLAMAConfig:
+        return MllamaForConditionalGeneration(config)
+    from extras.cross_attention import CrossAttentionVLM
+
+    return CrossAttentionVLM(config)
 
 
 LAYOUTS = {
@@ -168,5 +197,5 @@ LAYOUTS = {
         )
         for kind, name in (("idefics3", "Idefics3"), ("smolvlm", "SmolVLM"))
     },
-    "mllama_scratch": own_layout(MllamaForConditionalGeneration, MLLAMAConfig),
+    "mllama_scratch": prefix_layout(MllamaForConditionalGeneration, read_own, write_own, modules={}, make=make_own),
 }  # fmt: skip

@@ -8,10 +8,15 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from PIL import Image
 from safetensors.torch import load_file
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import model as m
+from extras.cross_attention import CrossAttentionConfig, CrossAttentionVLM
+from lib.checks import checked
+from lib.fast_decode import fast_step
+from lib.tokenizer import BPETokenizer
+from lib.trace import record
 from model import (
     Linear_LORA,
     Llama3ForCausalLM,
@@ -19,69 +24,27 @@ from model import (
     MLLAMAConfig,
     MllamaForConditionalGeneration,
     MultiModalProjector,
-    OneToken,
-    arrange_for_decoding,
-    chunked_cross_entropy,
     convert_linears_to_lora,
-    find_image_token,
-    lora_parameters,
-    merge_lora,
     rotary_frequencies,
 )
-
-V, IMAGE = 61, 60
-TEXT = {"vocab_size": V, "hidden_size": 36, "n_heads": 9, "n_kv_groups": 3, "n_layers": 3, "hidden_dim": 50}
-TEXT |= {"max_position_embeddings": 64, "rope_base": 10000.0}
-VISION = {"hidden_size": 20, "intermediate_size": 30, "num_hidden_layers": 3, "num_attention_heads": 4}
-VISION |= {"image_size": 16, "patch_size": 4}
-LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-LLAMA3 |= {"original_max_position_embeddings": 16}
-
-
-def shaken(module, seed=0):
-    """Random everything, norms and biases included: what starts at 0 or 1 would hide a part that is left out."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
-    return module.eval()
-
-
-def make(**changes):
-    torch.manual_seed(0)
-    return shaken(Llama3ForCausalLM(LLAMA32Config(**{**TEXT, **changes})))
-
-
-def make_vlm(text=None, vision=None, **changes):
-    torch.manual_seed(0)
-    config = MLLAMAConfig({**VISION, **(vision or {})}, {**TEXT, **(text or {})}, **{"image_token_id": IMAGE, **changes})
-    return shaken(MllamaForConditionalGeneration(config))
-
-
-def random_ids(*shape, seed=1):
-    return torch.randint(1, IMAGE, shape, generator=torch.Generator().manual_seed(seed))
-
-
-def padding(lengths, T, side):
-    real = torch.arange(T) < torch.tensor(lengths)[:, None]
-    return (real if side == "right" else real.flip(1)).long()
-
-
-def place(rows, side, T):
-    """Rows of ids, padded with id 7: input_ids and attention_mask [B, T]."""
-    mask = padding([len(row) for row in rows], T, side)
-    ids = torch.full_like(mask, 7)
-    for b, row in enumerate(rows):
-        ids[b, mask[b].bool()] = torch.tensor(row)
-    return ids, mask
-
-
-def grads(module):
-    return {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
-
-
-def close(a, b, tol=1e-5):
-    torch.testing.assert_close(a, b, atol=tol, rtol=tol)
+from processing_mllama import MllamaImageProcessor
+from toys import (
+    IMAGE,
+    LLAMA3,
+    TEXT,
+    VISION,
+    V,
+    block_pattern,
+    close,
+    grads,
+    make,
+    make_vlm,
+    padding,
+    place,
+    random_ids,
+    shaken,
+    words_and_images,
+)
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +102,6 @@ LLAMAS = {
         {"num_key_value_heads": 9, "attention_bias": True, "mlp_bias": True},
     ),
     "tied": ({"tie_word_embeddings": True}, {"tie_word_embeddings": True}),
-    "past the table": ({"max_position_embeddings": 5, "context_length": 64}, {}),
     "llama3": (
         {"head_dim": 16, "rope_scaling": LLAMA3},
         {"head_dim": 16, "rope_parameters": {**LLAMA3, "rope_theta": 10000.0}},
@@ -155,17 +117,17 @@ LLAMAS = {
 def test_llama_has_transformers_logits_loss_and_hidden_states(transformers, tmp_path, ids, case):
     ours_settings, their_settings = LLAMAS[case]
     theirs = shaken(transformers.LlamaForCausalLM(their_llama(transformers, **their_settings)))
-    ours = ours_from(theirs, Llama3ForCausalLM(LLAMA32Config(**{**TEXT, **ours_settings})), tmp_path)
+    ours = ours_from(theirs, Llama3ForCausalLM(checked(LLAMA32Config, **{**TEXT, **ours_settings})), tmp_path)
     for side in ("left", "right"):
         mask = padding((12, 7, 1), 12, side)
         labels = ids.masked_fill((mask == 0) | (mask.cumsum(1) == 1), -100)  # nothing real stands before the first token
         expected = theirs(ids, attention_mask=mask, labels=labels, output_hidden_states=True)
-        trace = {}
         real = mask.bool()
-        close(ours(ids, attention_mask=mask, trace=trace)["logits"][real], expected.logits[real])
+        with record(ours, "model.embed_tokens", "model.layers.?", "model.norm") as seen:
+            close(ours(ids, attention_mask=mask)["logits"][real], expected.logits[real])
         close(ours(ids, attention_mask=mask, labels=labels)["loss"], expected.loss)
-        for name, state in zip(("embeddings", "layers.0", "layers.1", "norm"), expected.hidden_states, strict=True):
-            close(trace[name][real], state[real])
+        for name, state in zip(("embed_tokens", "layers.0", "layers.1", "norm"), expected.hidden_states, strict=True):
+            close(seen[f"model.{name}"][real], state[real])
 
 
 @pytest.mark.parametrize("preset", ["llama-3.2-1b", "llama-3.2-3b", "smollm2-135m"])
@@ -178,36 +140,30 @@ def test_published_rotations(transformers, preset):
     theirs = transformers.models.llama.modeling_llama.LlamaRotaryEmbedding(theirs)
     torch.testing.assert_close(rotary_frequencies(config), theirs.inv_freq, atol=0, rtol=1e-6)
     positions = torch.tensor([[0, 5, 300, 2000]])
-    cos, sin = m.LLAMARotaryEmbedding(config)(positions, 2001, torch.float32)
+    cos, sin = m.LLAMARotaryEmbedding(config)(positions, torch.float32)
     their_cos, their_sin = theirs(torch.zeros(1), positions)
     sign = torch.tensor([-1.0, 1.0]).repeat_interleave(config.head_dim // 2)
     close(cos[:, 0], their_cos, 1e-3)  # at 2,000 radians the last digit of a float32 is 1e-4
     close(sin[:, 0], sign * their_sin, 1e-3)
 
 
-@pytest.mark.parametrize("arranged", [False, True])
-def test_greedy_generation_is_that_of_transformers(transformers, tmp_path, arranged):
+@pytest.mark.parametrize("fast", [False, True])
+def test_greedy_generation_is_that_of_transformers(transformers, tmp_path, fast):
     theirs = shaken(transformers.LlamaForCausalLM(their_llama(transformers, tie_word_embeddings=True)))
     ours = ours_from(theirs, Llama3ForCausalLM(LLAMA32Config(**TEXT, tie_word_embeddings=True)), tmp_path)
-    ours = arrange_for_decoding(ours) if arranged else ours
-    assert isinstance(OneToken.for_model(ours), OneToken) == arranged
+    step = fast_step(ours) if fast else None
     prompts = [random_ids(n, seed=n).tolist() for n in (9, 4, 1)]
     input_ids, mask = place(prompts, "left", 9)
     expected = theirs.generate(input_ids=input_ids, attention_mask=mask, max_new_tokens=12, do_sample=False)[:, 9:].tolist()
-    assert ours.generate(prompts, 12) == expected
-    assert ours.generate(input_ids, 12, attention_mask=mask) == expected
-    assert ours.generate(*place(prompts, "right", 11)[:1], 12, attention_mask=place(prompts, "right", 11)[1]) == expected
-    assert ours.generate(prompts, 12, stop_tokens=[expected[0][3]])[0] == expected[0][: expected[0].index(expected[0][3])]
+    assert ours.generate(prompts, 12, step=step) == expected
+    assert ours.generate(input_ids, 12, attention_mask=mask, step=step) == expected
+    right, mask = place(prompts, "right", 11)
+    assert ours.generate(right, 12, attention_mask=mask, step=step) == expected
+    stopped = ours.generate(prompts, 12, stop_tokens=[expected[0][3]], step=step)
+    assert stopped[0] == expected[0][: expected[0].index(expected[0][3])]
 
 
 # ---- laws of the decoder -----------------------------------------------------------------------------------------------
-
-
-def block_pattern(lengths):
-    """Samples packed one after the other: bool [1, 1, T, T] and positions [1, T] that start again in each."""
-    sample = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
-    pattern = (sample[:, None] == sample) & torch.ones(len(sample), len(sample)).tril().bool()
-    return pattern[None, None], torch.cat([torch.arange(n) for n in lengths])[None]
 
 
 @pytest.mark.parametrize("mask", [None, padding((12, 5, 1), 12, "left"), padding((12, 5, 1), 12, "right"), "packed"])
@@ -229,12 +185,6 @@ def test_in_bf16_on_a_cpu_attention_is_two_products(ids, mask):
     with torch.autocast("cpu", torch.bfloat16):
         ours, explicit = (make(attention=kind)(ids, attention_mask=mask)["logits"] for kind in ("sdpa", "explicit"))
     assert torch.equal(ours, explicit)
-
-
-def test_heads_are_repeated_where_no_kernel_shares_them(monkeypatch, lm, ids):
-    expected = lm(ids)["logits"]
-    monkeypatch.setattr(m, "kernel_shares_heads", lambda *_: False)
-    close(lm(ids)["logits"], expected)
 
 
 def test_a_token_never_sees_later_ones(lm, ids):
@@ -268,29 +218,17 @@ def test_packed_samples_are_separate_samples(ids, attention):
     assert lm(ids[:1], attention_mask=nobody, position_ids=positions)["logits"].isfinite().all()
 
 
-@pytest.mark.parametrize("arranged", [False, True])
-@pytest.mark.parametrize("table", [64, 6])
-def test_cached_equals_uncached_token_by_token(ids, arranged, table):
-    model = make(max_position_embeddings=table, context_length=64)
+@pytest.mark.parametrize("fast", [False, True])
+def test_cached_equals_uncached_token_by_token(ids, fast):
+    model = make()
     mask = padding((12, 7, 6), 12, "left")
     expected = model(ids, attention_mask=mask)["logits"]
-    step = OneToken.for_model(arrange_for_decoding(model)) if arranged else model
+    step = fast_step(model) if fast else model
     with torch.no_grad():
         cache = model.new_cache(3, 12)
         first = model(ids[:, :7], attention_mask=mask[:, :7], cache=cache, logits_to_keep=1)["logits"]
         later = [step(ids[:, t : t + 1], cache=cache)["logits"] for t in range(7, 12)]
     close(torch.cat([first, *later], dim=1), expected[:, 6:])
-
-
-@pytest.mark.parametrize("threads", [1, 2, 4, 7])
-def test_one_token_on_all_cores(ids, monkeypatch, threads):
-    """The sizes here split over 2 and 4 threads, the vocabulary of 61 over none."""
-    model = arrange_for_decoding(make())
-    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    with torch.no_grad():
-        cache = model.new_cache(1, 12)
-        model(ids[:1, :11], cache=cache)
-        close(OneToken.for_model(model)(ids[:1, 11:], cache)["logits"], model(ids[:1])["logits"][:, 11:])
 
 
 def test_a_second_stretch_of_text_continues_the_first(lm, ids):
@@ -338,79 +276,36 @@ def test_generation_leaves_training_possible(ids):
     assert len(grads(model)) == len(list(model.parameters()))
 
 
-def test_grad_checkpoint_computes_twice_and_changes_nothing(ids):
-    results, calls = [], []
-    for on in (False, True):
-        model = make().train()
-        model.grad_checkpoint = on
-        model.model.layers[1].register_forward_pre_hook(lambda *_, on=on: calls.append(on))
-        loss = model(ids, labels=ids)["loss"]
-        loss.backward()
-        results.append((loss, grads(model)))
-    close(*results)
-    assert calls == [False, True, True]
-
-
 def test_dropout_is_for_training_only(ids):
     model = make(dropout=0.3)
     close(model(ids)["logits"], make()(ids)["logits"])
     assert (model.train()(ids)["logits"] - model(ids)["logits"]).abs().max() > 0.1
 
 
-def test_trace_names_what_was_computed(lm, ids):
-    trace = {}
-    logits = lm(ids, trace=trace)["logits"]
-    assert set(trace) == {"embeddings", "norm", *(f"layers.{i}{s}" for i in range(3) for s in ("", ".attention"))}
+def test_recorded_weights_are_those_of_every_query_head_and_causal(lm, ids):
+    with record(lm, "*.weights") as seen:
+        logits = lm(ids)["logits"]
     close(logits, lm(ids)["logits"])
-    weights = trace["layers.1.attention"]
+    assert list(seen) == [f"model.layers.{i}.self_attn.weights" for i in range(3)]
+    weights = seen["model.layers.1.self_attn.weights"]
     assert weights.shape == (3, 9, 12, 12)
     close(weights.sum(-1), torch.ones(3, 9, 12))
     assert weights.triu(1).abs().max() == 0
+    with record(explicit := make(attention="explicit"), "*.layers.1.*.weights") as clear:
+        explicit(ids)
+    close(clear["model.layers.1.self_attn.weights"], weights)
 
 
 # ---- the loss --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("chunk_size", [1, 4, 100])
-def test_chunked_loss_is_the_plain_loss(chunk_size):
-    generator = torch.Generator().manual_seed(0)
-    hidden, weight = torch.randn(10, 8, generator=generator), torch.randn(V, 8, generator=generator)
-    targets, results = random_ids(10), []
-    for chunked in (True, False):
-        h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
-        loss = chunked_cross_entropy(h, w, targets, chunk_size) if chunked else F.cross_entropy(h @ w.T, targets)
-        (3 * loss).backward()
-        results.append((loss, h.grad, w.grad))
-    close(*results, 1e-6)
-
-
-class Largest(TorchDispatchMode):
-    """The number of elements of the largest tensor that any operation makes."""
-
-    size = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for tensor in out if isinstance(out, tuple | list) else (out,):
-            if isinstance(tensor, torch.Tensor):
-                self.size = max(self.size, tensor.numel())
-        return out
-
-
-def test_no_tensor_of_the_loss_grows_with_text_times_vocabulary():
-    hidden, weight = torch.randn(600, 4, requires_grad=True), torch.randn(500, 4, requires_grad=True)
-    with Largest() as largest:
-        chunked_cross_entropy(hidden, weight, torch.zeros(600, dtype=torch.long), 32).backward()
-    assert largest.size == 32 * 500
-
-
-def test_the_head_is_applied_where_labels_count_and_logits_come_when_asked_for(lm, ids, monkeypatch):
+def test_the_head_is_applied_where_labels_count_and_logits_come_when_asked_for(ids):
+    lm, seen = make(), []
     labels = ids.masked_fill(torch.arange(12) < 9, -100)
     logits = lm(ids)["logits"]
-    seen = []
-    monkeypatch.setattr(m, "chunked_cross_entropy", lambda h, w, t: seen.append(h.shape) or chunked_cross_entropy(h, w, t))
+    lm.lm_head.register_forward_pre_hook(lambda module, args: seen.append(tuple(args[0].shape)))
     out = lm(ids, labels=labels)
-    assert seen == [(9, 36)] and list(out) == ["loss"]
+    assert seen == [(9, 36)]
     close(out["loss"], F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100))
     close(out["logits"], logits)
     with pytest.raises(KeyError):
@@ -424,107 +319,47 @@ def test_a_batch_without_a_single_label_costs_nothing(ids):
     assert loss == 0 and all(grad.abs().max() == 0 for grad in grads(model).values())
 
 
-# ---- vocabulary, layout in memory --------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("tied", [False, True])
-def test_a_grown_vocabulary_starts_as_the_mean_and_moves_no_old_logit(ids, tied):
-    model = make(tie_word_embeddings=tied)
-    config, before = model.config, model(ids)["logits"]
-    model.resize_token_embeddings(V + 4)
-    after = model(ids)["logits"]
-    close(after[..., :V], before)
-    close(after[..., V:], before.mean(-1, keepdim=True).expand(-1, -1, 4))
-    assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
-    assert (config.vocab_size, model.config.vocab_size) == (V, V + 4)
-    model(torch.full((1, 2), V + 3))
-    with pytest.raises(ValueError, match="cut off 5"):
-        model.resize_token_embeddings(V - 1)
-
-
-def test_arranging_for_decoding_moves_weights_only_in_memory(ids):
-    model = make(tie_word_embeddings=True)
-    before, logits = copy.deepcopy(model.state_dict()), model(ids)["logits"]
-    assert OneToken.for_model(model) is model
-    arrange_for_decoding(model)
-    assert model.lm_head.weight is model.model.embed_tokens.weight
-    for name, weight in model.state_dict().items():
-        assert torch.equal(weight, before[name])
-    close(model(ids)["logits"], logits)
-    copied = copy.deepcopy(model)
-    assert isinstance(OneToken.for_model(model), OneToken) and OneToken.for_model(copied) is copied
-
-    model(ids, labels=ids)["loss"].backward()
-    torch.optim.AdamW(model.parameters()).step()  # the fast step sees what training does to the weights
-    with torch.no_grad():
-        caches = [model.new_cache(3, 12), model.new_cache(3, 12)]
-        for cache in caches:
-            model(ids[:, :11], cache=cache)
-        close(OneToken.for_model(model)(ids[:, 11:], caches[0])["logits"], model(ids[:, 11:], cache=caches[1])["logits"])
-    convert_linears_to_lora(model, 2, 4, targets=["k_proj"])
-    assert OneToken.for_model(model) is model
-    merge_lora(model)
-    assert isinstance(OneToken.for_model(model), OneToken)
-    model.load_state_dict(before, assign=True)
-    assert OneToken.for_model(model) is model
-
-
 # ---- LoRA ------------------------------------------------------------------------------------------------------------
-
-
-def trained_lora(model, **settings):
-    names = convert_linears_to_lora(model, **{"rank": 4, "alpha": 8, **settings})
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for _, p in lora_parameters(model):
-            p.copy_(0.1 * torch.randn(p.shape, generator=generator))
-    return names
 
 
 @pytest.mark.parametrize("bias", [False, True])
 def test_lora_starts_as_the_layer_it_wraps_and_is_its_formula(bias):
     linear, x = nn.Linear(6, 5, bias=bias), torch.randn(2, 3, 6)
-    weight, layer = linear.weight, Linear_LORA.from_linear(linear, rank=2, alpha=6)
-    assert layer.base is linear and layer.base.weight is weight
+    weight, layer = linear.weight, Linear_LORA(6, 5, rank=2, alpha=6, linear=linear)
+    assert layer.linear is linear and layer.linear.weight is weight
     close(layer(x), linear(x))
     assert layer.lora_a.abs().max() > 0 and layer.lora_b.abs().max() == 0
     nn.init.normal_(layer.lora_b)
     close(layer(x), linear(x) + 3.0 * x @ layer.lora_a.T @ layer.lora_b.T)
     layer(x).sum().backward()
     assert set(grads(layer)) == {"lora_a", "lora_b"}
-    assert Linear_LORA(6, 5, 2, 6, 0.1)(x).shape == (2, 3, 5)
 
 
-def test_lora_merges_and_unmerges(ids):
-    model = make(attention_bias=True)
-    before, plain = copy.deepcopy(model.state_dict()), model(ids)["logits"]
-    names = trained_lora(model)
-    expected = model(ids)["logits"]
-    assert (expected - plain).abs().max() > 0.1
-    layer = model.get_submodule(names[0])
-    layer.merge()
-    layer.merge()
-    close(model(ids)["logits"], expected)
-    layer.unmerge()
-    torch.testing.assert_close(layer.base.weight, before[names[0] + ".weight"], atol=1e-6, rtol=0)
-    merge_lora(model)
-    close(model(ids)["logits"], expected)
-    assert set(model.state_dict()) == set(before) and not list(lora_parameters(model))
+def test_a_layer_made_from_sizes_takes_the_weight_that_is_copied_in():
+    """As the posts do it. A bias nobody asked for would stay random, and move what the layer computes."""
+    child, x = nn.Linear(6, 5, bias=False), torch.randn(2, 3, 6)
+    lora = Linear_LORA(6, 5, rank=2, alpha=6, dropout=0.1)
+    lora.linear.weight.data.copy_(child.weight.data)
+    close(lora.eval()(x), child(x))
+    assert lora.linear.bias is None and Linear_LORA(6, 5, bias=True).linear.bias is not None
 
 
 @pytest.mark.parametrize(
     ("targets", "count"),
-    [(None, 21), (["q_proj", "v_proj"], 6), (["mlp.up_proj"], 3), ([r"lm_head"], 1), (r".*layers\.[01]\..*_proj", 14)],
+    [(None, 21), (["q_proj", "v_proj"], 6), (["up_proj"], 3), (["lm_head"], 1), (r".*layers\.[01]\..*_proj", 14), (["x"], 0)],
 )
 def test_lora_targets(ids, targets, count):
     model = make()
-    names = convert_linears_to_lora(model, 2, 4, targets=targets)
+    names = convert_linears_to_lora(model, rank=2, alpha=4, targets=targets)
     assert len(names) == count == sum(isinstance(module, Linear_LORA) for module in model.modules())
+    assert not convert_linears_to_lora(model, targets=targets)  # none twice
+    if not names:
+        return
     assert any("lm_head" in name for name in names) == (targets == ["lm_head"])
-    model.requires_grad_(False)
-    for _, p in lora_parameters(model):
-        p.requires_grad_(True)
-        p.data.normal_(std=0.3)
+    for name, p in model.named_parameters():
+        p.requires_grad_(name.endswith(("lora_a", "lora_b")))
+        if p.requires_grad:
+            p.data.normal_(std=0.3)
     out = model(ids, labels=ids)
     close(out["loss"], F.cross_entropy(out["logits"][:, :-1].flatten(0, 1), ids[:, 1:].flatten()))
     out["loss"].backward()
@@ -537,36 +372,6 @@ def test_lora_dropout_is_for_training_only():
     assert not torch.equal(layer(x), layer(x))
     layer.eval()
     assert torch.equal(layer(x), layer(x))
-
-
-class Packed(nn.Module):
-    """A layer whose weight is not a matrix of floats, as a quantised one."""
-
-    def __init__(self):
-        super().__init__()
-        self.in_features, self.out_features = 4, 3
-        self.register_buffer("codes", torch.arange(12, dtype=torch.uint8))
-
-    def forward(self, x):
-        return F.linear(x, self.codes.view(3, 4).to(x.dtype))
-
-
-def test_lora_wraps_any_layer_but_merges_into_floats_only():
-    model = nn.Sequential(Packed())
-    convert_linears_to_lora(model, 2, 2)
-    x = torch.randn(2, 4, dtype=torch.float16)
-    assert model(x).dtype == torch.float16
-    with pytest.raises(ValueError, match="Packed has no plain weight"):
-        merge_lora(model)
-
-
-def test_lora_mistakes():
-    with pytest.raises(ValueError, match="name no linear layer"):
-        convert_linears_to_lora(make(), 2, 4, targets=["qproj"])
-    with pytest.raises(ValueError, match="shares its weight with the embedding"):
-        convert_linears_to_lora(make(tie_word_embeddings=True), 2, 4, targets=["lm_head"])
-    with pytest.raises(ValueError, match="rank is 0"):
-        convert_linears_to_lora(make(), 0, 4)
 
 
 # ---- the projector -----------------------------------------------------------------------------------------------------
@@ -596,12 +401,8 @@ def test_pixel_shuffle_joins_neighbours_on_any_grid():
 
 
 def test_projector_mistakes():
-    with pytest.raises(ValueError, match="projector_type is 'conv'"):
+    with pytest.raises(AssertionError, match="projector_type is 'conv'"):
         MultiModalProjector(4, 4, projector_type="conv")
-    with pytest.raises(ValueError, match="12 patches do not fill a grid of 3x3"):
-        MultiModalProjector(4, 4)(torch.zeros(1, 12, 4))
-    with pytest.raises(ValueError, match="3x4 patches cannot be joined 2x2"):
-        MultiModalProjector(4, 4, pixel_shuffle=2)(torch.zeros(1, 12, 4), (3, 4))
 
 
 # ---- vision and language -----------------------------------------------------------------------------------------------
@@ -630,14 +431,6 @@ def their_vlm(transformers, case):
     return shaken(getattr(transformers, f"{name}ForConditionalGeneration")(config))
 
 
-def words_and_images(N):
-    """Three rows: two images, none, one; and the three images."""
-    words = [random_ids(n, seed=n).tolist() for n in (2, 3, 4, 5, 6, 1)]
-    image = [IMAGE] * N
-    rows = [words[0] + image + words[1] + image + words[2], words[3], words[5] + image + words[4]]
-    return rows, torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(2))
-
-
 def by_row(pixels):
     """As Idefics3 wants them: [B, most images in a row, 3, H, W], blank ones ignored."""
     padded = torch.zeros(3, 2, *pixels.shape[1:])
@@ -649,7 +442,6 @@ def by_row(pixels):
 def test_vlm_has_transformers_logits_and_answers(transformers, tmp_path, case):
     theirs = their_vlm(transformers, case)
     ours = make_vlm(**VLMS[case])
-    assert ours.config.layout == ("llava" if case.startswith("llava") else "idefics3")
     ours_from(theirs, ours, tmp_path)
     rows, pixels = words_and_images(ours.config.text_config.num_image_tokens)
     their_pixels = pixels if case.startswith("llava") else by_row(pixels)
@@ -669,7 +461,7 @@ def test_vlm_has_transformers_logits_and_answers(transformers, tmp_path, case):
 
 @pytest.fixture(scope="module", params=["early", "cross"])
 def vlm(request):
-    return make_vlm(fusion=request.param, cross_every=2, pixel_shuffle=2)
+    return make_vlm(cross=request.param == "cross", pixel_shuffle=2)
 
 
 @pytest.fixture
@@ -691,13 +483,13 @@ def test_a_batch_is_its_rows_alone_and_padding_changes_nothing(vlm, batch):
 
 
 def test_cached_answers_equal_uncached_ones_and_the_tower_runs_once(vlm, batch, monkeypatch):
-    calls, forward = [], vlm.vision_tower.forward
-    monkeypatch.setattr(vlm.vision_tower, "forward", lambda *args: calls.append(1) or forward(*args))
-    keys = []
-    for layer in vlm.language_model.model.cross_layers.values():
+    calls, features = [], vlm.vision_tower.features
+    monkeypatch.setattr(vlm.vision_tower, "features", lambda *args: calls.append(1) or features(*args))
+    keys, is_cross = [], isinstance(vlm, CrossAttentionVLM)
+    for layer in vlm.language_model.model.cross_layers.values() if is_cross else ():
         monkeypatch.setattr(layer, "keys_and_values", lambda x, make=layer.keys_and_values: keys.append(1) or make(x))
     answers = vlm.generate(**batch, max_new_tokens=6)
-    assert len(calls) == 1 and len(keys) == (2 if vlm.config.fusion == "cross" else 0)
+    assert len(calls) == 1 and len(keys) == (2 if is_cross else 0)
     ids, mask = batch["input_ids"], batch["attention_mask"]
     for t in range(6):
         with torch.no_grad():
@@ -728,9 +520,9 @@ def test_gradients_reach_everything_but_a_frozen_tower(batch, vlm):
     vlm(**batch, labels=batch["input_ids"])["loss"].backward()
     missing = {name for name, _ in vlm.named_parameters()} - set(grads(vlm))
     assert not missing and all(grad.abs().max() > 0 for name, grad in grads(vlm).items() if "k_proj.bias" not in name)
-    full, recorded, forward = grads(vlm), [], vlm.vision_tower.forward
+    full, recorded, features = grads(vlm), [], vlm.vision_tower.features
     vlm.zero_grad()
-    vlm.vision_tower.forward = lambda *args: recorded.append(torch.is_grad_enabled()) or forward(*args)
+    vlm.vision_tower.features = lambda *args: recorded.append(torch.is_grad_enabled()) or features(*args)
     vlm.image_features(batch["pixel_values"])
     with torch.no_grad():
         vlm.image_features(batch["pixel_values"])
@@ -738,17 +530,6 @@ def test_gradients_reach_everything_but_a_frozen_tower(batch, vlm):
     vlm(**batch, labels=batch["input_ids"])["loss"].backward()
     assert recorded == [True, False, False]
     close(grads(vlm), {name: grad for name, grad in full.items() if not name.startswith("vision_tower.")})
-
-
-def test_grad_checkpoint_reaches_both_towers(batch, vlm):
-    results = []
-    for on in (False, True):
-        model = copy.deepcopy(vlm).train()
-        model.grad_checkpoint = on
-        assert model.language_model.model.grad_checkpoint == model.vision_tower.grad_checkpoint == on
-        model(**batch, labels=batch["input_ids"])["loss"].backward()
-        results.append(grads(model))
-    close(*results)
 
 
 def test_the_loss_counts_neither_images_nor_padding(batch, vlm):
@@ -760,14 +541,15 @@ def test_the_loss_counts_neither_images_nor_padding(batch, vlm):
     close(expected["loss"], F.cross_entropy(logits, targets, ignore_index=-100))
 
 
-def test_trace_names_what_both_towers_saw(batch, vlm):
-    trace = {}
-    vlm(**batch, trace=trace)
-    assert trace["vision_tower.encoder.layers.0.attention"].shape == (3, 4, 16, 16)
-    assert trace["image_features"].shape == (3, 4, 36)
-    assert trace["layers.0.attention"].shape[1] == 9
-    cross = {name for name in trace if name.startswith("cross")}
-    assert cross == {f"cross_layers.{i}{s}" for i in (0, 2) for s in ("", ".attention") if vlm.config.fusion == "cross"}
+def test_what_both_towers_computed_has_names(batch, vlm):
+    with record(vlm) as seen:
+        vlm(**batch)
+    assert seen["vision_tower.vision_model.encoder.layers.0.self_attn.weights"].shape == (3, 4, 16, 16)
+    assert seen["multi_modal_projector"].shape == (3, 4, 36)
+    assert seen["language_model.model.layers.0.self_attn.weights"].shape[1] == 9
+    cross = {name for name in seen if "cross_layers" in name and name.endswith("weights")}
+    wanted = (0, 2) if isinstance(vlm, CrossAttentionVLM) else ()
+    assert cross == {f"language_model.model.cross_layers.{i}.weights" for i in wanted}
 
 
 def test_images_fill_their_places_in_order():
@@ -780,38 +562,25 @@ def test_images_fill_their_places_in_order():
     close(embeds[ids != IMAGE], vlm.language_model.model.embed_tokens(ids[ids != IMAGE]))
 
 
-def test_pictures_of_any_shape():
+def test_images_of_any_shape():
     vlm = make_vlm(vision={"image_size": (16, 24)}, pixel_shuffle=2)
-    assert vlm.config.text_config.num_image_tokens == 6 and vlm.config.layout is None
+    assert vlm.config.text_config.num_image_tokens == 6
     assert vlm.image_features(torch.randn(2, 3, 16, 24)).shape == (2, 6, 36)
-    with pytest.raises(ValueError, match="32x16"):
+    with pytest.raises(ValueError, match="32, 16"):
         vlm.image_features(torch.randn(2, 3, 32, 16))
-    assert vlm.image_features(torch.randn(2, 3, 32, 16), interpolate_pos_encoding=True).shape == (2, 8, 36)
 
 
 @pytest.mark.parametrize("token", [IMAGE, 3, V, V + 5])
-def test_an_unknown_placeholder_is_found(token):
-    """Known to the tokenizer only: inside the vocabulary, or added after its end."""
+def test_the_placeholder_comes_with_the_config_or_the_batch(token):
+    """Inside the vocabulary, or added after its end: such a token has no row in the embedding table."""
     known, unknown = make_vlm(image_token_id=token), make_vlm(image_token_id=None)
     ids = torch.tensor([[5, 9, 9, *[token] * 16, 4, 8, *[token] * 16, 1]])
     pixels = torch.randn(2, 3, 16, 16)
-    close(unknown(ids, pixels)["logits"], known(ids, pixels)["logits"])
+    close(unknown(ids, pixels, image_token_id=torch.tensor(token))["logits"], known(ids, pixels)["logits"])
     with pytest.raises(ValueError, match=f"32 image placeholders .token id {token}.*1 images x 16 features are 16"):
-        unknown(ids, pixels[:1])
-
-
-@pytest.mark.parametrize(
-    ("ids", "images", "per_image", "expected"),
-    [
-        ([5, 5, 8, 8, 9], 1, 2, 8),  # of two that fit the later one
-        ([5, 5, 8, 8, 21, 20], 1, 2, 20),  # outside the vocabulary of 20 there is nothing else
-        ([5, 5, 5, 9], 1, 2, 5),  # one too many: the error shall name it
-        ([5, 6, 7], 1, 2, 20),  # no placeholder at all
-        ([5, 5], 0, 2, 20),  # a text without images may repeat itself
-    ],
-)
-def test_find_image_token(ids, images, per_image, expected):
-    assert find_image_token(torch.tensor(ids), images, per_image, 20) == expected
+        known(ids, pixels[:1])
+    with pytest.raises(AssertionError, match="needs image_token_id"):
+        unknown(ids, pixels)
 
 
 @pytest.mark.parametrize("images", [None, 2, 4])
@@ -820,77 +589,6 @@ def test_images_and_placeholders_that_do_not_match_are_both_counted(vlm, batch, 
     each = vlm.config.text_config.num_image_tokens
     with pytest.raises(ValueError, match=f"{3 * each} image placeholders .* are {each * (images or 0)}:"):
         vlm(**batch)
-
-
-def test_a_vlm_with_a_grown_vocabulary(batch, vlm):
-    grown = copy.deepcopy(vlm)
-    grown.resize_token_embeddings(V + 3)
-    assert grown.config.text_config.vocab_size == V + 3 and vlm.config.text_config.vocab_size == V
-    close(grown(**batch)["logits"][..., :V], vlm(**batch)["logits"])
-
-
-# ---- fusion "cross" ----------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def cross():
-    return make_vlm(fusion="cross", cross_every=2)
-
-
-PIXELS = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(5))
-
-
-def test_cross_attention_starts_as_the_text_model_and_its_gates_learn():
-    torch.manual_seed(0)
-    vlm = MllamaForConditionalGeneration(MLLAMAConfig(VISION, TEXT, fusion="cross", cross_every=2, image_token_id=IMAGE))
-    assert vlm.config.text_config.num_image_tokens == 1
-    ids = torch.cat([torch.tensor([[IMAGE], [IMAGE]]), random_ids(2, 8)], dim=1)
-    out = vlm(ids, PIXELS, labels=ids)
-    assert torch.equal(out["logits"], vlm.language_model(ids)["logits"])
-    out["loss"].backward()
-    gates = {name: grad for name, grad in grads(vlm).items() if name.endswith("gate")}
-    assert len(gates) == 4 and all(grad.abs() > 0 for grad in gates.values())
-
-
-def test_only_tokens_at_or_after_an_image_see_it(cross):
-    ids = random_ids(1, 12)
-    ids[0, 3] = ids[0, 8] = IMAGE
-    both, text = cross(ids, PIXELS)["logits"][0], cross.language_model(ids)["logits"][0]
-    first_changed = cross(ids, torch.stack([PIXELS[0] + 1, PIXELS[1]]))["logits"][0]
-    second_changed = cross(ids, torch.stack([PIXELS[0], PIXELS[1] + 1]))["logits"][0]
-    close(both[:3], text[:3])
-    close(second_changed[:8], both[:8])
-    for changed, since in ((text, 3), (first_changed, 3), (second_changed, 8)):
-        assert ((changed - both)[since:].abs().amax(-1) > 1e-3).all()
-
-
-def test_packed_samples_see_their_own_images_only(cross):
-    ids = random_ids(2, 12)
-    ids[0, 0] = ids[0, 6] = ids[1, 7] = IMAGE
-    pattern, positions = block_pattern((5, 4, 3))
-    pixels = torch.cat([PIXELS, PIXELS[:1] + 1])
-    packed = cross(ids, pixels, attention_mask=pattern, position_ids=positions.expand(2, -1))["logits"]
-    of_sample = {(0, 0): pixels[:1], (0, 5): pixels[1:2], (1, 5): pixels[2:]}
-    for row in (0, 1):
-        for span in (slice(0, 5), slice(5, 9), slice(9, 12)):
-            close(packed[row, span], cross(ids[row : row + 1, span], of_sample.get((row, span.start)))["logits"][0])
-
-
-def test_a_placeholder_without_a_row_of_its_own_is_a_zero_vector(cross):
-    outside = make_vlm(fusion="cross", cross_every=2, image_token_id=None)
-    ids = random_ids(2, 6)
-    ids[:, 2] = V
-    embeds = outside._merge_input_ids_with_image_features(torch.zeros(2, 16, 36), ids)
-    assert embeds[:, 2].abs().max() == 0 and embeds[:, 3].abs().max() > 0
-    assert outside(ids, PIXELS)["logits"].isfinite().all()
-
-
-def test_a_cache_takes_images_once(cross):
-    cache = cross.new_cache(2, 8)
-    ids = torch.tensor([[IMAGE, 4], [IMAGE, 5]])
-    cross(ids, PIXELS, cache=cache)
-    with pytest.raises(ValueError, match="holds images already"):
-        cross(ids, PIXELS, cache=cache)
 
 
 # ---- conversations, configurations, the quick start, mistakes --------------------------------------------------------
@@ -916,25 +614,28 @@ def test_configurations_copy_what_they_are_given_and_come_back_from_their_dict()
     assert MLLAMAConfig(**asdict(config)) == config
 
 
-@pytest.mark.parametrize("fusion", ["early", "cross"])
+@pytest.mark.parametrize("cross", [False, True])
 @pytest.mark.parametrize("vocab_size", [400, 280, 1600])
-def test_quick_start_of_the_design(fusion, vocab_size):
+def test_quick_start_of_the_design(cross, vocab_size):
     """As written there, numbers smaller. The tokenizer gives <image> an id inside, at the end of or past the vocabulary."""
-    processing = pytest.importorskip("processing_mllama")
-    tokenizer = pytest.importorskip("tokenizer").BPETokenizer.train("the quick brown fox describes an image " * 20, 280)
+    tokenizer = BPETokenizer.train("the quick brown fox describes an image " * 20, 280)
     vision_cfg = {"hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
                   "image_size": 32, "patch_size": 8}  # fmt: skip
     text_cfg = {"vocab_size": vocab_size, "hidden_size": 32, "n_heads": 4, "n_layers": 2, "hidden_dim": 64,
                 "max_position_embeddings": 16, "context_length": 128}  # fmt: skip
-    cfg = MLLAMAConfig(vision_config=vision_cfg, text_config=text_cfg, projection_dim=20, fusion=fusion)
-    assert cfg.text_config.num_image_tokens == (16 if fusion == "early" else 1)
-    model = MllamaForConditionalGeneration(cfg)
-    processor = processing.MllamaImageProcessor(
+    config_class, model_class = MLLAMAConfig, MllamaForConditionalGeneration
+    if cross:
+        config_class, model_class = CrossAttentionConfig, CrossAttentionVLM
+    cfg = config_class(vision_config=vision_cfg, text_config=text_cfg, projection_dim=20)
+    assert cfg.text_config.num_image_tokens == (1 if cross else 16)
+    model = model_class(cfg)
+    processor = MllamaImageProcessor(
         tokenizer, num_image_token=cfg.text_config.num_image_tokens, image_size=cfg.vision_config.image_size
     )
-    image = pytest.importorskip("PIL.Image").new("RGB", (40, 30), "red")
+    image = Image.new("RGB", (40, 30), "red")
     batch = processor(["Describe the image."], [image], padding=True)
     out = model(**batch)
+    assert out.logits is out["logits"]
     assert out["logits"].shape == (1, batch["input_ids"].shape[1], vocab_size)
     assert len(model.generate(**batch, max_new_tokens=3)[0]) == 3
 
@@ -943,9 +644,11 @@ def test_quick_start_of_the_design(fusion, vocab_size):
     ("settings", "message"),
     [
         ({"n_layers": 0}, "n_layers is 0"),
-        ({"n_kv_groups": 4}, "9 query heads cannot share 4"),
-        ({"hidden_size": 35}, "hidden_size 35 cannot be split over 9"),
-        ({"head_dim": 5}, "head_dim is 5"),
+        ({"n_kv_groups": 4}, "n_heads must be a multiple of n_kv_groups"),
+        ({"hidden_size": 0}, "hidden_size is 0"),
+        ({"head_dim": 5}, "head_dim must be even"),
+        ({"rope_base": 0.0}, "rope_base is 0.0"),
+        ({"rms_norm_eps": 2.0}, "rms_norm_eps is 2.0"),
         ({"attention": "flash"}, "attention is 'flash'"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope_type 'yarn'"),
         ({"rope_scaling": {"rope_type": "linear"}}, "linear holds nothing besides: it must be factor"),
@@ -954,14 +657,16 @@ def test_quick_start_of_the_design(fusion, vocab_size):
 )
 def test_impossible_text_configs(settings, message):
     with pytest.raises(ValueError, match=message):
-        LLAMA32Config(**{**TEXT, **settings})
+        checked(LLAMA32Config, **{**TEXT, **settings})
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"projector_type": "conv"}, "projector_type is 'conv': it must be mlp or linear"),
-        ({"fusion": "late"}, "fusion is 'late'"),
+        ({"fusion": "late"}, "MLLAMAConfig has no setting fusion"),
+        ({"image_token_id": -1}, "image_token_id is -1"),
+        ({"text_config": {**TEXT, "n_layers": 0}}, "n_layers is 0"),
         ({"pixel_shuffle": 0}, "pixel_shuffle is 0"),
         ({"pixel_shuffle": 3}, "4x4 patches cannot be joined 3x3"),
         ({"text_config": {"n_head": 2}}, "LLAMA32Config has no setting n_head"),
@@ -970,37 +675,26 @@ def test_impossible_text_configs(settings, message):
 )
 def test_impossible_vlm_configs(settings, message):
     with pytest.raises(ValueError, match=message):
-        MLLAMAConfig(**{"vision_config": VISION, "text_config": TEXT, **settings})
-
-
-def test_unknown_preset():
-    with pytest.raises(ValueError, match="unknown preset 'llama-4': choose one of tiny"):
-        LLAMA32Config.preset("llama-4")
+        checked(MLLAMAConfig, **{"vision_config": VISION, "text_config": TEXT, **settings})
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
         ({}, "either input_ids or inputs_embeds"),
-        ({"input_ids": torch.full((1, 2), V)}, f"token id {V} is outside the vocabulary of {V}"),
-        ({"input_ids": torch.tensor([[-1, 4]])}, "token id -1"),
         ({"input_ids": torch.ones(1, 65).long()}, "65 tokens are more than the context length of 64"),
-        ({"input_ids": torch.ones(1, 2).long(), "position_ids": torch.tensor([[3, 64]])}, "position 64 is past"),
+        ({"input_ids": torch.ones(1, 2).long(), "position_ids": torch.tensor([[3, 64]])}, "65 tokens are more than"),
         ({"input_ids": torch.ones(1, 2).long(), "position_ids": torch.tensor([3, 4])}, r"position_ids is \[2\]"),
         ({"input_ids": torch.ones(1, 2).long(), "attention_mask": torch.ones(1, 3)}, r"attention_mask is \[1, 3\]"),
-        ({"input_ids": torch.ones(1, 2).long(), "attention_mask": torch.ones(1, 1, 2, 2)}, "or a bool pattern"),
-        ({"input_ids": torch.ones(1, 2).long(), "labels": torch.ones(1, 3).long()}, r"labels is \[1, 3\]"),
     ],
 )
 def test_impossible_inputs(lm, call, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, AssertionError), match=message):
         lm(**call)
 
 
-def test_impossible_prompts(lm, cross):
+def test_impossible_prompts(lm):
     with pytest.raises(ValueError, match="60 tokens and 5 new ones are 65"):
         lm.generate(random_ids(1, 60), 5)
     with pytest.raises(ValueError, match="empty prompt"):
         lm.generate([[3], []], 5)
-    with pytest.raises(ValueError, match="temperature"):
-        cross.generate([[3]], max_new_tokens=2, temperature=-1)

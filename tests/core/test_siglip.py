@@ -1,13 +1,16 @@
 """The laws of siglip.py. The reference is transformers, at toy sizes, with random weights that went through safetensors."""
 
+import copy
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import siglip
+from lib.checks import checked
+from lib.positions import resized_tower
+from lib.trace import first_difference, record
 from lib.weights import read_safetensors
 from siglip import (
     SiglipConfig,
@@ -61,7 +64,7 @@ def their_text_config(transformers):
     return transformers.SiglipTextConfig(**TEXT, bos_token_id=0, eos_token_id=1)
 
 
-def pictures(*shape, seed=0):
+def images(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
@@ -93,15 +96,16 @@ def assert_all_close(ours: dict, theirs: dict, tolerance):
 def test_vision_tower_is_the_published_one(vision_pair):
     theirs, ours = vision_pair
     size = ours.config.image_size
-    x = pictures(2, 3, size, size)
-    reference, trace = theirs(x, output_hidden_states=True), {}
+    x = images(2, 3, size, size)
+    reference = theirs(x, output_hidden_states=True)
     assert len(reference.hidden_states) == 4
     torch.testing.assert_close(ours(x), reference.last_hidden_state, atol=TOL, rtol=0)
-    torch.testing.assert_close(ours.pooled(x, trace=trace), reference.pooler_output, atol=TOL, rtol=0)
+    with record(ours) as seen:
+        torch.testing.assert_close(ours.pooled(x), reference.pooler_output, atol=TOL, rtol=0)
     for i in range(-4, 4):
-        torch.testing.assert_close(ours(x, vision_feature_layer=i), reference.hidden_states[i], atol=TOL, rtol=0)
+        torch.testing.assert_close(ours.features(x, layer=i), reference.hidden_states[i], atol=TOL, rtol=0)
     for name, state in zip(["embeddings", *(f"encoder.layers.{i}" for i in range(3))], reference.hidden_states, strict=True):
-        torch.testing.assert_close(trace[name], state, atol=TOL, rtol=0)
+        torch.testing.assert_close(seen[f"vision_model.{name}"], state, atol=TOL, rtol=0)
 
 
 @pytest.mark.parametrize("size", [(24, 24), (16, 24), (8, 32), (19, 30)], ids=str)
@@ -109,22 +113,10 @@ def test_vision_tower_is_the_published_one(vision_pair):
 def test_other_sizes_get_the_published_positions(vision_pair, size):
     """8x32 has as many patches as 16x16, but not in the same places; 19x30 leaves a rest."""
     theirs, ours = vision_pair
-    x = pictures(2, 3, *size)
+    x, ours = images(2, 3, *size), resized_tower(ours, size)
     reference = theirs(x, interpolate_pos_encoding=True)
-    torch.testing.assert_close(ours(x, interpolate_pos_encoding=True), reference.last_hidden_state, atol=TOL, rtol=0)
-    torch.testing.assert_close(ours.pooled(x, interpolate_pos_encoding=True), reference.pooler_output, atol=TOL, rtol=0)
-
-
-@torch.no_grad()
-def test_a_tower_made_for_oblong_pictures_takes_them_as_they_are():
-    square = shaken(SiglipModel(SiglipVisionConfig(**VISIONS["square"])))
-    oblong = SiglipModel(SiglipVisionConfig(**{**VISIONS["square"], "image_size": (8, 24), "patch_size": (4, 4)})).eval()
-    state = square.state_dict()
-    key = "vision_model.embeddings.position_embedding.weight"
-    state[key] = siglip.resize_positions(state[key], (4, 4), (2, 6))
-    oblong.load_state_dict(state)
-    x = pictures(2, 3, 8, 24)
-    torch.testing.assert_close(oblong(x), square(x, interpolate_pos_encoding=True), atol=TOL, rtol=0)
+    torch.testing.assert_close(ours(x), reference.last_hidden_state, atol=TOL, rtol=0)
+    torch.testing.assert_close(ours.pooled(x), reference.pooler_output, atol=TOL, rtol=0)
 
 
 MASKS = {
@@ -151,7 +143,7 @@ def test_two_towers_are_the_published_ones(transformers, tmp_path):
     settings = {"vision_config": VISIONS["square"], "text_config": their_text_config(transformers).to_dict()}
     theirs = shaken(transformers.SiglipModel(transformers.SiglipConfig(**settings)))
     ours = ours_from(theirs, two_towers(), tmp_path)
-    x, ids = pictures(3, 3, 16, 16), sentences(3, length=6)
+    x, ids = images(3, 3, 16, 16), sentences(3, length=6)
     reference, out = theirs(ids, x, return_loss=True), ours(x, ids, return_loss=True)
     for name in ("logits_per_image", "loss"):
         torch.testing.assert_close(out[name], reference[name], atol=TOL, rtol=0)
@@ -174,96 +166,49 @@ def test_presets_have_the_published_number_of_parameters(name, parameters):
 
 
 def random_pairs(B, seed=0):
-    images, texts = F.normalize(pictures(2, B, 12, seed=seed), dim=-1).requires_grad_().unbind()
+    image_emb, texts = F.normalize(images(2, B, 12, seed=seed), dim=-1).requires_grad_().unbind()
     scale, bias = torch.tensor([2.0], requires_grad=True), torch.tensor([-3.0], requires_grad=True)
-    return images, texts, scale, bias
+    return image_emb, texts, scale, bias
 
 
-@pytest.mark.parametrize("chunk_size", [None, 2])
-def test_loss_is_one_question_per_pair(chunk_size):
-    images, texts, scale, bias = random_pairs(5)
+def test_loss_is_one_question_per_pair():
+    image_emb, texts, scale, bias = random_pairs(5)
     total = 0.0
     for i in range(5):
         for j in range(5):
-            z = sum(a * b for a, b in zip(images[i].tolist(), texts[j].tolist(), strict=True)) * scale.item() + bias.item()
+            z = sum(a * b for a, b in zip(image_emb[i].tolist(), texts[j].tolist(), strict=True)) * scale.item() + bias.item()
             total -= math.log(1 / (1 + math.exp(-z if i == j else z)))
-    assert sigmoid_loss(images, texts, scale, bias, chunk_size).item() == pytest.approx(total / 5, rel=1e-5)
-
-
-@pytest.mark.parametrize("chunk_size", [1, 3, 7, 8, 100])
-def test_loss_in_chunks_is_the_loss(chunk_size):
-    inputs = random_pairs(7)
-    whole, parts = sigmoid_loss(*inputs), sigmoid_loss(*inputs, chunk_size)
-    torch.testing.assert_close(parts, whole, atol=1e-6, rtol=0)
-    for a, b in zip(torch.autograd.grad(parts, inputs), torch.autograd.grad(whole, inputs), strict=True):
-        torch.testing.assert_close(a, b, atol=1e-6, rtol=0)
-
-
-class Largest(TorchDispatchMode):
-    """The number of elements of the largest tensor that any operation returns."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for tensor in out if isinstance(out, tuple | list) else (out,):
-            if isinstance(tensor, torch.Tensor):
-                self.elements = max(self.elements, tensor.numel())
-        return out
-
-
-@pytest.mark.parametrize(("chunk_size", "largest"), [(None, 64 * 64), (4, 4 * 64)])
-def test_chunks_never_build_the_full_matrix_and_keep_none(chunk_size, largest):
-    images, texts, scale, bias = random_pairs(64)
-    images, texts = (x[:, :2].detach().requires_grad_() for x in (images, texts))
-    kept = []
-    with Largest() as seen:
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
-            loss = sigmoid_loss(images, texts, scale, bias, chunk_size)
-        loss.backward()
-    assert seen.elements == largest
-    assert max(kept) == (largest if chunk_size is None else 64 * 2)  # chunks keep nothing but their inputs
+    assert sigmoid_loss(image_emb, texts, scale, bias).item() == pytest.approx(total / 5, rel=1e-5)
 
 
 def test_loss_is_computed_in_fp32_under_autocast():
-    images, texts, _, bias = random_pairs(6)
-    exact = sigmoid_loss(images, texts, 100.0, bias)
+    image_emb, texts, _, bias = random_pairs(6)
+    exact = sigmoid_loss(image_emb, texts, 100.0, bias)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        for chunk_size in (None, 4):
-            torch.testing.assert_close(sigmoid_loss(images, texts, 100.0, bias, chunk_size), exact, atol=0, rtol=1e-6)
-
-
-@torch.no_grad()
-def test_chunked_forward_leaves_the_logits_out():
-    model, x, ids = two_towers(), pictures(5, 3, 16, 16), sentences(5)
-    whole, parts = model(x, ids, return_loss=True), model(x, ids, return_loss=True, chunk_size=2)
-    torch.testing.assert_close(parts["loss"], whole["loss"], atol=1e-6, rtol=0)
-    assert whole.keys() - parts.keys() == {"logits_per_image"}
+        torch.testing.assert_close(sigmoid_loss(image_emb, texts, 100.0, bias), exact, atol=0, rtol=1e-6)
 
 
 # ---- one computation, several ways -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_explicit_attention_and_checkpointing_change_nothing(masked):
-    """The plain two towers against softmax(QK^T)V spelled out, recomputation, and both: loss and every gradient."""
-    x, ids = pictures(4, 3, 16, 16), sentences(4)
+def test_explicit_attention_changes_nothing(masked):
+    """The plain two towers against softmax(QK^T)V spelled out: loss and every gradient."""
+    x, ids = images(4, 3, 16, 16), sentences(4)
     mask = (torch.arange(9) < torch.tensor([[9], [3], [1], [7]])).long() if masked else None
     reference = two_towers()
     loss = reference(x, ids, mask, return_loss=True)["loss"]
     expected = gradients(loss, reference)
-    for attention, grad_checkpoint in (("explicit", False), ("sdpa", True), ("explicit", True)):
-        config = SiglipConfig({**VISIONS["square"], "attention": attention}, {**TEXT, "attention": attention})
-        model = SiglipTwoTower(config).eval()
-        model.load_state_dict(reference.state_dict())
-        model.grad_checkpoint = grad_checkpoint
-        other = model(x, ids, mask, return_loss=True)["loss"]
-        torch.testing.assert_close(other, loss, atol=1e-6, rtol=1e-6)
-        assert_all_close(gradients(other, model), expected, TOL)
+    explicit = {"attention": "explicit"}
+    model = SiglipTwoTower(SiglipConfig({**VISIONS["square"], **explicit}, {**TEXT, **explicit})).eval()
+    model.load_state_dict(reference.state_dict())
+    other = model(x, ids, mask, return_loss=True)["loss"]
+    torch.testing.assert_close(other, loss, atol=1e-6, rtol=1e-6)
+    assert_all_close(gradients(other, model), expected, TOL)
 
 
 def test_in_bf16_on_a_cpu_attention_is_two_products():
-    x, ids, mask = pictures(4, 3, 16, 16), sentences(4), (torch.arange(9) < torch.tensor([[9], [3], [1], [7]])).long()
+    x, ids, mask = images(4, 3, 16, 16), sentences(4), (torch.arange(9) < torch.tensor([[9], [3], [1], [7]])).long()
     found = []
     for attention in ("sdpa", "explicit"):
         torch.manual_seed(0)
@@ -280,28 +225,15 @@ def calls(module):
     return counted
 
 
-def test_grad_checkpoint_recomputes_every_layer_of_both_towers():
-    model = two_towers()
-    assert not model.grad_checkpoint
-    model.grad_checkpoint = True
-    assert model.grad_checkpoint and model.vision_model.grad_checkpoint and model.text_model.encoder.grad_checkpoint
-    counted = [calls(layer) for tower in (model.vision_model, model.text_model) for layer in tower.encoder.layers]
-    model(pictures(2, 3, 16, 16), sentences(2), return_loss=True)["loss"].backward()
-    assert [len(c) for c in counted] == [2] * 5
-    with torch.no_grad():
-        model(pictures(2, 3, 16, 16), sentences(2))
-    assert [len(c) for c in counted] == [3] * 5
-
-
 @torch.no_grad()
 def test_what_is_not_asked_for_is_not_computed():
     model = shaken(SiglipModel(SiglipVisionConfig(**VISIONS["square"])))
-    tower, x = model.vision_model, pictures(1, 3, 16, 16)
+    tower, x = model.vision_model, images(1, 3, 16, 16)
     counted = [calls(part) for part in (*tower.encoder.layers, tower.post_layernorm, tower.head)]
     for ask, expected in (
-        (lambda: model(x, vision_feature_layer=0), [0, 0, 0, 0, 0]),
-        (lambda: model(x, vision_feature_layer=-2), [1, 1, 0, 0, 0]),
-        (lambda: model(x, vision_feature_layer=-1), [1, 1, 1, 0, 0]),
+        (lambda: model.features(x, layer=0), [0, 0, 0, 0, 0]),
+        (lambda: model.features(x, layer=-2), [1, 1, 0, 0, 0]),
+        (lambda: model.features(x, layer=-1), [1, 1, 1, 0, 0]),
         (lambda: model(x), [1, 1, 1, 1, 0]),
         (lambda: model.pooled(x), [1, 1, 1, 1, 1]),
     ):
@@ -316,15 +248,15 @@ def test_a_tower_without_its_head_sees_the_same():
     full = shaken(SiglipModel(SiglipVisionConfig(**VISIONS["square"])))
     bare = SiglipModel(SiglipVisionConfig(**VISIONS["square"], vision_use_head=False)).eval()
     bare.load_state_dict({name: t for name, t in full.state_dict().items() if ".head." not in name})
-    x = pictures(2, 3, 16, 16)
+    x = images(2, 3, 16, 16)
     assert torch.equal(bare(x), full(x))
-    with pytest.raises(ValueError, match="no pooling head"):
+    with pytest.raises(AssertionError, match="no pooling head"):
         bare.pooled(x)
 
 
 @torch.no_grad()
 def test_a_batch_is_its_rows():
-    model, x, ids = two_towers(), pictures(3, 3, 16, 16), sentences(3)
+    model, x, ids = two_towers(), images(3, 3, 16, 16), sentences(3)
     mask = (torch.arange(9) < torch.tensor([[9], [3], [6]])).long()
     for together, alone in (
         (model.image_embeddings(x), [model.image_embeddings(row[None]) for row in x]),
@@ -349,34 +281,51 @@ def test_masked_tokens_are_not_seen():
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float16, 0.01), (torch.bfloat16, 0.06)])
 @torch.no_grad()
 def test_half_precision_is_close(dtype, tolerance):
-    model, x, ids = two_towers(), pictures(3, 3, 24, 16), sentences(3)
-    options = {"interpolate_pos_encoding": True, "return_loss": True}
-    exact, half = model(x, ids, **options), model.to(dtype)(x, ids, **options)  # fp32 pictures, as the processor makes them
+    model, x, ids = two_towers(), images(3, 3, 16, 16), sentences(3)
+    exact = model(x, ids, return_loss=True)
+    exact = {name: exact[name].clone() for name in exact}
+    half = model.to(dtype)(x, ids, return_loss=True)  # fp32 images, as the processor makes them
     for name, value in exact.items():
         assert half[name].dtype == (torch.float32 if name == "loss" else dtype)
         torch.testing.assert_close(half[name].float(), value, atol=tolerance, rtol=tolerance)
 
 
 @torch.no_grad()
-def test_trace_names_everything_and_changes_nothing():
-    model, x, ids, trace = two_towers(), pictures(2, 3, 16, 16), sentences(2), {}
-    assert_all_close(model(x, ids, trace=trace), model(x, ids), 1e-5)
-    vision = ["embeddings", *(f"encoder.layers.{i}{s}" for i in range(3) for s in ("", ".attention")), "post_layernorm"]
-    text = ["embeddings", *(f"encoder.layers.{i}{s}" for i in range(2) for s in ("", ".attention")), "final_layer_norm"]
-    names = {f"vision_model.{n}" for n in (*vision, "head", "head.attention")} | {f"text_model.{n}" for n in (*text, "head")}
-    assert trace.keys() == names
+def test_record_names_everything_and_changes_nothing():
+    model, x, ids = two_towers(), images(2, 3, 16, 16), sentences(2)
+    plain = model(x, ids)["logits_per_image"]
+    with record(model) as seen:
+        torch.testing.assert_close(model(x, ids)["logits_per_image"], plain)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
     for name, shape in (
-        ("vision_model.encoder.layers.2.attention", (2, 3, 16, 16)),
-        ("vision_model.head.attention", (2, 3, 1, 16)),
-        ("text_model.encoder.layers.1.attention", (2, 4, 9, 9)),
+        ("vision_model.encoder.layers.2.self_attn.weights", (2, 3, 16, 16)),
+        ("vision_model.head.attention.weights", (2, 3, 1, 16)),
+        ("text_model.encoder.layers.1.self_attn.weights", (2, 4, 9, 9)),
     ):
-        assert trace[name].shape == shape
-        torch.testing.assert_close(trace[name].sum(dim=-1), torch.ones(shape[:-1]))
+        assert seen[name].shape == shape
+        torch.testing.assert_close(seen[name].sum(dim=-1), torch.ones(shape[:-1]))
+    with record(model, "*.layers.1") as few:
+        model(x, ids)
+    assert list(few) == ["vision_model.encoder.layers.1", "text_model.encoder.layers.1"]
+
+
+@torch.no_grad()
+def test_first_difference_names_where_two_models_part():
+    one, x = two_towers(), images(2, 3, 16, 16)
+    other = copy.deepcopy(one)
+    other.vision_model.encoder.layers[1].mlp.fc2.bias += 1
+    found = []
+    for model in (one, other):
+        with record(model.vision_model) as seen:
+            model.vision_model(x)
+        found.append(seen)
+    assert first_difference(found[0], found[0]) is None
+    assert first_difference(*found) == "encoder.layers.1.mlp.fc2"
 
 
 def test_attention_dropout_is_for_training_only():
     model = shaken(SiglipModel(SiglipVisionConfig(**VISIONS["square"], attention_dropout=0.5)))
-    x = pictures(1, 3, 16, 16)
+    x = images(1, 3, 16, 16)
     assert torch.equal(model(x), model(x))
     model.train()
     assert not torch.equal(model(x), model(x))
@@ -410,8 +359,8 @@ def test_initialisation_is_that_of_the_original():
             assert parameter.abs().max() < 1e-5, name
 
 
-def see(*shape, **options):
-    return SiglipModel(SiglipVisionConfig(**VISIONS["square"]))(pictures(*shape), **options)
+def see(*shape):
+    return SiglipModel(SiglipVisionConfig(**VISIONS["square"]))(images(*shape))
 
 
 def read(ids, mask=None):
@@ -419,30 +368,24 @@ def read(ids, mask=None):
 
 
 BAD = {
-    "another size": ("picture is 16x24.* made for 16x16", lambda: see(1, 3, 16, 24)),
-    "tiny picture": ("3x16 picture holds no 4x4 patch", lambda: see(1, 3, 3, 16, interpolate_pos_encoding=True)),
-    "one channel": (r"\[1, 1, 16, 16\].*\[batch, 3,", lambda: see(1, 1, 16, 16)),
+    "another size": (r"\[1, 3, 16, 24\], the model reads \['B', 3, 16, 16\]", lambda: see(1, 3, 16, 24)),
+    "one channel": (r"\[1, 1, 16, 16\], the model reads \['B', 3", lambda: see(1, 1, 16, 16)),
     "no batch": (r"\[3, 16, 16\]", lambda: see(3, 16, 16)),
-    "layer too late": ("vision_feature_layer is 4.* from -4 to 3", lambda: see(1, 3, 16, 16, vision_feature_layer=4)),
-    "layer too early": ("vision_feature_layer is -5", lambda: see(1, 3, 16, 16, vision_feature_layer=-5)),
     "long text": ("text of 10 tokens.* 9", lambda: read(sentences(1, 10))),
-    "mask shape": (r"attention_mask is \[2, 5\], the input is \[2, 9\]", lambda: read(sentences(2), torch.ones(2, 5))),
     "all padding": ("nothing but padding", lambda: read(sentences(2), torch.tensor([[1] * 9, [0] * 9]))),
-    "a text too many": ("do not pair up", lambda: two_towers()(pictures(2, 3, 16, 16), sentences(3), return_loss=True)),
-    "no chunk": ("chunk_size is 0", lambda: sigmoid_loss(*random_pairs(3), chunk_size=0)),
+    "a text too many": ("do not pair up", lambda: two_towers()(images(2, 3, 16, 16), sentences(3), return_loss=True)),
     "widths differ": ("21 wide and texts 20", lambda: SiglipConfig(VISION, {**TEXT, "projection_size": None})),
     "no head": ("vision_use_head is False", lambda: SiglipConfig({**VISION, "vision_use_head": False}, TEXT)),
-    "patch too large": ("16x16 picture holds no 32x32 patch", lambda: SiglipVisionConfig(image_size=16, patch_size=32)),
-    "heads": ("hidden_size 768 cannot be split over 7", lambda: SiglipVisionConfig(num_attention_heads=7)),
-    "activation": ("hidden_act is 'relu'", lambda: SiglipTextConfig(hidden_act="relu")),
-    "empty vocabulary": ("vocab_size is 0", lambda: SiglipTextConfig(vocab_size=0)),
-    "preset": ("unknown preset 'huge': choose one of tiny, ", lambda: SiglipVisionConfig.preset("huge")),
+    "heads": ("hidden_size must be a multiple", lambda: SiglipVisionConfig(num_attention_heads=7)),
+    "activation": ("hidden_act is 'relu'", lambda: checked(SiglipTextConfig, hidden_act="relu")),
+    "empty vocabulary": ("vocab_size is 0", lambda: checked(SiglipTextConfig, vocab_size=0)),
+    "patch too large": ("16x16 image holds no 32x32 patch", lambda: checked(SiglipVisionConfig, image_size=16, patch_size=32)),
 }
 
 
 @pytest.mark.parametrize(("message", "do"), BAD.values(), ids=BAD)
 def test_bad_input_is_one_clear_line(message, do):
-    with pytest.raises(ValueError, match=message) as error:
+    with pytest.raises((ValueError, AssertionError), match=message) as error:
         do()
     assert "\n" not in str(error.value)
 

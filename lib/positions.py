@@ -1,0 +1,32 @@
+"""A vision tower for images of another size: its learned positions are resized once, when it is loaded."""
+
+from dataclasses import replace
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+def resize_positions(positions: torch.Tensor, old: tuple[int, int], new: tuple[int, int]) -> torch.Tensor:
+    """Position embeddings [N, D] of a grid `old` -> [N', D] of a grid `new`, bicubic as in the published code."""
+    if old == new:
+        return positions
+    grid = positions.T.reshape(1, -1, *old)
+    return F.interpolate(grid.float(), size=new, mode="bicubic", align_corners=False).flatten(2)[0].T.to(positions.dtype)
+
+
+def resized_tower(tower: nn.Module, image_size: int | tuple[int, int]) -> nn.Module:
+    """A SiglipModel, its vision transformer or a ViTModel for images of image_size pixels, with the weights of `tower`."""
+    config = replace(tower.config, image_size=image_size)
+    with torch.device("meta"):
+        new = type(tower)(config)
+    state = tower.state_dict()
+    (name,) = (name for name in state if "embeddings.position_embedding" in name)
+    positions = state[name]
+    if positions.ndim == 3:  # a ViT's, after the position of its CLS token
+        cls, patches = positions[0, :1], positions[0, 1:]
+        state[name] = torch.cat([cls, resize_positions(patches, tower.config.grid, config.grid)])[None]
+    else:
+        state[name] = resize_positions(positions, tower.config.grid, config.grid)
+    new.load_state_dict(state, assign=True)
+    return new.train(tower.training)
