@@ -32,6 +32,7 @@ from extras.attention_maps import group_into_words, where_it_looks
 from lib.adapters import put_adapter
 from lib.chat import stop_tokens
 from lib.checkpoint import from_pretrained
+from lib.fast_decode import fast_step
 from lib.files import find_source, read_json
 from lib.quant import quantize_8bit_
 from lib.run import find_device, not_negative_float, not_negative_int, positive_float, positive_int, run_cli
@@ -240,6 +241,7 @@ def speak(
     if room < 1:
         raise ValueError(f"the text has {len(ids)} tokens, the model's context is {limit}: shorten it or start afresh")
     decoder = tokenizer.stream_decoder(skip_special_tokens=True)
+    options["step"] = fast_step(getattr(model, "language_model", model))
     for (token,) in model.stream([ids], max_new_tokens=min(args.max_new_tokens, room), stop_tokens=stop, **options):
         word = (shown or {}).get(token) or decoder.push(token)
         yield word.removeprefix(blank), token

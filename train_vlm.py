@@ -60,7 +60,7 @@ from lib.answers import (
 from lib.chat import stop_tokens
 from lib.checkpoint import from_pretrained, save_pretrained
 from lib.files import find_source, read_json, write_json
-from lib.quant import quantize_
+from lib.quant import Linear4bit, quantize_
 from lib.run import (
     Run,
     Trainer,
@@ -551,6 +551,7 @@ class Data:
     def batches(self, model, processor):
         args, run = self.args, self.run
         ranks = {"rank": run.rank, "world_size": run.world_size, "grad_accum": args.grad_accum, "blind": args.blind}
+        ranks["dense"] = args.fusion == "cross"
         size = args.batch_size // run.world_size
         if self.rows is None:
             return SceneBatches(processor, size, args.seed, args.per_scene, **ranks)
@@ -647,7 +648,8 @@ def main(argv=None) -> None:
     if args.qlora:
         quantize_(model.language_model, KEPT_IN_BITS)
     if args.lora:
-        convert_linears_to_lora(model.language_model, args.lora, args.lora_alpha or 2 * args.lora, targets=LORA_TARGETS)
+        classes = (nn.Linear, Linear4bit)
+        convert_linears_to_lora(model.language_model, args.lora, args.lora_alpha or 2 * args.lora, 0.0, classes, LORA_TARGETS)
     parts = {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()}
     learner = run.place(Learner(model, tuple(map(len, data.common.values())) or READ))
     batches = data.batches(model, processor)

@@ -128,13 +128,13 @@ def even_rows(lengths: Sequence[int], count: int) -> list[list[int]]:
     return rows
 
 
-def pack(samples: Sequence[Sample], length: int = 0, pad_token_id: int = 0) -> dict[str, torch.Tensor]:
+def pack(samples: Sequence[Sample], length: int = 0, pad_token_id: int = 0, dense: bool = False) -> dict:
     """Samples in as few rows as have room for them, and these as short as may be: of at most `length`, or of the longest
     sample's length if that is more.
 
-    Returns input_ids, labels, position_ids, int64 [B, T]; attention_mask, bool [B, 1, T, T], True where a token may look; where
-    most of that is False, "blocks"; and "order" [samples]: which sample comes when, row by row, so that their pictures can
-    be put in that order.
+    Returns input_ids, labels, position_ids, int64 [B, T]; attention_mask: the pattern, bool [B, 1, T, T], True where a token may
+    attend, or, unless `dense`, AttentionBlocks where most of that would be False; and "order" [samples]: which sample comes
+    when, row by row, so that their images can be put in that order.
     """
     lengths = [len(sample) for sample in samples]
     rows = first_fit(lengths, max(length, *lengths))
@@ -147,11 +147,16 @@ def pack(samples: Sequence[Sample], length: int = 0, pad_token_id: int = 0) -> d
         for column, values in zip(columns, zip(*tokens, strict=True), strict=True):
             column.append(values)
     input_ids, labels, position_ids, sample, branch = map(torch.tensor, columns)
-    seen = (branch[:, None, :] == 0) | (branch[:, None, :] == branch[:, :, None])
-    seen &= (sample[:, None, :] == sample[:, :, None]) & torch.ones(T, T, dtype=torch.bool).tril()
-    packed = {"input_ids": input_ids, "labels": labels, "position_ids": position_ids, "attention_mask": seen[:, None]}
-    found = _blocks([[samples[i] for i in row] for row in rows], branch, position_ids)
-    return {**packed, **({"blocks": found} if found else {}), "order": torch.tensor([i for row in rows for i in row])}
+    # No state stands before a token that may not attend to the one before it: the first of a sample, and of a branch unless it
+    # follows its trunk.
+    apart = (sample[:, 1:] != sample[:, :-1]) | ((branch[:, 1:] != branch[:, :-1]) & (branch[:, :-1] != 0))
+    labels[:, 1:][apart] = -100
+    mask = None if dense else _blocks([[samples[i] for i in row] for row in rows], branch, position_ids)
+    if mask is None:
+        seen = (branch[:, None, :] == 0) | (branch[:, None, :] == branch[:, :, None])
+        mask = (seen & (sample[:, None, :] == sample[:, :, None]) & torch.ones(T, T, dtype=torch.bool).tril())[:, None]
+    packed = {"input_ids": input_ids, "labels": labels, "position_ids": position_ids, "attention_mask": mask}
+    return {**packed, "order": torch.tensor([i for row in rows for i in row])}
 
 
 def _blocks(rows: Sequence[Sequence[Sample]], branch: torch.Tensor, position: torch.Tensor) -> AttentionBlocks | None:

@@ -38,8 +38,9 @@ class SceneBatches:
 
     def __init__(
         self, processor, batch_size: int, seed: int, per_scene: int = 12, grad_accum: int = 1, mix: dict = TRAIN_MIX,
-        blind: bool = False, rank: int = 0, world_size: int = 1,
+        blind: bool = False, rank: int = 0, world_size: int = 1, dense: bool = False,
     ):  # fmt: skip
+        self.dense = dense
         self.processor, self.seed, self.per_scene, self.grad_accum = processor, seed, per_scene, grad_accum
         self.mix, self.blind = mix, blind
         self.stream = SceneStream("train", batch_size, seed, rank=rank, world_size=world_size)
@@ -50,7 +51,7 @@ class SceneBatches:
 
     def batch(self, scenes: Scenes) -> dict[str, torch.Tensor]:
         samples = [self._sample(turns) for turns in questions(scenes, self.seed, self.per_scene, self.mix)]
-        packed = pack(samples, pad_token_id=self.processor.tokenizer.pad_token_id or 0)
+        packed = pack(samples, pad_token_id=self.processor.tokenizer.pad_token_id or 0, dense=self.dense)
         pixels = scene_pixels(self.processor, scenes)
         pixels = blind_pixels(pixels) if self.blind else pixels
         return {"pixel_values": pixels[packed.pop("order")], **packed}
@@ -118,8 +119,9 @@ class LlavaBatches:
         self, rows: LlavaRows, processor, pictures: PictureCache, batch_size: int, seed: int, length: int,
         isolated: bool = False, grad_accum: int = 1, blind: bool = False, workers: int = 1,
         features: "FrozenFeatures | None" = None, rank: int = 0, world_size: int = 1, context: int | None = None,
-        all_ranks: Callable[[bool], bool] = bool, always_see: bool = False,
+        all_ranks: Callable[[bool], bool] = bool, always_see: bool = False, dense: bool = False,
     ):  # fmt: skip
+        self.dense = dense
         self.all_ranks, self.always_see = all_ranks, always_see
         self.rows, self.processor, self.pictures, self.length, self.isolated = rows, processor, pictures, length, isolated
         self.grad_accum, self.blind, self.workers, self.features = grad_accum, blind, workers, features
@@ -155,7 +157,7 @@ class LlavaBatches:
         if self.always_see and not any(seen for _, seen in found):
             found = [*found, self._nothing]
         samples, seen = zip(*found, strict=True)
-        packed = pack(samples, self.length, self.processor.tokenizer.pad_token_id or 0)
+        packed = pack(samples, self.length, self.processor.tokenizer.pad_token_id or 0, self.dense)
         seen = [picture for i in packed.pop("order").tolist() for picture in seen[i]]
         if seen:
             packed["vision_features" if self.features else "pixel_values"] = torch.stack(seen)

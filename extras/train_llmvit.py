@@ -206,9 +206,10 @@ def with_corrections(decoder: nn.Module, lora: dict | None, qlora: bool) -> None
         return
     decoder.requires_grad_(False)
     if qlora:
-        from lib.quant import quantize_
+        from lib.quant import Linear4bit, quantize_
 
         quantize_(decoder)
+        lora = {**lora, "target_module_classes": (nn.Linear, Linear4bit)}
     convert_linears_to_lora(decoder, **lora)
 
 

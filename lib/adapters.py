@@ -101,7 +101,8 @@ def load_lora(model: nn.Module, folder: str | Path) -> list[str]:
         alike.setdefault((rank, alpha), []).append(name)
     for (rank, alpha), names in alike.items():
         targets = "|".join(map(re.escape, names))
-        convert_linears_to_lora(model, rank, alpha, config["lora_dropout"], (nn.Linear, Linear4bit), targets)
+        classes = tuple({type(model.get_submodule(name)) for name in names})
+        convert_linears_to_lora(model, rank, alpha, config["lora_dropout"], classes, targets)
     for name, (a, b) in pairs.items():
         layer = model.get_submodule(name)
         with torch.no_grad():

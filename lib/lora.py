@@ -35,10 +35,9 @@ def lora_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 @torch.no_grad()
 def merged_weight(layer: Linear_LORA) -> torch.Tensor:
-    """[out, in]: the frozen weight with the correction added, in its dtype. ValueError where it is not a plain weight: a
-    quantised layer unpacks it into a new tensor each time."""
+    """[out, in]: the frozen weight with the correction added, in its dtype. ValueError for a layer that has no such matrix."""
     weight, shape = getattr(layer.linear, "weight", None), (layer.out_features, layer.in_features)
-    if not isinstance(weight, nn.Parameter) or not weight.is_floating_point() or tuple(weight.shape) != shape:
+    if weight is None or not weight.is_floating_point() or tuple(weight.shape) != shape:
         raise ValueError(f"a {type(layer.linear).__name__} has no plain weight to merge LoRA into: dequantise it first")
     return (weight.float() + layer.scaling * (layer.lora_b @ layer.lora_a).float()).to(weight.dtype)
 

@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from data.scenes import corpus
+from extras.cross_attention import CrossAttentionConfig, CrossAttentionVLM
+from gpt import KVCache
 from lib import answers
 from lib.answers import Item, about_picture, answer, bleu4, blind_pixels, cider_d, mean_answer_loss, scene_items, score, wilson
 from lib.tokenizer import BPETokenizer
@@ -30,14 +32,11 @@ def build(fusion="early", **text):
     tokens = 1 if fusion == "cross" else 4
     processor = MllamaImageProcessor(tokenizer, num_image_token=tokens, image_size=32, add_location_tokens=False)
     torch.manual_seed(0)
-    config = MLLAMAConfig(
-        VISION,
-        TEXT | {"vocab_size": len(tokenizer)} | text,
-        image_token_id=processor.image_token_id,
-        fusion=fusion,
-        cross_every=1,
-    )
-    model = MllamaForConditionalGeneration(config).eval()
+    parts = VISION, TEXT | {"vocab_size": len(tokenizer)} | text
+    if fusion == "cross":
+        model = CrossAttentionVLM(CrossAttentionConfig(*parts, image_token_id=processor.image_token_id, cross_every=1)).eval()
+    else:
+        model = MllamaForConditionalGeneration(MLLAMAConfig(*parts, image_token_id=processor.image_token_id)).eval()
     with torch.no_grad():
         for p in model.parameters():
             p.add_(torch.randn_like(p) * 0.2)
@@ -88,8 +87,8 @@ def test_rows_that_stop_early_do_not_change_the_others(monkeypatch):
     plain = [processor.tokenizer.encode(text) for text in answer(model, processor, items, None, 20)]
     common = [token for token, _ in sorted(((t, sum(t in row for row in plain)) for t in range(330)), key=lambda x: -x[1])[:6]]
     monkeypatch.setattr(answers, "stop_tokens", lambda tokenizer: set(common))
-    sizes, pick_rows = [], answers.pick_rows
-    monkeypatch.setattr(answers, "pick_rows", lambda cache, rows: sizes.append(len(rows)) or pick_rows(cache, rows))
+    sizes, select = [], KVCache.select
+    monkeypatch.setattr(KVCache, "select", lambda cache, rows: sizes.append(len(rows)) or select(cache, rows))
     said = answer(model, processor, items, None, 20)
     assert said == [slow_answer(model, processor, item, 20) for item in items]
     assert sizes[0] == len(items) and len(sizes) >= 3 and sizes == sorted(sizes, reverse=True), sizes
@@ -106,7 +105,8 @@ def test_answers_end_with_a_turn_or_at_their_own_limit():
 def start(model, processor, items):
     rows = answers.prompt_rows(processor, items, False, False)
     with torch.no_grad():
-        cache = answers.pick_rows(*answers.read_beginnings(model, processor, items, rows, False, 8))
+        cache, beginnings = answers.read_beginnings(model, processor, items, rows, False, 8)
+        cache = cache.select(beginnings)
         out = model.language_model(**answers.own_parts(rows, cache), cache=cache, logits_to_keep=1)
     return out["logits"][:, -1], cache
 

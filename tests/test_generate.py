@@ -19,6 +19,7 @@ from gpt import GPT, GPTConfig
 from lib import convert, figures
 from lib.adapters import lora_layers, put_adapter, save_lora
 from lib.checkpoint import from_pretrained, save_pretrained
+from lib.fast_decode import fast_step
 from lib.quant import Linear4bit, Linear8bit, quantize_, quantize_8bit_
 from lib.run import run_cli
 from lib.tokenizer import BPETokenizer
@@ -27,7 +28,6 @@ from model import (
     LLAMA32Config,
     MLLAMAConfig,
     MllamaForConditionalGeneration,
-    OneToken,
     convert_linears_to_lora,
 )
 from processing_mllama import MllamaImageProcessor
@@ -250,9 +250,9 @@ def test_a_models_location_tokens_are_part_of_what_it_says(vlms, capsys, monkeyp
 @pytest.mark.parametrize("kind", KINDS)
 def test_on_a_cpu_the_decoder_is_arranged_where_that_helps(vlms, kind):
     model, _ = generate.load(generate.parse_args([str(vlms[kind]), "x", "--device", "cpu"]))
-    assert isinstance(OneToken.for_model(model.language_model), OneToken) == (kind != "cross")
+    assert (fast_step(model.language_model) is not None) == (kind != "cross")
     convert_linears_to_lora(model.language_model, rank=2, alpha=2, targets=["q_proj"])
-    assert OneToken.for_model(model.language_model) is model.language_model
+    assert fast_step(model.language_model) is None
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -260,7 +260,7 @@ def test_int8_puts_the_words_in_8_bits_and_says_what_that_model_says(vlms, photo
     argv = [vlms[kind], "--image", photos[0], QUESTION, "--max-new-tokens", 9, "--int8", "--device", "cpu"]
     model, _ = generate.load(generate.parse_args([str(word) for word in argv]))
     assert {type(layer) for layer in model.modules() if hasattr(layer, "in_features")} == {torch.nn.Linear, Linear8bit}
-    assert isinstance(OneToken.for_model(model.language_model), OneToken) == (kind != "cross")
+    assert (fast_step(model.language_model) is not None) == (kind != "cross")
     plain = from_pretrained(vlms[kind])
     quantize_8bit_(plain)
     printed = call(capsys, *argv)
@@ -565,7 +565,7 @@ def test_four_bits_keep_an_adapter_beside_them(adapted, tmp_path, capsys, monkey
     quantize_(model, targets=["q_proj", "up_proj"])
     save_pretrained(model, tmp_path / "small")
     small = put_on(from_pretrained(tmp_path / "small"), tmp_path / "small", other)
-    assert lora_layers(small) and any(isinstance(layer.base, Linear4bit) for layer in lora_layers(small).values())
+    assert lora_layers(small) and any(isinstance(layer.linear, Linear4bit) for layer in lora_layers(small).values())
     merge_lora_by_command(monkeypatch, tmp_path / "small", tmp_path / "large", "--adapter", other)
     large, ids = from_pretrained(tmp_path / "large"), torch.tensor([[5, 70, 80]])
     assert not [layer for layer in large.modules() if isinstance(layer, Linear4bit)]

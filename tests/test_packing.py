@@ -5,6 +5,7 @@ import torch
 
 from data.packing import Sample, encode_row, encode_sample, first_fit, pack
 from data.scenes import corpus
+from extras.cross_attention import CrossAttentionConfig, CrossAttentionVLM
 from lib.answers import about_picture
 from lib.tokenizer import BPETokenizer
 from model import MLLAMAConfig, MllamaForConditionalGeneration
@@ -25,8 +26,10 @@ def make(processor, fusion):
     text = {"vocab_size": len(processor.tokenizer), "hidden_size": 48, "n_heads": 4, "n_kv_groups": 2, "n_layers": 3}
     text |= {"hidden_dim": 64, "max_position_embeddings": 256, "tie_word_embeddings": True, "initializer_range": 0.2}
     torch.manual_seed(0)
-    config = MLLAMAConfig(vision, text, fusion=fusion, image_token_id=processor.image_token_id, cross_every=2)
-    model = MllamaForConditionalGeneration(config).eval()
+    if fusion == "early":
+        return MllamaForConditionalGeneration(MLLAMAConfig(vision, text, image_token_id=processor.image_token_id)).eval()
+    config = CrossAttentionConfig(vision, text, image_token_id=processor.image_token_id, cross_every=2)
+    model = CrossAttentionVLM(config).eval()
     for layer in model.language_model.model.cross_layers.values():  # closed gates would hide what leaks through them
         for name, parameter in layer.named_parameters():
             if "gate" in name:
@@ -50,7 +53,7 @@ def test_packed_logits_are_those_of_each_question_alone(processor, fusion, lengt
     conversations = [[asked(*turn) for turn in TURNS], [text_only], [asked("What is left of the red 7?", "a blue 2")]]
     seen = [[0], [], [1]]
     samples = [encode_sample(processor, turns, len(images)) for turns, images in zip(conversations, seen, strict=True)]
-    packed = pack(samples, length)
+    packed = pack(samples, length, dense=fusion == "cross")
     order = packed.pop("order").tolist()
     assert len(packed["input_ids"]) == (1 if length else 2)  # the two short ones share a row anyway
     labels, (B, T) = packed.pop("labels"), packed["input_ids"].shape
@@ -145,20 +148,22 @@ def test_blocks_say_what_the_mask_says(processor):
 
     samples = [Sample(some(12), [some(9) for _ in range(n)]) for n in (12, 0, 3, 20, 1, 7)]
     packed = pack(samples, 300)
-    blocks, model = packed["blocks"], make(processor, "early").language_model.double()
-    embeds = model.model.embed(packed["input_ids"]).detach().requires_grad_()
+    blocks, model = packed["attention_mask"], make(processor, "early").language_model.double()
+    embeds = model.embed(packed["input_ids"]).detach().requires_grad_()
     B, T = packed["input_ids"].shape
     assert blocks.mask.numel() < 0.5 * B * T * T and sorted({*blocks.queries.flatten().tolist(), 0})[-1] < B * T
 
-    def run(**how):
-        hidden = model.model(None, embeds, packed["attention_mask"], packed["position_ids"], **how)
+    def run(mask):
+        hidden = model.hidden_states(embeds, mask, packed["position_ids"])
         real = hidden[packed["labels"] != -100]
         return real, torch.autograd.grad(real.square().sum(), embeds)[0]
 
-    for found, known in zip(run(blocks=blocks), run(), strict=True):
+    dense = pack(samples, 300, dense=True)
+    assert torch.equal(dense.pop("labels"), packed["labels"]) and dense["attention_mask"].shape == (B, 1, T, T)
+    for found, known in zip(run(blocks), run(dense["attention_mask"]), strict=True):
         torch.testing.assert_close(found, known, atol=1e-5, rtol=1e-5)
 
 
 def test_one_conversation_a_row_needs_no_blocks(processor):
     samples = [Sample(([5] * n, [-100] + [5] * (n - 1)), []) for n in (30, 28, 25)]
-    assert "blocks" not in pack(samples)
+    assert isinstance(pack(samples)["attention_mask"], torch.Tensor)

@@ -19,9 +19,12 @@ from safetensors.torch import load_file, save_file
 
 from bench import peers as bench
 from calls import refused
+from extras.cross_attention import CrossAttentionConfig, CrossAttentionVLM
 from lib import adapters, quant, quant_files
 from lib.adapters import load_lora, plain_state, save_lora
 from lib.checkpoint import from_pretrained, save_pretrained
+from lib.fast_decode import fast_step
+from lib.lora import lora_parameters, merge_lora
 from lib.quant import (
     Linear4bit,
     Linear8bit,
@@ -42,11 +45,7 @@ from model import (
     LLAMA32Config,
     MLLAMAConfig,
     MllamaForConditionalGeneration,
-    OneToken,
-    arrange_for_decoding,
     convert_linears_to_lora,
-    lora_parameters,
-    merge_lora,
 )
 
 CPU = torch.device("cpu")
@@ -69,6 +68,8 @@ def llama(**changes):
 
 def vlm(**changes):
     settings = {"projector_type": "linear", "pixel_shuffle": 2, "image_token_id": 98, **changes}
+    if "cross_every" in changes:
+        return CrossAttentionVLM(CrossAttentionConfig(VISION, TEXT, **settings)).eval()
     return MllamaForConditionalGeneration(MLLAMAConfig(VISION, TEXT, **settings)).eval()
 
 
@@ -311,7 +312,7 @@ def qlora():
     model = llama()
     quantize_(model, PROJECTIONS)
     model.requires_grad_(False)
-    convert_linears_to_lora(model, 4, 8, targets=PROJECTIONS)
+    convert_linears_to_lora(model, 4, 8, target_module_classes=(Linear4bit,), targets=PROJECTIONS)
     return model
 
 
@@ -341,11 +342,6 @@ def liven(model):
 
 def test_merging_makes_plain_layers_of_the_same_function(qlora):
     expected = logits(liven(qlora))
-    layer = qlora.model.layers[0].mlp.up_proj
-    with pytest.raises(ValueError, match="a Linear4bit has no plain weight to merge LoRA into"):
-        layer.merge()
-    close(logits(qlora), expected, 0)
-    close(layer.weight, layer.base.weight + layer.delta())
     merge_lora(qlora)
     assert not any(isinstance(m, (Linear4bit, Linear_LORA)) for m in qlora.modules())
     assert type(qlora.model.layers[0].mlp.up_proj) is nn.Linear
@@ -363,7 +359,7 @@ MODELS = {
     "idefics3, its words": (vlm, r"language_model\.model\..*"),
     "idefics3, its eyes": (vlm, r"vision_tower\..*"),
     "llava": (lambda: vlm(projector_type="mlp", pixel_shuffle=1, vision_feature_layer=-2), r"language_model\.model\..*"),
-    "our own, cross-attention": (lambda: vlm(fusion="cross"), r"language_model\.model\..*"),
+    "our own, cross-attention": (lambda: vlm(cross_every=4), r"language_model\.model\..*"),
 }
 
 
@@ -433,11 +429,11 @@ def test_qlora_is_saved_merged_and_its_adapter_fits_the_quantised_base(tmp_path,
     base = copy.deepcopy(qlora)
     for name, layer in adapters.lora_layers(base).items():
         parent, _, child = name.rpartition(".")
-        setattr(base.get_submodule(parent), child, layer.base)
+        setattr(base.get_submodule(parent), child, layer.linear)
     save_pretrained(base, tmp_path / "base")
     again = from_pretrained(tmp_path / "base")
     load_lora(again, tmp_path / "lora")
-    assert isinstance(again.model.layers[0].mlp.up_proj.base, Linear4bit)
+    assert isinstance(again.model.layers[0].mlp.up_proj.linear, Linear4bit)
     close(logits(again), expected, 1e-6)
 
 
@@ -562,7 +558,9 @@ def test_casts_leave_codes_and_scales_alone():
 
 def eight_bits(arranged=False, **changes):
     model = llama(**{**SIXTEENS, **changes})
-    names = quantize_8bit_(arrange_for_decoding(model) if arranged else model)
+    if arranged:
+        fast_step(model)
+    names = quantize_8bit_(model)
     assert len(names) == 15 and not [m for m in model.modules() if isinstance(m, nn.Linear)]
     return model
 
@@ -598,8 +596,7 @@ def test_in_8_bits_cached_equals_uncached_token_by_token(monkeypatch, side, kern
     model, ids = eight_bits(tie_word_embeddings=True), torch.arange(1, 37).view(3, 12)
     lengths = torch.tensor([12, 9, 6] if side == "left padding" else [12, 12, 12])
     mask = (torch.arange(12) >= 12 - lengths[:, None]).long()
-    step = OneToken.for_model(model)
-    assert isinstance(step, OneToken)
+    step = fast_step(model)
     with torch.no_grad():
         expected = model(ids, attention_mask=mask)["logits"][:, 6:]
         for way in (step, model):
@@ -621,11 +618,11 @@ def test_the_fast_step_needs_codes_in_one_piece_and_no_biases():
     assert multiply(x).equal(torch.cat([layer(x) for layer in (attn.q_proj, attn.k_proj, attn.v_proj)], dim=-1))
     assert multiply.keywords["codes"].data_ptr() == attn.q_proj.codes.data_ptr()  # no copy
     assert Linear8bit.side_by_side([attn.k_proj, attn.q_proj]) is None
-    assert isinstance(OneToken.for_model(copy.deepcopy(model).half().float()), OneToken)
+    assert fast_step(copy.deepcopy(model).half().float()) is not None
     attn.k_proj.codes = attn.k_proj.codes.clone()
-    assert OneToken.for_model(model) is model
+    assert fast_step(model) is None
     biased = eight_bits(attention_bias=True)
-    assert OneToken.for_model(biased) is biased
+    assert fast_step(biased) is None
     assert len(biased.generate(IDS, 3)) == 2
 
 
@@ -648,9 +645,9 @@ def test_8_bits_after_lora_and_after_four_bits(qlora):
     close(logits(qlora), before, 5e-2)
 
 
-@pytest.mark.parametrize("fusion", ["early", "cross"])
-def test_of_a_vlm_the_words_get_8_bits_and_no_file_is_made_of_it(tmp_path, fusion):
-    model = vlm(fusion=fusion, **({"cross_every": 1} if fusion == "cross" else {}))
+@pytest.mark.parametrize("cross", [{}, {"cross_every": 1}], ids=["early", "cross"])
+def test_of_a_vlm_the_words_get_8_bits_and_no_file_is_made_of_it(tmp_path, cross):
+    model = vlm(**cross)
     before = logits(model)
     quantize_8bit_(model)
     assert all(isinstance(m, Linear8bit) == n.startswith("language_model.") for n, m in model.named_modules()

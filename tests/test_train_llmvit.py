@@ -135,7 +135,7 @@ def test_what_is_trained(language_models, tmp_path):
         assert moved - in_lm and "model.decoder.embed_tokens.weight" not in moved
         if flags:
             assert in_lm and all(name.endswith(("lora_a", "lora_b")) for name in in_lm)
-            kinds = {type(m.base).__name__ for m in model.modules() if isinstance(m, Linear_LORA)}
+            kinds = {type(m.linear).__name__ for m in model.modules() if isinstance(m, Linear_LORA)}
             assert kinds == {"Linear4bit" if "q" in flags else "Linear"}
         else:
             assert any("q_proj" in name for name in in_lm)

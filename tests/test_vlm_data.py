@@ -15,6 +15,7 @@ from data.llava import LlavaRows, PictureCache, isolated_turns
 from data.packing import encode_row
 from data.scenes import COLOURS, HELD_OUT, IGNORE, corpus, make_scenes
 from data.vlm_batches import CommonAnswers, FrozenFeatures, LlavaBatches, SceneBatches, common_questions, questions_of
+from extras.cross_attention import CrossAttentionConfig, CrossAttentionVLM
 from lib.tokenizer import BPETokenizer
 from model import MLLAMAConfig, MllamaForConditionalGeneration
 from processing_mllama import IDEFICS3_AROUND, MllamaImageProcessor
@@ -44,9 +45,11 @@ def processor():
 def make_model(processor, fusion="early", **eyes):
     torch.manual_seed(0)
     words = WORDS | {"vocab_size": len(processor.tokenizer), "max_position_embeddings": 400, "tie_word_embeddings": True}
-    config = MLLAMAConfig(EYES | eyes, words, fusion=fusion, image_token_id=processor.image_token_id, cross_every=1,
-                          pixel_shuffle=2 if eyes else 1)  # fmt: skip
-    model = MllamaForConditionalGeneration(config).eval()
+    settings = {"image_token_id": processor.image_token_id, "pixel_shuffle": 2 if eyes else 1}
+    if fusion == "cross":
+        model = CrossAttentionVLM(CrossAttentionConfig(EYES | eyes, words, **settings, cross_every=1)).eval()
+    else:
+        model = MllamaForConditionalGeneration(MLLAMAConfig(EYES | eyes, words, **settings)).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():  # closed gates would hide what leaks through them
             if "gate" in name and parameter.numel() == 1:
