@@ -132,8 +132,8 @@ def pack(samples: Sequence[Sample], length: int = 0, pad_token_id: int = 0, dens
     """Samples in as few rows as have room for them, and these as short as may be: of at most `length`, or of the longest
     sample's length if that is more.
 
-    Returns input_ids, labels, position_ids, int64 [B, T]; attention_mask: the pattern, bool [B, 1, T, T], True where a token may
-    attend, or, unless `dense`, AttentionBlocks where most of that would be False; and "order" [samples]: which sample comes
+    Returns input_ids, labels, position_ids, int64 [B, T]; attention_mask: the pattern, bool [B, 1, T, T], True where a token
+    may attend, or, unless `dense`, AttentionBlocks where most of that would be False; and "order" [samples]: which sample comes
     when, row by row, so that their images can be put in that order.
     """
     lengths = [len(sample) for sample in samples]
