@@ -1,13 +1,13 @@
-"""Measure a vision-language model: exact match by kind of question, with and without its picture, perplexity, captions.
+"""Measure a vision-language model: exact match by kind of question, with and without its image, perplexity, captions.
 
     python evaluate.py runs/vlm                                       # what it was trained for, by its settings.json
-    python evaluate.py runs/vlm --blind --blind-run runs/vlm-blind    # and what can be guessed without looking
+    python evaluate.py runs/vlm --blind --blind-run runs/vlm-blind    # and what can be guessed without images
     python evaluate.py runs/vlm --dataset llava --data test.json --images images
 
-Answers are generated, greedily, and are right if they are the true one but for case and blanks. Beside the share of right ones
-stands the interval that holds it in 95 % of cases (Wilson). --blind asks the same model with every picture replaced by the mean
-colour; --blind-run asks a second model, one that was trained without pictures. Perplexity is that of the true answers.
-Questions of kind "caption", and those that come with several answers about the same picture, also get BLEU-4 and CIDEr-D over
+Answers are generated, greedily, and are right if they are the true one but for case and spaces. Beside the share of right ones
+stands the interval that holds it in 95 % of cases (Wilson). --blind asks the same model with every image replaced by the mean
+colour; --blind-run asks a second model, one that was trained without images. Perplexity is that of the true answers.
+Questions of kind "caption", and those that come with several answers about the same image, also get BLEU-4 and CIDEr-D over
 all answers given to them. Writes eval.json and eval.png; the last line printed is one JSON object.
 """
 
@@ -26,24 +26,22 @@ from lib.answers import (
     MOST_NEW_TOKENS,
     Item,
     answer,
-    bleu4,
-    cider_d,
+    image_key,
     load_vlm,
     mean_answer_loss,
-    picture_key,
     prompt_rows,
     row_items,
     scene_items,
-    score,
 )
 from lib.files import find_source, read_json, write_json
 from lib.run import HelpFormatter, find_device, not_negative_int, positive_int, run_cli
+from lib.scores import bleu4, cider_d, score
 from model import MllamaForConditionalGeneration
 from processing_mllama import MllamaImageProcessor
 
 ASKED = {  # who answers, as eval.json calls it, and as it is printed
-    "model": "with the picture",
-    "blanked": "picture blanked",
+    "model": "with the image",
+    "blanked": "image blanked",
     "blind": "trained blind",
 }
 COLOURS = {"model": figures.BLUE, "blanked": figures.ORANGE, "blind": figures.GREY}
@@ -56,17 +54,13 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("run", metavar="RUN", type=Path, help="the folder of a trained model")
     add("--dataset", choices=["scenes", "llava"], help="default: what RUN was trained on")
     add("--data", metavar="FILE.json", help="llava: the questions")
-    add("--images", metavar="DIR", help="llava: the pictures; default: the file's folder, or images/ in it")
-    add(
-        "--skip-unusable",
-        action="store_true",
-        help="llava: leave out rows with faults such as a missing picture",
-    )
+    add("--images", metavar="DIR", help="llava: the images; default: the file's folder, or images/ in it")
+    add("--skip-unusable", action="store_true", help="llava: leave out rows with faults such as a missing image")
     add("--split", choices=SCENE_SPLITS, help="scenes: only this one of the two; default: both")
     add("--count", type=positive_int, help="scenes of each split (default 200), or rows of FILE.json (default: all)")
     add("--seed", type=not_negative_int, default=0, help="of the scenes")
-    add("--blind", action="store_true", help="ask the same model without its pictures, too")
-    add("--blind-run", metavar="RUN2", type=Path, help="ask a second model, which was trained without pictures, too")
+    add("--blind", action="store_true", help="ask the same model without its images, too")
+    add("--blind-run", metavar="RUN2", type=Path, help="ask a second model, which was trained without images, too")
     add("--batch-size", type=positive_int, help="questions at once; default: 256, or what 128 MB of keys and values hold")
     add("--max-new-tokens", type=positive_int, default=MOST_NEW_TOKENS, help="of an answer")
     add("--device", help="cpu, cuda, mps; default: the best there is")
@@ -77,9 +71,9 @@ def parse_args(argv=None) -> argparse.Namespace:
 # ---- the model ---------------------------------------------------------------------------------------------------------
 
 
-def load(folder: Path, device) -> tuple[MllamaForConditionalGeneration, MllamaImageProcessor, dict]:
+def load_run(folder: Path, device) -> tuple[MllamaForConditionalGeneration, MllamaImageProcessor, dict]:
     """A run's model, its processor and what settings.json says ({} without one). Raises ValueError or an OSError unless the
-    folder holds a model that looks at pictures, with the tokenizer and the picture settings it was trained with."""
+    folder holds a vision-language model, with the tokenizer and the image settings it was trained with."""
     folder = find_source(folder)
     model, processor = load_vlm(folder, device)
     settings = read_json(folder / "settings.json") if (folder / "settings.json").exists() else {}
@@ -87,10 +81,10 @@ def load(folder: Path, device) -> tuple[MllamaForConditionalGeneration, MllamaIm
 
 
 def load_twin(folder: Path, device, settings: dict):
-    """The blind twin's model and processor. Raises as `load`, and ValueError for one that has seen, or of other data."""
-    model, processor, theirs = load(folder, device)
+    """The blind twin's model and processor. Raises as load_run, and ValueError for one that has seen, or of other data."""
+    model, processor, theirs = load_run(folder, device)
     if not theirs.get("blind", True):
-        raise ValueError(f"--blind-run {folder} was trained with its pictures: a blind twin is trained with --blind")
+        raise ValueError(f"--blind-run {folder} was trained with its images: a blind twin is trained with --blind")
     datasets = settings.get("dataset", "scenes"), theirs.get("dataset", "scenes")
     if datasets[0] != datasets[1]:
         raise ValueError(f"--blind-run {folder} was trained on {datasets[1]}, RUN on {datasets[0]}: they cannot be compared")
@@ -110,7 +104,7 @@ def llava_items(data: str, images: str | None, count: int | None, skip: bool, is
         number, field, what = rows.problems[0]
         raise ValueError(
             f"{data}: {len(rows.problems)} of {rows.total} rows are unusable, the first row {number}, {field}: {what}; "
-            "mend them, or pass --skip-unusable"
+            "fix them, or pass --skip-unusable"
         )
     return row_items(rows[:count], isolated), len(rows.problems)
 
@@ -152,11 +146,11 @@ def without_long(items: list[Item], models) -> list[Item]:
 
 
 def caption_figures(items: list[Item], said: list[str]) -> dict | None:
-    """BLEU-4 and CIDEr-D of the questions of kind "caption" and of those with different answers about the same pictures; None
+    """BLEU-4 and CIDEr-D of the questions of kind "caption" and of those with different answers about the same images; None
     where there are no such questions. The answers to a question are its references, whichever row gives them."""
     groups: dict = {}
     for item, text in zip(items, said, strict=True):
-        asked = tuple(map(picture_key, item.images)), tuple((m["role"], m["content"]) for m in item.messages)
+        asked = tuple(map(image_key, item.images)), tuple((m["role"], m["content"]) for m in item.messages)
         groups.setdefault(asked, (text, item.kind, []))[2].append(item.answer)
     chosen = [(text, given) for text, kind, given in groups.values() if kind == "caption" or len(set(given)) > 1]
     if not chosen:
@@ -182,7 +176,7 @@ def measure(model, processor, items: list[Item], blind: bool, args, dataset: str
     return found | {"seconds": round(seconds, 2), "questions_per_second": round(len(items) / seconds, 1)}
 
 
-def table(found: dict[str, dict]) -> str:
+def results_table(found: dict[str, dict]) -> str:
     """Exact match by kind, a line each, and a column for each who was asked."""
 
     def cell(figures: dict) -> str:
@@ -203,8 +197,8 @@ def table(found: dict[str, dict]) -> str:
     return "\n".join("  ".join(x.ljust(width) for x, width in zip(line, widths, strict=True)).rstrip() for line in padded)
 
 
-def draw(splits: dict[str, dict[str, dict]], path: Path | None = None) -> Figure:
-    """A panel for each split: bars of exact match by kind with their 95 % intervals, those without pictures below."""
+def draw_bars(splits: dict[str, dict[str, dict]], path: Path | None = None) -> Figure:
+    """A panel for each split: bars of exact match by kind with their 95 % intervals, those without images below."""
     firsts = [next(iter(found.values())) for found in splits.values()]
     answering = max(map(len, splits.values()))
     tallest, height = max(len(first["by_kind"]) for first in firsts) + 1, 0.8 / answering
@@ -256,7 +250,7 @@ def summary(splits: dict[str, dict[str, dict]]) -> dict:
 def main(argv=None) -> None:
     args = parse_args(argv)
     device = find_device(args.device)
-    model, processor, settings = load(args.run, device)
+    model, processor, settings = load_run(args.run, device)
     is_blind = bool(settings.get("blind", False))
     if is_blind and (args.blind or args.blind_run):
         raise ValueError(f"{args.run} was itself trained blind: --blind and --blind-run stand beside a model that sees")
@@ -265,25 +259,25 @@ def main(argv=None) -> None:
     asked |= {"blind": load_twin(args.blind_run, device, settings)} if args.blind_run else {}
     splits, where = find_items(args, settings)
     if where.get("trained_on_it"):
-        print(f"{where['data']} is what {args.run} was trained on: what it has learnt by heart counts as right here")
+        print(f"{where['data']} is what {args.run} was trained on: what it has memorised counts as right here")
 
     result, counts = {}, {}
     for split, items in splits.items():
         kept = without_long(items, asked.values())
         if not kept:
             raise ValueError(f"none of {len(items)} questions fits the context of {model.config.text_config.context_length}")
-        pictures = len({picture_key(image) for item in kept for image in item.images})
-        counts[split] = {"questions": len(kept), "pictures": pictures, "too_long": len(items) - len(kept)}
+        images = len({image_key(image) for item in kept for image in item.images})
+        counts[split] = {"questions": len(kept), "images": images, "too_long": len(items) - len(kept)}
         left_out = f", {len(items) - len(kept)} left out as too long" if len(items) > len(kept) else ""
-        print(f"\n{split}: {len(kept):,} questions about {pictures:,} pictures{left_out}", flush=True)
+        print(f"\n{split}: {len(kept):,} questions about {images:,} images{left_out}", flush=True)
         result[split] = {who: measure(*pair_of, kept, who != "model", args, where["dataset"]) for who, pair_of in asked.items()}
-        print(table(result[split]), flush=True)
+        print(results_table(result[split]), flush=True)
 
     out = args.out or args.run
     out.mkdir(parents=True, exist_ok=True)
     flags = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
     write_json(out / "eval.json", {"settings": flags, "data": where, "counts": counts, "splits": result})
-    draw(result, out / "eval.png")
+    draw_bars(result, out / "eval.png")
     print(f"\n{out / 'eval.json'}, {out / 'eval.png'}")
     print(json.dumps(summary(result)))
 

@@ -19,7 +19,8 @@ import torch.nn.functional as F
 
 from data.augment import PRESETS as AUGMENTATIONS
 from data.augment import Augment, normalise
-from data.datasets import DATASETS, Batches, ImageDataset, evenly, load_images
+from data.batches import Batches
+from data.datasets import DATASETS, ImageDataset, evenly, load_images
 from lib import figures
 from lib.checkpoint import from_pretrained, save_pretrained
 from lib.files import write_json

@@ -18,7 +18,6 @@ metrics.jsonl, curves.png, samples.png, attention.png, result.json. The last lin
 """
 
 import json
-import math
 import random
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,18 +28,13 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from data.augment import GEOMETRY, warp
+from data.common import CommonAnswers, common_questions
+from data.features import FrozenFeatures
 from data.llava import LlavaRows, PictureCache
-from data.scenes import COLOURS, HELD_OUT, IGNORE, PLACES, Scenes, corpus, make_scenes
+from data.llava_batches import LlavaBatches, ShardBatches
+from data.scene_batches import PatchLabels, SceneBatches
+from data.scenes import COLOURS, HELD_OUT, IGNORE, PLACES, corpus, make_scenes
 from data.shards import ShardPictures, Shards
-from data.vlm_batches import (
-    CommonAnswers,
-    FrozenFeatures,
-    LabelledScenes,
-    LlavaBatches,
-    SceneBatches,
-    ShardBatches,
-    common_questions,
-)
 from extras.attention_maps import group_into_words, where_it_looks
 from extras.cross_attention import CrossAttentionConfig, CrossAttentionVLM
 from lib import figures
@@ -49,13 +43,12 @@ from lib.answers import (
     MOST_NEW_TOKENS,
     Item,
     answer,
+    image_key,
     load_vlm,
     mean_answer_loss,
-    picture_key,
     prompt_ids,
     row_items,
     scene_items,
-    score,
 )
 from lib.chat import stop_tokens
 from lib.checkpoint import from_pretrained, save_pretrained
@@ -73,6 +66,7 @@ from lib.run import (
     positive_int,
     run_cli,
 )
+from lib.scores import score
 from lib.tokenizer import BPETokenizer
 from lib.vocabulary import resize_token_embeddings
 from model import (
@@ -294,27 +288,24 @@ class Learner(nn.Module):
         self.model, self.sizes = model, sizes
         self.reader = nn.Linear(model.config.vision_config.hidden_size, sum(sizes))
 
-    def count(self, seen: Scenes | torch.Tensor | None = None, **batch) -> torch.Tensor:
+    def count(self, patch_labels=None, answers=None, **batch) -> torch.Tensor:
         """How many answers a part of a batch has to each of the questions whose loss is a mean of its own."""
-        if seen is None:
-            return (batch["labels"] != -100).sum()[None]
-        if isinstance(seen, Scenes):
-            labels = seen.dense_labels(self.model.config.vision_config.grid[0])
-            return torch.stack([(label != IGNORE).sum() for label in labels])
-        return (seen != IGNORE).sum()[None]
+        if patch_labels is not None:
+            return (patch_labels != IGNORE).sum(dim=(0, 2))
+        return ((batch["labels"] if answers is None else answers) != IGNORE).sum()[None]
 
-    def forward(self, seen: Scenes | torch.Tensor | None = None, share=(1.0, 1.0, 1.0), **batch) -> torch.Tensor:
+    def forward(self, patch_labels=None, answers=None, share=(1.0, 1.0, 1.0), **batch) -> torch.Tensor:
         """The loss of a part of a batch, each mean weighted by `share`: see shares."""
-        if seen is None:
+        if patch_labels is None and answers is None:
             loss = self.model(**batch)["loss"] * share[0]
             if "pixel_values" in batch or "vision_features" in batch:
                 return loss
             return loss + sum(p.sum() for p in self.parameters() if p.requires_grad) * 0  # what sees has a gradient: none
         features = self.model.vision_features(batch["pixel_values"])
-        if isinstance(seen, Scenes):
-            return scene_loss(self.reader(features), seen, share)
+        if patch_labels is not None:
+            return scene_loss(self.reader(features), patch_labels, share)
         read = self.reader(features.mean(dim=1)).float().split(self.sizes, dim=1)
-        return common_loss(read, seen.to(features.device)) * share[0]
+        return common_loss(read, answers) * share[0]
 
 
 def shares(run: Run, counts: list[torch.Tensor]) -> torch.Tensor:
@@ -331,15 +322,15 @@ def common_loss(logits: tuple[torch.Tensor, ...], seen: torch.Tensor) -> torch.T
     return sum(losses) / (seen != IGNORE).sum()
 
 
-def scene_loss(logits: torch.Tensor, scenes: Scenes, share=(1.0, 1.0, 1.0)) -> torch.Tensor:
-    """logits [N, patches, sum(READ)] against digit, colour and place of each patch, or "nothing" (see Scenes.dense_labels);
-    share: see shares.
+def scene_loss(logits: torch.Tensor, labels: torch.Tensor, share=(1.0, 1.0, 1.0)) -> torch.Tensor:
+    """logits [N, patches, sum(READ)] against digit, colour and place of each patch, or "nothing": labels int64 [N, 3, patches],
+    see Scenes.dense_labels; share: see shares.
 
     What colour a digit has tells in training which digit it is not: that of the pair which is held out. A tower that learns
     this is blind to the pair, so its digit is left out of the softmax over that colour (the prior-adjusted loss of Menon et
     al. 2021, with a prior of 0).
     """
-    labels = [label.flatten().to(logits.device) for label in scenes.dense_labels(math.isqrt(logits.shape[1]))]
+    labels = [label.flatten() for label in labels.unbind(dim=1)]
     never = torch.zeros(READ[1], READ[0], dtype=torch.bool, device=logits.device)
     for digit, colour in HELD_OUT:
         never[COLOURS.index(colour), digit] = True
@@ -487,7 +478,7 @@ def draw(folder: Path, model, processor, items: list[Item], found: dict, rows: l
     first = {}
     for number, item in enumerate(items):  # of each picture another kind of question, where there is one
         if item.images:
-            first.setdefault(picture_key(item.images[0]), []).append(number)
+            first.setdefault(image_key(item.images[0]), []).append(number)
     chosen = [numbers[i % len(numbers)] for i, numbers in enumerate(list(first.values())[:24])]
     if not chosen:
         return
@@ -513,7 +504,7 @@ def draw_attention(path: Path, model, processor, item: Item) -> None:
     (ids,) = model.generate(**batch, max_new_tokens=MOST_NEW_TOKENS, stop_tokens=stop_tokens(processor.tokenizer))
     if not ids:
         return
-    words, maps = group_into_words(ids, where_it_looks(model, ids, **batch), processor.decode)
+    words, maps = group_into_words(ids, where_it_looks(model, ids, batch["input_ids"], batch["pixel_values"]), processor.decode)
     question = item.messages[-1]["content"].replace(IMAGE_TOKEN, "").strip()
     figures.attention_overlay([picture_tensor(image) for image in item.images], words, maps, path, title=question)
 
@@ -550,8 +541,8 @@ class Data:
 
     def batches(self, model, processor):
         args, run = self.args, self.run
+        self.grid = model.config.vision_config.grid[0]
         ranks = {"rank": run.rank, "world_size": run.world_size, "grad_accum": args.grad_accum, "blind": args.blind}
-        ranks["dense"] = args.fusion == "cross"
         size = args.batch_size // run.world_size
         if self.rows is None:
             return SceneBatches(processor, size, args.seed, args.per_scene, **ranks)
@@ -565,7 +556,7 @@ class Data:
         if args.shift and features and not args.blind and not looks_first(args, self.common):
             raise ValueError("--shift: the vision tower is frozen and looks at each picture once: add --freeze none")
         ranks |= {"workers": args.workers, "features": features, "isolated": args.isolated}
-        ranks |= {"all_ranks": run.all, "always_see": args.fsdp}
+        ranks |= {"all_ranks": run.all, "always_image": args.fsdp}
         ranks["context"] = model.config.text_config.context_length
         kind = ShardBatches if self.sharded else LlavaBatches
         return kind(self.rows, processor, pictures, size, args.seed, args.max_length, **ranks)
@@ -583,7 +574,7 @@ class Data:
         args, run = self.args, self.run
         ranks = {"grad_accum": args.grad_accum, "rank": run.rank, "world_size": run.world_size}
         if self.rows is None:
-            return LabelledScenes(processor, batch_size, args.seed, **ranks)
+            return PatchLabels(processor, batch_size, args.seed, self.grid, **ranks)
         ranks |= {"workers": args.workers, "all_ranks": run.all}
         return CommonAnswers(self.rows, self.common, pictures, batch_size, args.seed, **ranks)
 
@@ -611,7 +602,7 @@ def train_stage(run: Run, learner: Learner, stage: Stage, data: Data, batches, b
     if stage.name == "vision":
         unit = run.world_size * args.grad_accum
         size = max(1, round(VISION_BATCH / unit)) * unit
-        batches = data.to_look_at(processor, getattr(batches, "pictures", None), size // run.world_size)
+        batches = data.to_look_at(processor, getattr(batches, "images", None), size // run.world_size)
     else:
         data.keep_features(batches)
     run.print(f"stage {stage.name}: {stage.why}\n  {trained:,} parameters, {stage.steps:,} steps of {size}")
@@ -675,7 +666,7 @@ def left_out(run: Run, batches) -> dict[str, int]:
     """How much training met, in all processes, that it could not use."""
     if not isinstance(batches, LlavaBatches):
         return {}
-    found = {"unreadable_pictures": map(str, batches.pictures.unreadable), "rows_too_long": batches.too_long}
+    found = {"unreadable_pictures": map(str, batches.images.unreadable), "rows_too_long": batches.too_long}
     found |= {"damaged_rows": batches.indices.lost} if isinstance(batches, ShardBatches) else {}
     return {name: len(set(everyones(run, list(each)))) for name, each in found.items()}
 

@@ -40,7 +40,7 @@ from PIL import Image
 
 import train_vlm
 from data import scenes
-from data.vlm_batches import SceneBatches, scene_pixels
+from data.scene_batches import SceneBatches, scene_pixels
 from lib import figures
 from lib.checkpoint import from_pretrained, save_pretrained
 from lib.fast_decode import fast_step
@@ -465,7 +465,7 @@ def bench_questions(args, device: torch.device) -> list[dict]:
         freeze(each, "frozen tower").train()
     for batch in args.batch:
         batches = SceneBatches(processor, batch, args.seed)
-        pictures = next(batches.stream)
+        pictures = scenes.make_scenes("train", batch, args.seed)
         inputs = {"ours": batches.batch(pictures), "transformers": padded_rows(batches, pictures)}
         inputs = {name: {key: value.to(device) for key, value in given.items()} for name, given in inputs.items()}
         losses = {"ours": lambda m, given: m(**given)["loss"],
@@ -485,7 +485,7 @@ def bench_questions(args, device: torch.device) -> list[dict]:
 def padded_rows(batches: SceneBatches, pictures: scenes.Scenes) -> dict[str, torch.Tensor]:
     """The batch of these pictures, each question in a row of its own, as transformers takes them."""
     asked = scenes.questions(pictures, batches.seed, batches.per_scene, batches.mix)
-    found = [batches.row(turn) for turns in asked for turn in turns]
+    found = [batches.encoded(turn) for turns in asked for turn in turns]
     longest, pad = max(len(ids) for ids, _ in found), batches.processor.tokenizer.pad_token_id or 0
     columns = zip(*((ids + [pad] * (n := longest - len(ids)), labels + [-100] * n, [1] * len(ids) + [0] * n)
                     for ids, labels in found), strict=True)  # fmt: skip

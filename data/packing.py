@@ -1,21 +1,20 @@
-"""Several questions about one picture, and several samples, in one row of a batch, none of which sees the others.
+"""Several questions about one image, and several samples, in one row of a batch, none of which attends to the others.
 
-    samples = [encode_sample(processor, turns, num_images=1), ...]     # turns: conversations about the same pictures
+    samples = [encode_sample(processor, conversations, num_images=1), ...]     # conversations about the same images
     batch = pack(samples, length=256)                                  # input_ids, labels, position_ids, attention_mask
-    model(pixel_values=..., **batch)                                   # pictures in the order of batch.pop("order")
+    model(pixel_values=..., **batch)                                   # images in the order of batch.pop("order")
 
-A sample is a trunk (the chat's opening and its pictures, which all its questions have in common) and branches (a question
-and its answer each). A token looks back along its own branch and down its trunk, nowhere else, and counts its position from
-the beginning of the trunk: each answer's logits are those of that question asked alone (tests/test_packing.py). Twelve
-questions about a picture cost the picture once, and no answer leaks into the next question.
+A sample is a prefix (the chat's opening and its images, which all its questions have in common) and continuations (a question
+and its answer each). A token attends to its own continuation and its prefix, to nothing else, and its position counts from
+the beginning of the prefix: each answer's logits are those of that question asked alone (tests/test_packing.py). Twelve
+questions about an image encode the image once, and no answer leaks into the next question.
 
-Padding is packed away: short samples share a row. Axes: B rows, T tokens of a row.
+Short samples share a row, so that little is padding. Axes: B rows, T tokens of a row, H heads, KV key/value heads.
 """
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, fields
 
 import torch
 
@@ -26,59 +25,36 @@ PADDING = -1  # in place of a sample's number
 
 @dataclass(frozen=True)
 class Sample:
-    """Ids and labels (-100 where there is nothing to learn) of a trunk and its branches."""
+    """Ids and labels (-100 where there is nothing to learn) of a prefix and its continuations."""
 
-    trunk: tuple[list[int], list[int]]
-    branches: list[tuple[list[int], list[int]]]
+    prefix: tuple[list[int], list[int]]
+    continuations: list[tuple[list[int], list[int]]]
 
     @property
     def lengths(self) -> list[int]:
-        """Tokens of the trunk, and of each branch."""
-        return [len(ids) for ids, _ in (self.trunk, *self.branches)]
+        """Tokens of the prefix, and of each continuation."""
+        return [len(ids) for ids, _ in (self.prefix, *self.continuations)]
 
     @property
     def depth(self) -> int:
         """Tokens of the longest conversation in it."""
-        trunk, *branches = self.lengths
-        return trunk + max(branches, default=0)
+        prefix, *continuations = self.lengths
+        return prefix + max(continuations, default=0)
 
     def __len__(self) -> int:
         return sum(self.lengths)
 
 
-class AttentionBlocks(NamedTuple):
-    """Which tokens of packed rows attend to which, without the large squares in which none attends to any: R blocks of L
-    queries and S keys each, where a key may be in many blocks. Tokens are numbered b * T + t. A mask for gpt.attention."""
-
-    queries: torch.Tensor  # int64 [R, L]: tokens; what a block has too few of is filled up with any
-    keys: torch.Tensor  # int64 [R, S]
-    mask: torch.Tensor  # bool [R, 1, L, S]
-    places: torch.Tensor  # int64 [B * T]: where among the R * L queries each token is
-
-    def to(self, device) -> "AttentionBlocks":
-        return AttentionBlocks(*(t.to(device) for t in self))
-
-    def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout: float = 0.0) -> torch.Tensor:
-        """q [B, H, T, head_dim], k and v [B, KV, T, head_dim] -> [B, H, T, head_dim]."""
-        B, H, T, width = q.shape
-        q, k, v = take_tokens(q, self.queries), take_tokens(k, self.keys), take_tokens(v, self.keys)
-        y = attention(q, k, v, self.mask, dropout=dropout).transpose(1, 2)  # [R, L, H, head_dim]
-        return y.flatten(0, 1).index_select(0, self.places).view(B, T, H, width).transpose(1, 2)
-
-
-def take_tokens(x: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """x [B, H, T, head_dim], tokens [R, L] -> [R, H, L, head_dim]."""
-    flat = x.transpose(1, 2).flatten(2).flatten(0, 1).index_select(0, tokens.flatten())
-    return flat.view(*tokens.shape, x.shape[1], -1).transpose(1, 2)
+# ---- conversations to samples ------------------------------------------------------------------------------------------
 
 
 def encode_sample(processor, conversations: Sequence, num_images: int) -> Sample:
-    """Conversations about the same pictures as one sample: what their ids begin with alike is its trunk. Raises ValueError for
-    conversations without an answer, and where pictures and <image>s differ in number."""
-    return share_beginning([encode_row(processor, conversation, num_images) for conversation in conversations])
+    """Conversations about the same images as one sample: what their ids begin with alike is its prefix. Raises ValueError for
+    conversations without an answer, and where images and <image>s differ in number."""
+    return share_prefix([encode_conversation(processor, conversation, num_images) for conversation in conversations])
 
 
-def encode_row(processor, conversation, num_images: int) -> tuple[list[int], list[int]]:
+def encode_conversation(processor, conversation, num_images: int) -> tuple[list[int], list[int]]:
     """(ids, labels) of one conversation up to the end of its last answer: what a template writes behind it teaches nothing."""
     ids, answers = processor.encode(conversation, num_images)
     if not any(answers):
@@ -87,8 +63,9 @@ def encode_row(processor, conversation, num_images: int) -> tuple[list[int], lis
     return ids[:end], [token if learn else -100 for token, learn in zip(ids[:end], answers[:end], strict=True)]
 
 
-def share_beginning(rows: Sequence[tuple[list[int], list[int]]]) -> Sample:
-    """Rows of (ids, labels) that begin alike become a trunk and branches of at least one token; a single row is all trunk."""
+def share_prefix(rows: Sequence[tuple[list[int], list[int]]]) -> Sample:
+    """Rows of (ids, labels) that begin alike become a prefix and continuations of at least one token; a single row is all
+    prefix."""
     if len(rows) == 1:
         return Sample(rows[0], [])
     first, shortest = rows[0], min(len(ids) for ids, _ in rows)
@@ -97,6 +74,9 @@ def share_beginning(rows: Sequence[tuple[list[int], list[int]]]) -> Sample:
         alike += 1
     cut = [tuple(part[alike:] for part in row) for row in rows]
     return Sample((first[0][:alike], first[1][:alike]), cut)
+
+
+# ---- samples to rows -----------------------------------------------------------------------------------------------------
 
 
 def first_fit(lengths: Sequence[int], room: int) -> list[list[int]]:
@@ -113,10 +93,6 @@ def first_fit(lengths: Sequence[int], room: int) -> list[list[int]]:
     return rows
 
 
-def longest_sum(lengths: Sequence[int], rows: Sequence[Sequence[int]]) -> int:
-    return max(sum(lengths[i] for i in row) for row in rows)
-
-
 def even_rows(lengths: Sequence[int], count: int) -> list[list[int]]:
     """Which lengths share one of `count` rows, so that the longest row is short: the longest first, each into the row with the
     most room (at most 4/3 of the best: Graham 1969)."""
@@ -128,41 +104,89 @@ def even_rows(lengths: Sequence[int], count: int) -> list[list[int]]:
     return rows
 
 
-def pack(samples: Sequence[Sample], length: int = 0, pad_token_id: int = 0, dense: bool = False) -> dict:
+def longest_sum(lengths: Sequence[int], rows: Sequence[Sequence[int]]) -> int:
+    return max(sum(lengths[i] for i in row) for row in rows)
+
+
+def pack(samples: Sequence[Sample], length: int = 0, pad_token_id: int = 0) -> dict[str, torch.Tensor]:
     """Samples in as few rows as have room for them, and these as short as may be: of at most `length`, or of the longest
     sample's length if that is more.
 
-    Returns input_ids, labels, position_ids, int64 [B, T]; attention_mask: the pattern, bool [B, 1, T, T], True where a token
-    may attend, or, unless `dense`, AttentionBlocks where most of that would be False; and "order" [samples]: which sample comes
-    when, row by row, so that their images can be put in that order.
+    Returns input_ids, labels, position_ids, int64 [B, T]; attention_mask: which tokens each may attend to, as AttentionBlocks,
+    or bool [B, 1, T, T] where blocks would not save half of it; and "order" [samples]: which sample comes when, row by row, so
+    that their images can be put in that order. The label of a token that does not attend to the one before it is -100.
     """
     lengths = [len(sample) for sample in samples]
     rows = first_fit(lengths, max(length, *lengths))
     rows = min(rows, even_rows(lengths, len(rows)), key=lambda rows: longest_sum(lengths, rows))
     T = longest_sum(lengths, rows)
-    columns = [[], [], [], [], []]  # ids, labels, positions, sample, branch (0: its trunk)
+    columns = [[], [], [], [], []]  # ids, labels, positions, sample, continuation (0: its prefix)
     for row in rows:
-        tokens = [token for i in row for token in _flat(samples[i], i)]
-        tokens += [(pad_token_id, -100, 0, PADDING, t) for t in range(T - len(tokens))]  # each sees itself alone
+        tokens = [token for i in row for token in sample_tokens(samples[i], i)]
+        tokens += [(pad_token_id, -100, 0, PADDING, t) for t in range(T - len(tokens))]  # each attends to itself alone
         for column, values in zip(columns, zip(*tokens, strict=True), strict=True):
             column.append(values)
-    input_ids, labels, position_ids, sample, branch = map(torch.tensor, columns)
-    # No state stands before a token that may not attend to the one before it: the first of a sample, and of a branch unless it
-    # follows its trunk.
-    apart = (sample[:, 1:] != sample[:, :-1]) | ((branch[:, 1:] != branch[:, :-1]) & (branch[:, :-1] != 0))
-    labels[:, 1:][apart] = -100
-    mask = None if dense else _blocks([[samples[i] for i in row] for row in rows], branch, position_ids)
+    input_ids, labels, position_ids, sample, continuation = map(torch.tensor, columns)
+    mask = attention_blocks([[samples[i] for i in row] for row in rows], continuation, position_ids)
     if mask is None:
-        seen = (branch[:, None, :] == 0) | (branch[:, None, :] == branch[:, :, None])
-        mask = (seen & (sample[:, None, :] == sample[:, :, None]) & torch.ones(T, T, dtype=torch.bool).tril())[:, None]
-    packed = {"input_ids": input_ids, "labels": labels, "position_ids": position_ids, "attention_mask": mask}
-    return {**packed, "order": torch.tensor([i for row in rows for i in row])}
+        mask = (continuation[:, None, :] == 0) | (continuation[:, None, :] == continuation[:, :, None])
+        mask &= (sample[:, None, :] == sample[:, :, None]) & torch.ones(T, T, dtype=torch.bool).tril()
+        mask = mask[:, None]
+    order = torch.tensor([i for row in rows for i in row])
+    return {"input_ids": input_ids, "labels": labels, "position_ids": position_ids, "attention_mask": mask, "order": order}
 
 
-def _blocks(rows: Sequence[Sequence[Sample]], branch: torch.Tensor, position: torch.Tensor) -> AttentionBlocks | None:
-    """The same pattern in blocks of a few branches with their trunk; None where that would not save half of it. branch and
-    position [B, T] of each token."""
-    (B, T), queries, keys = branch.shape, [], []
+def sample_tokens(sample: Sample, number: int):
+    """(id, label, position, sample, continuation) of each token."""
+    start = len(sample.prefix[0])
+    for part, (ids, labels) in enumerate([sample.prefix, *sample.continuations]):
+        first = start if part else 0
+        follows = part == 1 and start  # the others come after tokens that they do not attend to
+        for t, (token, label) in enumerate(zip(ids, labels, strict=True)):
+            yield token, label if t or follows else -100, first + t, number, part
+
+
+# ---- attention between the tokens of packed rows ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class AttentionBlocks:
+    """Which tokens of packed rows attend to which, without the large squares in which none attends to any: R blocks of L
+    queries and S keys each, where a key may be in many blocks. Tokens are numbered b * T + t. A mask for gpt.attention."""
+
+    queries: torch.Tensor  # int64 [R, L]: tokens; what a block has too few of is filled up with any
+    keys: torch.Tensor  # int64 [R, S]
+    mask: torch.Tensor  # bool [R, 1, L, S]
+    places: torch.Tensor  # int64 [B * T]: where among the R * L queries each token is
+
+    def to(self, device, **options) -> "AttentionBlocks":
+        return AttentionBlocks(*(getattr(self, field.name).to(device, **options) for field in fields(self)))
+
+    def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout: float = 0.0) -> torch.Tensor:
+        """q [B, H, T, head_dim], k and v [B, KV, T, head_dim] -> [B, H, T, head_dim]."""
+        B, H, T, width = q.shape
+        q, k, v = take_tokens(q, self.queries), take_tokens(k, self.keys), take_tokens(v, self.keys)
+        y = attention(q, k, v, self.mask, dropout=dropout).transpose(1, 2)  # [R, L, H, head_dim]
+        return y.flatten(0, 1).index_select(0, self.places).view(B, T, H, width).transpose(1, 2)
+
+    def pattern(self, T: int) -> torch.Tensor:
+        """The same as bool [B, 1, T, T], for what has to look at single pairs of tokens."""
+        L = self.queries.shape[1]
+        allowed, keys = self.mask[self.places // L, 0, self.places % L], self.keys[self.places // L] % T  # [B * T, S]
+        count = torch.zeros(len(keys), T, dtype=torch.int32, device=keys.device).scatter_add_(1, keys, allowed.int())
+        return (count > 0).view(-1, 1, T, T)
+
+
+def take_tokens(x: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """x [B, H, T, head_dim], tokens [R, L] -> [R, H, L, head_dim]."""
+    flat = x.transpose(1, 2).flatten(2).flatten(0, 1).index_select(0, tokens.flatten())
+    return flat.view(*tokens.shape, x.shape[1], -1).transpose(1, 2)
+
+
+def attention_blocks(rows: Sequence[Sequence[Sample]], continuation, position) -> AttentionBlocks | None:
+    """Blocks of a few continuations with their prefix; None where that would not save half of the whole pattern.
+    continuation and position: int64 [B, T], of each token."""
+    (B, T), queries, keys = position.shape, [], []
     room = max(length for row in rows for sample in row for length in sample.lengths)
     for b, row in enumerate(rows):
         start = b * T
@@ -176,20 +200,11 @@ def _blocks(rows: Sequence[Sequence[Sample]], branch: torch.Tensor, position: to
     if 2 * len(queries) * room * max(map(len, keys)) > B * T * T:
         return None
     q, k = (torch.tensor(list(zip(*itertools.zip_longest(*part, fillvalue=-1), strict=True))) for part in (queries, keys))
-    places = torch.zeros(B * T, dtype=torch.long)  # what fills a row up gets the answer to another's question: it has no label
+    places = torch.zeros(B * T, dtype=torch.long)  # padding gets the output of another token: it has no label
     places[q[q >= 0]] = (q >= 0).flatten().nonzero()[:, 0]
-    branch, position = branch.flatten(), position.flatten()
-    of_key, of_query = branch[k][:, None, :], branch[q][:, :, None]
-    seen = (k >= 0)[:, None, :] & ((of_key == 0) | (of_key == of_query))
-    seen &= position[k][:, None, :] <= position[q][:, :, None]
-    seen |= ~seen.any(dim=-1, keepdim=True)  # a softmax over nothing is NaN
-    return AttentionBlocks(q.clamp(min=0), k.clamp(min=0), seen[:, None], places)
-
-
-def _flat(sample: Sample, number: int):
-    """(id, label, position, sample, branch) of each token."""
-    start = len(sample.trunk[0])
-    for branch, (ids, labels) in enumerate([sample.trunk, *sample.branches]):
-        first = start if branch else 0
-        for t, (token, label) in enumerate(zip(ids, labels, strict=True)):
-            yield token, label, first + t, number, branch
+    continuation, position = continuation.flatten(), position.flatten()
+    of_key, of_query = continuation[k][:, None, :], continuation[q][:, :, None]
+    mask = (k >= 0)[:, None, :] & ((of_key == 0) | (of_key == of_query))
+    mask &= position[k][:, None, :] <= position[q][:, :, None]
+    mask |= ~mask.any(dim=-1, keepdim=True)  # a softmax over nothing is NaN
+    return AttentionBlocks(q.clamp(min=0), k.clamp(min=0), mask[:, None], places)

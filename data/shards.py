@@ -40,7 +40,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from data.datasets import Batches
+from data.batches import Batches
 from data.folders import one_line
 from data.llava import LlavaRows, PictureCache, Row, Wrong, checked_row, new_folder, parsed, picture_groups
 from lib.files import write_atomic, write_json

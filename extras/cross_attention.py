@@ -156,6 +156,8 @@ class CrossAttentionVLM(MllamaForConditionalGeneration):
         embeds = self.language_model.embed(input_ids.masked_fill(without_row, 0)).masked_fill(without_row[..., None], 0)
         images = None
         if image_features is not None:
-            pattern = attention_mask if attention_mask is not None and attention_mask.ndim == 4 else None
+            is_pattern = callable(attention_mask) or (attention_mask is not None and attention_mask.ndim == 4)
+            pattern = attention_mask if is_pattern else None
+            pattern = pattern.pattern(input_ids.shape[1]) if callable(pattern) else pattern
             images = images_by_row(image_features.to(embeds.dtype), places, pattern)
         return self.language_model.hidden_states(embeds, attention_mask, position_ids, cache, images)

@@ -24,7 +24,8 @@ import torch.nn as nn
 
 from data.augment import PRESETS as AUGMENTATIONS
 from data.augment import Augment, normalise
-from data.datasets import DATASETS, Batches, ImageDataset, evenly
+from data.batches import Batches
+from data.datasets import DATASETS, ImageDataset, evenly
 from extras.llmvit import (
     EMBEDDERS,
     ENCODERS,

@@ -36,7 +36,8 @@ from torch.utils.checkpoint import checkpoint
 
 from data.augment import PRESETS as AUGMENTATIONS
 from data.augment import Augment
-from data.datasets import Batches, evenly
+from data.batches import Batches
+from data.datasets import evenly
 from data.llava import PictureCache, Row
 from data.scenes import COLOURS, PLACES, SLOTS, SceneConfig, Scenes, SceneStream, corpus, make_scenes, with_article
 from data.shards import ShardPictures, ShardStream

@@ -1,17 +1,19 @@
-"""Laws of answers.py: a batch answers like one prompt alone, whatever it shares; blind means blind; the loss is the slow one;
-intervals and captions get the numbers that are published, or that the authors' own code gives."""
+"""Laws of lib/answers.py: a batch answers like one prompt alone, whatever it shares; blind means blind; the loss is the slow
+one."""
 
-import math
 import re
 
 import pytest
 import torch
 
+from data.batches import blind_pixels
+from data.scene_batches import about_image
 from data.scenes import corpus
 from extras.cross_attention import CrossAttentionConfig, CrossAttentionVLM
 from gpt import KVCache
 from lib import answers
-from lib.answers import Item, about_picture, answer, bleu4, blind_pixels, cider_d, mean_answer_loss, scene_items, score, wilson
+from lib.answers import Item, answer, mean_answer_loss, scene_items
+from lib.scores import score
 from lib.tokenizer import BPETokenizer
 from model import MLLAMAConfig, MllamaForConditionalGeneration
 from processing_mllama import MllamaImageProcessor, process_images
@@ -34,7 +36,8 @@ def build(fusion="early", **text):
     torch.manual_seed(0)
     parts = VISION, TEXT | {"vocab_size": len(tokenizer)} | text
     if fusion == "cross":
-        model = CrossAttentionVLM(CrossAttentionConfig(*parts, image_token_id=processor.image_token_id, cross_every=1)).eval()
+        config = CrossAttentionConfig(*parts, image_token_id=processor.image_token_id, cross_every=1)
+        model = CrossAttentionVLM(config).eval()
     else:
         model = MllamaForConditionalGeneration(MLLAMAConfig(*parts, image_token_id=processor.image_token_id)).eval()
     with torch.no_grad():
@@ -52,12 +55,12 @@ def mixed_items():
     """Shared and lone pictures, two pictures, none, a longer conversation, a question that is asked twice."""
     a, b, c = pictures(3)
     items = [
-        Item(a, about_picture(q), t) for q, t in (("Count the digits.", "3"), ("Is there a 5?", "no"), ("What?", "a red 7"))
+        Item(a, about_image(q), t) for q, t in (("Count the digits.", "3"), ("Is there a 5?", "no"), ("What?", "a red 7"))
     ]
-    items += [Item([b], about_picture("Describe the picture."), "a red 7 at the top left", "describe"), items[0]]
+    items += [Item([b], about_image("Describe the picture."), "a red 7 at the top left", "describe"), items[0]]
     items += [Item([a, c], [{"role": "user", "content": "<image>then <image>which is red?"}], "the first", "two")]
     items += [Item(None, [{"role": "user", "content": text}], "yes", "text") for text in ("Is it so?", "Is it not so, then?")]
-    turns = [*about_picture("Add up the digits."), {"role": "assistant", "content": "3 plus 4 is 7"}]
+    turns = [*about_image("Add up the digits."), {"role": "assistant", "content": "3 plus 4 is 7"}]
     return items + [Item(c, [*turns, {"role": "user", "content": "Is there a 4?"}], "yes", "later")]
 
 
@@ -82,7 +85,7 @@ def test_rows_that_stop_early_do_not_change_the_others(monkeypatch):
     """Stop tokens that some rows meet soon and others late: rows leave the batch at several points on the way."""
     model, processor = build()
     items = [
-        Item(image, about_picture(q), "") for image in pictures(4) for q in ("Count the digits.", "Is there a 5?", "What?")
+        Item(image, about_image(q), "") for image in pictures(4) for q in ("Count the digits.", "Is there a 5?", "What?")
     ]
     plain = [processor.tokenizer.encode(text) for text in answer(model, processor, items, None, 20)]
     common = [token for token, _ in sorted(((t, sum(t in row for row in plain)) for t in range(330)), key=lambda x: -x[1])[:6]]
@@ -105,8 +108,8 @@ def test_answers_end_with_a_turn_or_at_their_own_limit():
 def start(model, processor, items):
     rows = answers.prompt_rows(processor, items, False, False)
     with torch.no_grad():
-        cache, beginnings = answers.read_beginnings(model, processor, items, rows, False, 8)
-        cache = cache.select(beginnings)
+        cache, prefixes = answers.prefill(model, processor, items, rows, False, 8)
+        cache = cache.select(prefixes)
         out = model.language_model(**answers.own_parts(rows, cache), cache=cache, logits_to_keep=1)
     return out["logits"][:, -1], cache
 
@@ -134,7 +137,7 @@ def test_questions_about_scenes_carry_their_truth_and_share_their_picture():
 
 def test_blind_answers_do_not_depend_on_the_picture_and_need_none():
     model, processor = build()
-    asked = about_picture("Describe the picture.")
+    asked = about_image("Describe the picture.")
     first, second = ([Item(image, asked, "")] for image in pictures(2))
     assert answer(model, processor, first) != answer(model, processor, second)
     nowhere = [Item("nowhere/at/all.png", asked, "")]
@@ -147,7 +150,7 @@ def test_blind_is_a_picture_of_the_mean_colour():
     pixels = process_images(pictures(2), (32, 32))
     assert blind_pixels(pixels).shape == pixels.shape and not blind_pixels(pixels).any()
     processor.image_mean = (128 / 255,) * 3  # so that there is a grey that becomes 0
-    item = Item(torch.full((3, 32, 32), 128, dtype=torch.uint8), about_picture("Count the digits."), "3")
+    item = Item(torch.full((3, 32, 32), 128, dtype=torch.uint8), about_image("Count the digits."), "3")
     blind, seen = (mean_answer_loss(model, processor, [item], blind=b)[0] for b in (True, False))
     assert blind == pytest.approx(seen, rel=1e-4)
 
@@ -172,7 +175,7 @@ def test_a_model_that_learned_two_answers_gives_them():
     """End to end: pictures, prompt, training, decoding, score. The two questions differ in nothing but the picture."""
     model, processor = build()
     said = ("a red 7 at the top left", "no")
-    items = [Item(image, about_picture("What?"), text) for image, text in zip(pictures(2), said, strict=True)]
+    items = [Item(image, about_image("What?"), text) for image, text in zip(pictures(2), said, strict=True)]
     conversations = [[*item.messages, {"role": "assistant", "content": item.answer}] for item in items]
     batch = processor(None, [[item.image] for item in items], conversations)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
@@ -218,9 +221,9 @@ def test_the_loss_is_what_adding_up_logarithms_gives(fusion, batch_size):
 @pytest.mark.parametrize(
     "item, message",
     [
-        (Item(None, about_picture("What?"), ""), "says <image> 1 times and has 0 images"),
-        (Item(pictures(2), about_picture("What?"), ""), "says <image> 1 times and has 2 images"),
-        (Item("gone.png", about_picture("What?"), ""), "gone.png"),
+        (Item(None, about_image("What?"), ""), "says <image> 1 times and has 0 images"),
+        (Item(pictures(2), about_image("What?"), ""), "says <image> 1 times and has 2 images"),
+        (Item("gone.png", about_image("What?"), ""), "gone.png"),
         (
             Item(None, [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "7"}], ""),
             "end with the question",
@@ -241,128 +244,3 @@ def test_a_full_context_ends_an_answer_and_disturbs_no_other():
     together = answer(model, processor, [short, long], max_new_tokens=25)
     assert together == [answer(model, processor, [item], max_new_tokens=25)[0] for item in (short, long)]
     assert 0 < len(processor.tokenizer.encode(together[1])) < len(processor.tokenizer.encode(together[0]))
-
-
-# ---- scores --------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "right, n, low, high",
-    [
-        (81, 263, 0.2553, 0.3662),  # Newcombe 1998, Statistics in Medicine 17, table I, method 3; so are the next three
-        (15, 148, 0.0624, 0.1605),
-        (0, 20, 0.0, 0.1611),
-        (1, 29, 0.0061, 0.1718),
-        (29, 29, 0.8830, 1.0),  # the mirror image of 0 of 29: 0 to 0.1170
-        (0, 0, 0.0, 1.0),
-    ],
-)
-def test_intervals_are_the_published_ones(right, n, low, high):
-    assert wilson(right, n) == pytest.approx((low, high), abs=5.1e-5)
-
-
-def test_an_interval_holds_the_share_and_ends_at_0_and_1():
-    for n in (1, 7, 30, 1000):
-        assert wilson(0, n)[0] == 0 and wilson(n, n)[1] == 1
-        assert all(0 <= low <= right / n <= high <= 1 for right in range(n + 1) for low, high in [wilson(right, n)])
-
-
-@pytest.mark.parametrize("right, n", [(3, 2), (-1, 5)])
-def test_more_right_than_asked_is_refused(right, n):
-    with pytest.raises(ValueError, match="it must be"):
-        wilson(right, n)
-
-
-def test_scores_ignore_case_and_blanks_and_nothing_else():
-    truths = (("a red 7", "x"), ("a red 7", "x"), ("yes", "y"), ("12", "y"))
-    items = [Item(None, [], truth, kind) for truth, kind in truths]
-    found = score(items, ["A red\n 7 ", "a red 7.", "yes", "1 2"])
-    assert (found["n"], found["right"], found["exact_match"]) == (4, 2, 0.5)
-    assert {kind: row["right"] for kind, row in found["by_kind"].items()} == {"x": 1, "y": 1}
-    assert (found["low"], found["high"]) == wilson(2, 4)
-
-
-# ---- captions ------------------------------------------------------------------------------------------------------------
-
-CAPTIONS = [
-    "a man rides a brown horse on the beach",
-    "two dogs play in the snow",
-    "A red bus, parked near the old station!",
-    "the cat sat on the mat",
-    "a small child eats a piece of chocolate cake",
-]
-REFERENCES = [
-    [
-        "a man riding a horse along the beach",
-        "a man rides a brown horse on the sand near the sea",
-        "someone on horseback at the beach",
-    ],
-    ["two dogs are playing in the snow", "two brown dogs play together in deep snow"],
-    [
-        "a red double decker bus parked near a station",
-        "the old red bus is near the station",
-        "a bus waits at the old station",
-    ],
-    ["the cat is on the mat", "there is a cat on the mat"],
-    [
-        "a child eating cake",
-        "a small boy eats a piece of chocolate cake at a table",
-        "a young child with a slice of cake",
-    ],
-]
-
-
-def test_captions_get_the_figures_of_the_authors_code():
-    """On the same lower-case words: nltk 3.10.4 corpus_bleu and sacrebleu 2.6.0 (no smoothing, tokenize none) both give
-    0.6156708526941972, pycocoevalcap 1.2, the authors' CIDEr-D, 3.015130043401014."""
-    assert bleu4(CAPTIONS, REFERENCES) == pytest.approx(0.6156708526941972, abs=1e-12)
-    assert cider_d(CAPTIONS, REFERENCES) == pytest.approx(3.015130043401014, abs=1e-12)
-
-
-HAND = (1 * 5 / 6 * 3 / 5 * 1 / 4) ** 0.25  # the seven words of the candidate below, its pairs, triples and fours
-
-
-@pytest.mark.parametrize(
-    "more, penalty",
-    [
-        ([], math.exp(1 - 8 / 7)),  # a word shorter than its reference
-        (["a mat"], math.exp(1 - 8 / 7)),  # whose length is the closest, whatever else there is
-        (["one two three four five six"], 1),  # and of two as close the shorter counts
-    ],
-)
-def test_bleu_by_hand(more, penalty):
-    found = bleu4(["There is a cat on the mat"], [["there is a black cat on the mat", *more]])
-    assert found == pytest.approx(HAND * penalty, abs=1e-12)
-
-
-def test_a_word_counts_as_often_as_one_reference_says_it():
-    """As in Papineni et al. 2002, example 2, where of seven "the" two are right: saying it all again adds nothing right."""
-    found = bleu4(["a b c d a b c d"], [["a b c d"]])
-    assert found == pytest.approx((4 / 8 * 3 / 7 * 2 / 6 * 1 / 5) ** 0.25, abs=1e-12)
-
-
-def test_more_of_the_same_words_is_no_better_caption():
-    """What the D of CIDEr-D is about: saying a rare word again and again, or at great length, does not raise the figure."""
-    references = [["a man rides a horse"], ["two dogs in snow"], ["a red bus"]]
-    plain = cider_d(["a man rides a horse", "a dog", "a bus"], references)
-    again = cider_d(["horse horse horse horse horse", "a dog", "a bus"], references)
-    longer = cider_d(["a man rides a horse " * 4, "a dog", "a bus"], references)
-    assert again < plain and longer < plain
-
-
-@pytest.mark.parametrize("figure, best", [(bleu4, 1.0), (cider_d, 10.0)])
-def test_the_best_and_the_worst_caption(figure, best):
-    references = [["a man rides a horse"], ["two dogs in deep snow"], ["one red bus stops here"]]
-    assert figure([given[0] for given in references], references) == pytest.approx(best)
-    assert figure(["nothing", "", "?!"], references) == 0
-
-
-@pytest.mark.parametrize("figure", [bleu4, cider_d])
-@pytest.mark.parametrize("candidates, references", [(["a"], []), ([], []), (["a", "b"], [["a"], []])])
-def test_captions_without_references_are_refused(figure, candidates, references):
-    with pytest.raises(ValueError, match="give each candidate at least one"):
-        figure(candidates, references)
-
-
-def test_words_are_lower_case_without_punctuation():
-    assert answers.words("A man's 2 dogs, black-and-white!") == ["a", "man's", "2", "dogs", "black", "and", "white"]

@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 import torch
 
-from data.datasets import DATASETS, Batches, ImageDataset, download, load_images
+from data.batches import Batches
+from data.datasets import DATASETS, ImageDataset, download, load_images
 
 DIGITS_TEST_PART = "43289c5d80f3d35f3072dd3d1e62fd8549e4af7f831c35eb2d55505f8d4c5428"  # SHA-256
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"

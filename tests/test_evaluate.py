@@ -11,8 +11,9 @@ from PIL import Image
 import evaluate
 from calls import refused
 from data.scenes import KINDS, corpus
-from lib.answers import Item, answer, mean_answer_loss, scene_items, score, wilson
+from lib.answers import Item, answer, mean_answer_loss, scene_items
 from lib.checkpoint import from_pretrained, save_pretrained
+from lib.scores import score, wilson
 from lib.tokenizer import BPETokenizer
 from model import MLLAMAConfig, MllamaForConditionalGeneration
 from processing_mllama import MllamaImageProcessor
@@ -36,7 +37,7 @@ def save_run(folder, settings, seed=0):
         for p in model.parameters():
             p.add_(torch.randn_like(p) * 0.1)
     save_pretrained(model, folder)
-    processor.save_pretrained(folder, model.config.layout)
+    processor.save_pretrained(folder, "idefics3")
     (folder / "settings.json").write_text(json.dumps(settings))
 
 
@@ -84,9 +85,9 @@ def test_its_figures_are_what_the_models_say(runs, capsys, tmp_path):
     assert list(written["splits"]) == ["test", "compositional"]
     for split, found in written["splits"].items():
         items = scene_items(split, 3, seed=5)
-        assert written["counts"][split] == {"questions": len(items), "pictures": 3, "too_long": 0}
+        assert written["counts"][split] == {"questions": len(items), "images": 3, "too_long": 0}
         for who, folder, blind in (("model", "vlm", False), ("blanked", "vlm", True), ("blind", "blind", True)):
-            model, processor, _ = evaluate.load(runs / folder, "cpu")
+            model, processor, _ = evaluate.load_run(runs / folder, "cpu")
             wanted = score(items, answer(model, processor, items, max_new_tokens=4, blind=blind))
             for key in ("n", "right", "exact_match", "low", "high"):
                 assert found[who][key] == wanted[key]
@@ -104,15 +105,15 @@ def test_without_flags_the_run_says_what_to_measure(runs, llava, capsys, tmp_pat
     settings = {"dataset": "llava", "data": str(llava / "test.json"), "images": str(llava), "blind": False}
     (run / "settings.json").write_text(json.dumps(settings))
     last, printed = call(capsys, run, "--max-new-tokens", 3)
-    assert "learnt by heart" in printed and json.loads((run / "eval.json").read_text())["data"]["trained_on_it"]
+    assert "memorised" in printed and json.loads((run / "eval.json").read_text())["data"]["trained_on_it"]
     (run / "settings.json").unlink()
     again, printed = call(capsys, run, "--data", llava / "test.json", "--images", llava, "--max-new-tokens", 3)
-    assert again == last and "learnt by heart" not in printed
+    assert again == last and "memorised" not in printed
 
 
 def test_a_run_that_was_trained_blind_is_measured_blind(runs, capsys, tmp_path):
     last, _ = call(capsys, runs / "blind", "--split", "test", "--count", 2, "--max-new-tokens", 3, "--out", tmp_path)
-    model, processor, _ = evaluate.load(runs / "blind", "cpu")
+    model, processor, _ = evaluate.load_run(runs / "blind", "cpu")
     loss = mean_answer_loss(model, processor, scene_items("test", 2), blind=True)[0]
     assert json.loads((tmp_path / "eval.json").read_text())["splits"]["test"]["blind"]["loss"] == pytest.approx(loss, rel=1e-5)
     assert "blind_exact_match" in last and "exact_match" not in last
@@ -131,7 +132,7 @@ def test_captions_are_grouped_by_picture_and_question(llava):
 
 
 def test_the_share_of_right_totals_is_apart_from_the_exact_match(runs, monkeypatch):
-    model, processor, _ = evaluate.load(runs / "vlm", "cpu")
+    model, processor, _ = evaluate.load_run(runs / "vlm", "cpu")
     items = [item for item in scene_items("test", 12) if item.kind == "sum"]
     said = [item.answer.rsplit(" ", 1)[-1] for item in items]  # the total alone
     monkeypatch.setattr(evaluate, "answer", lambda *args: said)
@@ -144,7 +145,7 @@ def test_questions_over_the_context_are_left_out_and_counted(runs, llava, capsys
     rows[0]["conversations"] = turns(("What? " * 200, "nothing"))
     (llava / "long.json").write_text(json.dumps(rows))
     _, printed = call(capsys, runs / "vlm", "--data", llava / "long.json", "--max-new-tokens", 3, "--out", tmp_path)
-    assert "data: 4 questions about 3 pictures, 1 left out as too long" in printed
+    assert "data: 4 questions about 3 images, 1 left out as too long" in printed
     assert json.loads((tmp_path / "eval.json").read_text())["counts"]["data"]["too_long"] == 1
 
 
@@ -204,7 +205,7 @@ def nothing(run, runs, llava):
         (nothing, "RUN --data nowhere.json --split test", "--split is about scenes"),
         (nothing, "RUN --data nowhere.json", "nowhere.json does not exist"),
         (nothing, "nowhere/at/all", "there is no folder nowhere/at/all"),
-        (nothing, "RUN --blind-run RUN", "was trained with its pictures"),
+        (nothing, "RUN --blind-run RUN", "was trained with its images"),
         (no_eyes, "RUNS/vlm --blind-run RUN", "holds a Llama3ForCausalLM"),
         (nothing, "RUNS/blind --blind-run RUN", "was itself trained blind"),
         (nothing, "RUN --device cuda:9", "no such device"),
@@ -230,7 +231,7 @@ def test_unusable_rows_are_skipped_when_asked(runs, llava, capsys, tmp_path):
     _, printed = call(
         capsys, runs / "vlm", "--data", tmp_path / "test.json", "--skip-unusable", "--max-new-tokens", 2, "--out", tmp_path
     )
-    assert "data: 3 questions about 2 pictures" in printed
+    assert "data: 3 questions about 2 images" in printed
     assert json.loads((tmp_path / "eval.json").read_text())["data"]["unusable_rows"] == 1
 
 
@@ -240,7 +241,7 @@ def test_bars_reach_from_0_to_their_share_and_whiskers_over_the_interval():
         return {"n": 20, "right": right, "exact_match": right / 20, "low": low, "high": high}
 
     found = {who: {**rows(right), "by_kind": {"count": rows(right)}} for who, right in (("model", 18), ("blanked", 3))}
-    (axes,) = evaluate.draw({"test": found}).axes
+    (axes,) = evaluate.draw_bars({"test": found}).axes
     bars = [patch for patch in axes.patches if patch.get_width() in (18 / 20, 3 / 20)]
     assert len(bars) == 4 and len({bar.get_facecolor() for bar in bars}) == 2
     ends = sorted(float(x) for container in axes.collections for segment in container.get_segments() for x in segment[:, 0])

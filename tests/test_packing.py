@@ -1,12 +1,13 @@
-"""Laws of packing.py: what shares a row does not see each other, so that every answer's logits are those it has alone."""
+"""Laws of data/packing.py: what shares a row does not attend to each other: every answer's logits are those it has alone."""
 
 import pytest
 import torch
 
-from data.packing import Sample, encode_row, encode_sample, first_fit, pack
+from data import packing
+from data.packing import AttentionBlocks, Sample, encode_conversation, encode_sample, first_fit, pack
+from data.scene_batches import about_image
 from data.scenes import corpus
 from extras.cross_attention import CrossAttentionConfig, CrossAttentionVLM
-from lib.answers import about_picture
 from lib.tokenizer import BPETokenizer
 from model import MLLAMAConfig, MllamaForConditionalGeneration
 from processing_mllama import IDEFICS3_AROUND, MllamaImageProcessor
@@ -26,19 +27,18 @@ def make(processor, fusion):
     text = {"vocab_size": len(processor.tokenizer), "hidden_size": 48, "n_heads": 4, "n_kv_groups": 2, "n_layers": 3}
     text |= {"hidden_dim": 64, "max_position_embeddings": 256, "tie_word_embeddings": True, "initializer_range": 0.2}
     torch.manual_seed(0)
+    join = {"image_token_id": processor.image_token_id}
     if fusion == "early":
-        return MllamaForConditionalGeneration(MLLAMAConfig(vision, text, image_token_id=processor.image_token_id)).eval()
-    config = CrossAttentionConfig(vision, text, image_token_id=processor.image_token_id, cross_every=2)
-    model = CrossAttentionVLM(config).eval()
-    for layer in model.language_model.model.cross_layers.values():  # closed gates would hide what leaks through them
-        for name, parameter in layer.named_parameters():
-            if "gate" in name:
-                torch.nn.init.constant_(parameter, 1.0)
+        return MllamaForConditionalGeneration(MLLAMAConfig(vision, text, **join)).eval()
+    model = CrossAttentionVLM(CrossAttentionConfig(vision, text, cross_every=2, **join)).eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith("_gate"):  # closed gates would hide what leaks through them
+            torch.nn.init.constant_(parameter, 1.0)
     return model
 
 
 def asked(question, answer):
-    return [*about_picture(question), {"role": "assistant", "content": answer}]
+    return [*about_image(question), {"role": "assistant", "content": answer}]
 
 
 @pytest.mark.parametrize("fusion", ["early", "cross"])
@@ -53,7 +53,7 @@ def test_packed_logits_are_those_of_each_question_alone(processor, fusion, lengt
     conversations = [[asked(*turn) for turn in TURNS], [text_only], [asked("What is left of the red 7?", "a blue 2")]]
     seen = [[0], [], [1]]
     samples = [encode_sample(processor, turns, len(images)) for turns, images in zip(conversations, seen, strict=True)]
-    packed = pack(samples, length, dense=fusion == "cross")
+    packed = pack(samples, length)
     order = packed.pop("order").tolist()
     assert len(packed["input_ids"]) == (1 if length else 2)  # the two short ones share a row anyway
     labels, (B, T) = packed.pop("labels"), packed["input_ids"].shape
@@ -61,7 +61,7 @@ def test_packed_logits_are_those_of_each_question_alone(processor, fusion, lengt
     found = 0
     for k, turns in enumerate(conversations):
         for conversation in turns:
-            ids, alone_labels = encode_row(processor, conversation, len(seen[k]))
+            ids, alone_labels = encode_conversation(processor, conversation, len(seen[k]))
             alone = model(torch.tensor([ids]), pixel_values=pixels[seen[k]] if seen[k] else None)["logits"][0]
             answers = [t for t, label in enumerate(alone_labels) if label != -100]
             rows = [(b, t) for b in range(B) for t in range(T - len(answers) + 1)
@@ -78,7 +78,7 @@ def test_the_loss_of_packed_samples_is_the_mean_over_all_their_answer_tokens(pro
     packed.pop("order")
     total = count = 0
     for turn in TURNS:
-        ids, labels = encode_row(processor, asked(*turn), 1)
+        ids, labels = encode_conversation(processor, asked(*turn), 1)
         tokens = sum(label != -100 for label in labels)
         total += model(torch.tensor([ids]), pixels, labels=torch.tensor([labels]))["loss"] * tokens
         count += tokens
@@ -87,24 +87,24 @@ def test_the_loss_of_packed_samples_is_the_mean_over_all_their_answer_tokens(pro
 
 def test_a_trunk_is_what_all_turns_begin_with(processor):
     sample = encode_sample(processor, [asked(*turn) for turn in TURNS], 1)
-    rows = [encode_row(processor, asked(*turn), 1) for turn in TURNS]
-    assert [sample.trunk[0] + ids for ids, _ in sample.branches] == [ids for ids, _ in rows]
-    assert [sample.trunk[1] + labels for _, labels in sample.branches] == [labels for _, labels in rows]
-    assert processor.image_token_id in sample.trunk[0] and all(
-        processor.image_token_id not in ids for ids, _ in sample.branches
+    rows = [encode_conversation(processor, asked(*turn), 1) for turn in TURNS]
+    assert [sample.prefix[0] + ids for ids, _ in sample.continuations] == [ids for ids, _ in rows]
+    assert [sample.prefix[1] + labels for _, labels in sample.continuations] == [labels for _, labels in rows]
+    assert processor.image_token_id in sample.prefix[0] and all(
+        processor.image_token_id not in ids for ids, _ in sample.continuations
     )
-    assert set(sample.trunk[1]) == {-100} and all(ids for ids, _ in sample.branches)
+    assert set(sample.prefix[1]) == {-100} and all(ids for ids, _ in sample.continuations)
 
 
 def test_equal_questions_keep_a_token_each(processor):
     """Two equal turns would be all trunk, and the second would have no logits of its own."""
     sample = encode_sample(processor, [asked(*TURNS[0]), asked(*TURNS[0])], 1)
-    assert sample.branches[0] == sample.branches[1] and len(sample.branches[0][0]) > 1
+    assert sample.continuations[0] == sample.continuations[1] and len(sample.continuations[0][0]) > 1
 
 
 def test_a_conversation_without_an_answer_is_refused(processor):
     with pytest.raises(ValueError, match="no answer"):
-        encode_sample(processor, [about_picture("How many?")], 1)
+        encode_sample(processor, [about_image("How many?")], 1)
 
 
 @pytest.mark.parametrize("lengths, room, rows", [([5, 4, 3, 2, 1], 8, 2), ([9, 1], 9, 2), ([4, 4, 4], 4, 3), ([1] * 10, 10, 1)])
@@ -122,7 +122,7 @@ def test_rows_are_as_short_as_their_number_allows():
     assert longest_first["input_ids"].shape == (2, 6)
 
 
-def test_padding_has_no_label_and_looks_at_no_sample():
+def test_padding_has_no_label_and_attends_to_no_sample():
     samples = [Sample(([5, 6, 7], [-100, 6, 7]), []), Sample(([5], [-100]), [])]
     packed = pack(samples, pad_token_id=9)
     assert packed["input_ids"].tolist() == [[5, 6, 7], [5, 9, 9]] and packed["labels"][1].tolist() == [-100] * 3
@@ -131,14 +131,14 @@ def test_padding_has_no_label_and_looks_at_no_sample():
 
 def test_the_depth_of_a_sample_is_its_longest_conversation(processor):
     """Positions restart with every branch: a context of 512 tokens has room for a picture with forty questions."""
-    rows = [encode_row(processor, asked(*turn), 1)[0] for turn in TURNS]
+    rows = [encode_conversation(processor, asked(*turn), 1)[0] for turn in TURNS]
     sample = encode_sample(processor, [asked(*turn) for turn in TURNS], 1)
     assert sample.depth == max(map(len, rows)) < len(sample)
     alone = encode_sample(processor, [asked(*TURNS[0])], 1)
     assert alone.depth == len(alone) == len(rows[0])
 
 
-def test_blocks_say_what_the_mask_says(processor):
+def test_blocks_say_what_the_mask_says(processor, monkeypatch):
     """Samples of all shapes, three to a row, without pictures: hidden states and gradients are those of the whole mask."""
     random = torch.Generator().manual_seed(0)
 
@@ -151,19 +151,21 @@ def test_blocks_say_what_the_mask_says(processor):
     blocks, model = packed["attention_mask"], make(processor, "early").language_model.double()
     embeds = model.embed(packed["input_ids"]).detach().requires_grad_()
     B, T = packed["input_ids"].shape
-    assert blocks.mask.numel() < 0.5 * B * T * T and sorted({*blocks.queries.flatten().tolist(), 0})[-1] < B * T
+    assert blocks.mask.numel() < 0.5 * B * T * T and int(blocks.queries.max()) < B * T
 
     def run(mask):
         hidden = model.hidden_states(embeds, mask, packed["position_ids"])
         real = hidden[packed["labels"] != -100]
         return real, torch.autograd.grad(real.square().sum(), embeds)[0]
 
-    dense = pack(samples, 300, dense=True)
-    assert torch.equal(dense.pop("labels"), packed["labels"]) and dense["attention_mask"].shape == (B, 1, T, T)
-    for found, known in zip(run(blocks), run(dense["attention_mask"]), strict=True):
+    monkeypatch.setattr(packing, "attention_blocks", lambda *rows: None)
+    mask = pack(samples, 300)["attention_mask"]
+    real = packed["input_ids"] != 0
+    assert torch.equal(blocks.pattern(T)[:, 0][real], mask[:, 0][real])
+    for found, known in zip(run(blocks), run(mask), strict=True):
         torch.testing.assert_close(found, known, atol=1e-5, rtol=1e-5)
 
 
 def test_one_conversation_a_row_needs_no_blocks(processor):
     samples = [Sample(([5] * n, [-100] + [5] * (n - 1)), []) for n in (30, 28, 25)]
-    assert isinstance(pack(samples)["attention_mask"], torch.Tensor)
+    assert not isinstance(pack(samples)["attention_mask"], AttentionBlocks)

@@ -20,8 +20,8 @@ from PIL import Image
 import calls
 import evaluate
 import train_vlm
+from data import common as vlm_data
 from data import scenes
-from data import vlm_batches as vlm_data
 from lib import run_state, weights
 from lib.answers import answer, scene_items
 from lib.checkpoint import from_pretrained, save_pretrained
@@ -304,7 +304,7 @@ def test_transformers_gives_the_same_answers(exported):
     assert type(theirs).__name__ == f"{name}ForConditionalGeneration"
     reader = transformers.AutoProcessor.from_pretrained(run)
     assert type(reader).__name__ == f"{name}Processor"
-    model, processor, _ = evaluate.load(run, "cpu")
+    model, processor, _ = evaluate.load_run(run, "cpu")
     items, said = scene_items("test", 3, seed=3, per_scene=5), []
     for item in items:
         picture = Image.fromarray(item.image.permute(1, 2, 0).numpy())
@@ -470,8 +470,8 @@ def test_a_whole_model_learns_on_from_what_it_knows(runs, seeing):
     assert [stage.name for stage in stages(args, None)] == ["language"], "nothing in it is random"
     assert set.union(*rates([*flags, "--lr-pretrained", 5e-5]).values()) == {(5e-5, False)}
     assert train(*flags, "--steps", 2, "--out", runs / "on")["steps"] == 2
-    first = evaluate.load(seeing[0], "cpu")[1]
-    again = evaluate.load(runs / "on", "cpu")[1]
+    first = evaluate.load_run(seeing[0], "cpu")[1]
+    again = evaluate.load_run(runs / "on", "cpu")[1]
     question = [{"role": "user", "content": "<image>What?"}, {"role": "assistant", "content": "red"}]
     assert again.encode(question, 1) == first.encode(question, 1)
     last = train("--model", seeing[0], "--pixel-shuffle", 1, "--lora", 2, "--blind", "--steps", 1, "--out", runs / "on blind")
@@ -480,7 +480,7 @@ def test_a_whole_model_learns_on_from_what_it_knows(runs, seeing):
 
 def test_pictures_are_scaled_as_the_tower_learned_to_see_them(seeing):
     ours = build(parse_args([*COMMON, "--vision", str(seeing[0])]), scenes.corpus(), (0.1,) * 3, (0.2,) * 3)[1]
-    theirs = evaluate.load(seeing[0], "cpu")[1]
+    theirs = evaluate.load_run(seeing[0], "cpu")[1]
     assert (ours.image_mean, ours.image_std) == (theirs.image_mean, theirs.image_std) != ((0.1,) * 3, (0.2,) * 3)
 
 
@@ -508,7 +508,7 @@ def test_new_special_tokens_grow_the_embedding_and_old_rows_stay(text_model, shu
 
 def test_a_run_continues_from_a_text_model_and_its_folder_opens(runs, text_model):
     train(*SCENES, "--lm", text_model, "--out", runs / "from text")
-    model, processor, _ = evaluate.load(runs / "from text", "cpu")
+    model, processor, _ = evaluate.load_run(runs / "from text", "cpu")
     assert len(answer(model, processor, scene_items("test", 1, per_scene=2), max_new_tokens=2)) == 2
 
 
@@ -551,7 +551,7 @@ def test_the_blind_twin_cannot_tell_pictures_apart(runs, photos, seeing, blind):
         train(*LLAVA, *flags, "--data", folder / "scenes.json", "--out", run)
         found.append(run)
     assert (bytes_of(found[0]) == bytes_of(found[1])) == blind
-    model, processor, _ = evaluate.load(found[0], "cpu")
+    model, processor, _ = evaluate.load_run(found[0], "cpu")
     one, two = scene_items("test", 2, per_scene=1)[:2]
     two.messages = one.messages
     if blind:
@@ -570,10 +570,10 @@ def test_a_result_stands_beside_that_of_its_blind_twin(runs):
 @pytest.fixture
 def looks(monkeypatch):
     """How many pictures have gone through a vision tower to be trained on."""
-    from data.vlm_batches import FrozenFeatures
+    from data.features import FrozenFeatures
 
-    seen, inner = [], FrozenFeatures._look
-    monkeypatch.setattr(FrozenFeatures, "_look", lambda self, pixels: seen.append(1) or inner(self, pixels))
+    seen, inner = [], FrozenFeatures.encode
+    monkeypatch.setattr(FrozenFeatures, "encode", lambda self, pixels: seen.append(1) or inner(self, pixels))
     return seen
 
 

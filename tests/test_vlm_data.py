@@ -10,11 +10,14 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from data import vlm_batches as vlm_data
+from data import features as data_features
+from data.common import CommonAnswers, common_questions, questions_of
+from data.features import FrozenFeatures
 from data.llava import LlavaRows, PictureCache, isolated_turns
-from data.packing import encode_row
+from data.llava_batches import LlavaBatches
+from data.packing import AttentionBlocks, encode_conversation
+from data.scene_batches import SceneBatches
 from data.scenes import COLOURS, HELD_OUT, IGNORE, corpus, make_scenes
-from data.vlm_batches import CommonAnswers, FrozenFeatures, LlavaBatches, SceneBatches, common_questions, questions_of
 from extras.cross_attention import CrossAttentionConfig, CrossAttentionVLM
 from lib.tokenizer import BPETokenizer
 from model import MLLAMAConfig, MllamaForConditionalGeneration
@@ -27,7 +30,8 @@ WORDS = {"hidden_size": 48, "n_heads": 4, "n_kv_groups": 2, "n_layers": 2, "hidd
 
 def same(one, two) -> bool:
     """Of what stands in a batch: tensors, and blocks of them."""
-    return all(map(torch.equal, one, two)) if isinstance(one, tuple) else torch.equal(one, two)
+    parts = [list(vars(each).values()) if isinstance(each, AttentionBlocks) else [each] for each in (one, two)]
+    return all(map(torch.equal, *parts))
 
 
 def make_processor(fusion="early", size=32):
@@ -45,11 +49,11 @@ def processor():
 def make_model(processor, fusion="early", **eyes):
     torch.manual_seed(0)
     words = WORDS | {"vocab_size": len(processor.tokenizer), "max_position_embeddings": 400, "tie_word_embeddings": True}
-    settings = {"image_token_id": processor.image_token_id, "pixel_shuffle": 2 if eyes else 1}
+    join = {"image_token_id": processor.image_token_id, "pixel_shuffle": 2 if eyes else 1}
     if fusion == "cross":
-        model = CrossAttentionVLM(CrossAttentionConfig(EYES | eyes, words, **settings, cross_every=1)).eval()
+        model = CrossAttentionVLM(CrossAttentionConfig(EYES | eyes, words, cross_every=1, **join)).eval()
     else:
-        model = MllamaForConditionalGeneration(MLLAMAConfig(EYES | eyes, words, **settings)).eval()
+        model = MllamaForConditionalGeneration(MLLAMAConfig(EYES | eyes, words, **join)).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():  # closed gates would hide what leaks through them
             if "gate" in name and parameter.numel() == 1:
@@ -140,8 +144,8 @@ def test_rows_that_cannot_be_used_are_left_out_and_counted_and_no_other(tmp_path
     while batches.indices.epoch == 0:  # the last call may go on into the next epoch
         found += [text for part in next(batches) for text in answers_in(processor, part)]
     assert sorted(found[:9]) == sorted(f"number {k}" for k in range(12) if k not in (2, 5, 7))
-    assert {path.name for path in batches.pictures.unreadable} == {"2.png", "7.png"}
-    assert all(reason for reason in batches.pictures.unreadable.values()) and batches.too_long == {6}
+    assert {path.name for path in batches.images.unreadable} == {"2.png", "7.png"}
+    assert all(reason for reason in batches.images.unreadable.values()) and batches.too_long == {6}
 
 
 def test_an_epoch_without_a_usable_batch_says_why(tmp_path, processor):
@@ -160,8 +164,8 @@ def test_a_conversation_is_learned_whole_or_each_question_alone(tmp_path, proces
     assert answers_in(processor, whole) == ["number 0", "no", "3"]
     assert torch.equal(whole["attention_mask"][0, 0], torch.ones_like(whole["attention_mask"][0, 0]).tril())
     sample = batches_of([row], processor, 1, isolated=True).sample(row)
-    alone = [encode_row(processor, turns, 1) for turns in isolated_turns(row.messages)]
-    assert [(sample.trunk[0] + ids, sample.trunk[1] + labels) for ids, labels in sample.branches] == alone
+    alone = [encode_conversation(processor, turns, 1) for turns in isolated_turns(row.messages)]
+    assert [(sample.prefix[0] + ids, sample.prefix[1] + labels) for ids, labels in sample.continuations] == alone
 
 
 @pytest.mark.parametrize("isolated", [False, True])
@@ -199,7 +203,7 @@ def test_several_pictures_a_row_arrive_at_their_places_after_packing(tmp_path, f
         about([1, 5, 4], "Which?", "number 5"),
     ])  # fmt: skip
     batches = batches_of(rows, processor, 5, length=150)
-    batches.features = FrozenFeatures(model, batches.pictures) if frozen else None
+    batches.features = FrozenFeatures(model, batches.images) if frozen else None
     (batch,) = next(batches)
     assert ("vision_features" in batch) == frozen and len(batch["input_ids"]) < len(rows)
     labels = batch.pop("labels")
@@ -229,8 +233,8 @@ def test_blind_batches_say_the_same_and_show_nothing(tmp_path, processor, isolat
 @pytest.fixture
 def looks(monkeypatch):
     """How many pictures have gone through the tower."""
-    seen, inner = [], FrozenFeatures._look
-    monkeypatch.setattr(FrozenFeatures, "_look", lambda self, pixels: seen.append(1) or inner(self, pixels))
+    seen, inner = [], FrozenFeatures.encode
+    monkeypatch.setattr(FrozenFeatures, "encode", lambda self, pixels: seen.append(1) or inner(self, pixels))
     return seen
 
 
@@ -303,7 +307,7 @@ def test_a_death_between_the_file_and_what_describes_it_does_not_mix_two_models(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(vlm_data, "write_json", die)
+        patch.setattr(data_features, "write_json", die)
         with pytest.raises(KeyboardInterrupt):
             kept(two, file, pictures)
     features, fresh = kept(one, file, pictures), FrozenFeatures(one, PictureCache(32))
@@ -377,6 +381,10 @@ def test_blind_scenes_are_the_same_questions_about_nothing(scene_reader):
     assert not blind["pixel_values"].any() and torch.equal(blind["input_ids"], seeing["input_ids"])
 
 
+def patch_labels(scenes, grid):
+    return torch.stack(scenes.dense_labels(grid), dim=1).flatten(2)
+
+
 @pytest.mark.parametrize("grid", [4, 8])
 def test_the_loss_of_squares_is_their_mean_one_by_one(grid):
     scenes = make_scenes("train", 6, seed=4)
@@ -397,14 +405,14 @@ def test_the_loss_of_squares_is_their_mean_one_by_one(grid):
                 losses["place"].append(F.cross_entropy(logits[n, square, 20:], places[n].flatten()[square]))
     weights = dict(zip(("digit", "colour", "place"), READ_WEIGHTS, strict=True))
     expected = sum(weights[name] * torch.stack(each).mean() for name, each in losses.items())
-    torch.testing.assert_close(scene_loss(logits, scenes), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(scene_loss(logits, patch_labels(scenes, grid)), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_no_square_teaches_that_its_colour_is_never_that_digits():
     """A pair that is held out is not learned to be absent: no gradient of its digit comes from squares of its colour."""
     scenes = make_scenes("train", 60, seed=1)
     logits = torch.zeros(60, 16, sum(READ), requires_grad=True)
-    scene_loss(logits, scenes).backward()
+    scene_loss(logits, patch_labels(scenes, 4)).backward()
     _, colours, _ = scenes.dense_labels(4)
     for digit, colour in HELD_OUT:
         squares = colours.flatten(1) == COLOURS.index(colour)
@@ -417,11 +425,9 @@ def test_no_square_teaches_that_its_colour_is_never_that_digits():
 
 
 @pytest.fixture
-def closed(tmp_path, monkeypatch):
+def closed(tmp_path):
     """Rows of which two questions are asked often and answered in few ways; one never, one always in the same way, one in too
     many ways."""
-    monkeypatch.setattr(vlm_data, "LEAST_ASKED", 4)
-    monkeypatch.setattr(vlm_data, "MOST_ANSWERS", 4)
     rows = []
     for k in range(12):
         said = ["Is it odd?", "yes" if k % 2 else "no", "Is it a picture?", "yes", "Which one?", f"number {k}"]
@@ -432,16 +438,16 @@ def closed(tmp_path, monkeypatch):
 
 
 def test_common_questions_are_those_that_many_ask_and_few_answers_settle(closed):
-    assert common_questions(closed) == {"Is it odd?": {"no": 0, "yes": 1}, "What is left over?": {"0": 0, "1": 1, "2": 2}}
+    assert common_questions(closed, 4, 4) == {"Is it odd?": {"no": 0, "yes": 1}, "What is left over?": {"0": 0, "1": 1, "2": 2}}
 
 
 def test_each_picture_comes_with_its_answers_once_an_epoch(closed):
-    pictures, common = PictureCache(32), common_questions(closed)
+    pictures, common = PictureCache(32), common_questions(closed, 4, 4)
     batches = CommonAnswers(closed, common, pictures, 4, seed=0, grad_accum=2)
     found = {}
     for _ in range(3):
         for part in next(batches):
-            for seen, pixels in zip(part["seen"].tolist(), part["pixel_values"], strict=True):
+            for seen, pixels in zip(part["answers"].tolist(), part["pixel_values"], strict=True):
                 (number,) = [k for k in range(12) if torch.equal(pixels, pictures[closed[k].images[0]])]
                 found[number] = seen
     assert found == {k: [k % 2, k % 3 if k > 4 else IGNORE] for k in range(12)} and batches.fraction == 1
@@ -458,12 +464,12 @@ def test_each_picture_comes_with_its_answers_once_an_epoch(closed):
 def test_pictures_that_cannot_be_read_are_left_out_of_the_common_questions(closed):
     for row in closed[:11]:
         row.images[0].unlink()
-    batches = CommonAnswers(closed, common_questions(closed), PictureCache(32), 6, seed=0)
+    batches = CommonAnswers(closed, common_questions(closed, 4, 4), PictureCache(32), 6, seed=0)
     (part,) = next(batches)
-    assert part["seen"].tolist() == [[1, 2]]
+    assert part["answers"].tolist() == [[1, 2]]
     closed[11].images[0].unlink()
-    batches = CommonAnswers(closed, common_questions(closed), PictureCache(32), 6, seed=0)
-    with pytest.raises(ValueError, match="12 pictures cannot be read"):
+    batches = CommonAnswers(closed, common_questions(closed, 4, 4), PictureCache(32), 6, seed=0)
+    with pytest.raises(ValueError, match="12 images cannot be read"):
         next(batches)
 
 

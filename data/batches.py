@@ -1,0 +1,73 @@
+"""What batches of all data sets share: a shuffled order that can stop anywhere and go on, and what a blind model gets.
+
+    batches = Batches(len(train), batch_size=64, seed=0)
+    images = train.images[next(batches)]                      # uint8 [B, C, H, W]
+    batches.load_state_dict(state)                            # of batches.state_dict(): the very batches that were to follow
+"""
+
+import hashlib
+
+import torch
+
+
+class Batches:
+    """Endless stream of index batches (int64 [batch_size]) over n samples, shuffled anew each epoch.
+
+    batch_size is per rank: the ranks share one shuffled order and take turns in it, so that each sample is seen once an
+    epoch by one of them. drop_last leaves out the end of the order, where it fills no batch on every rank. The order
+    depends on seed and epoch alone. Raises ValueError where batches would be empty.
+    """
+
+    def __init__(self, n: int, batch_size: int, seed: int, drop_last: bool = True, rank: int = 0, world_size: int = 1):
+        self.n, self.seed, self.rank, self.world_size = n, seed, rank, world_size
+        if batch_size < 1 or not 0 <= rank < world_size:
+            raise ValueError(f"batch_size {batch_size}, rank {rank} of {world_size}: sizes start at 1, ranks at 0")
+        self.step = batch_size * world_size  # samples of all ranks together
+        self.end = n - n % self.step if drop_last else n
+        if self.end == 0:
+            raise ValueError(f"{n} samples do not fill a batch of {batch_size} on {world_size} ranks: make it smaller")
+        if 0 < self.end % self.step < world_size:
+            raise ValueError(f"the last batch of {n} samples leaves some of {world_size} ranks none: use drop_last")
+        self.epoch, self.position, self._order = 0, 0, None
+
+    def __len__(self) -> int:
+        """Batches an epoch."""
+        return -(-self.end // self.step)
+
+    def __iter__(self) -> "Batches":
+        return self
+
+    def __next__(self) -> torch.Tensor:
+        if self._order is None:
+            # Seeds an epoch apart must not repeat another run's epochs: 0 + epoch 1 is not 1 + epoch 0.
+            digest = hashlib.sha256(f"{self.seed}/{self.epoch}".encode()).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest[:6], "big"))
+            self._order = torch.randperm(self.n, generator=generator)
+        batch = self._order[self.position : min(self.position + self.step, self.end)][self.rank :: self.world_size]
+        self.position += self.step
+        if self.position >= self.end:
+            self.epoch, self.position, self._order = self.epoch + 1, 0, None
+        return batch
+
+    @property
+    def fraction(self) -> float:
+        """Epochs done so far."""
+        return self.epoch + self.position / self.end
+
+    def state_dict(self) -> dict[str, int]:
+        return {name: getattr(self, name) for name in ("n", "seed", "step", "epoch", "position")}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Raises ValueError if the state is that of other data, another seed or batch size (of all ranks together)."""
+        names = {"n": "number of samples", "seed": "seed", "step": "batch size over all ranks"}
+        for key, words in names.items():
+            if state[key] != getattr(self, key):
+                raise ValueError(
+                    f"cannot resume: the saved run has {words} {state[key]}, this one {getattr(self, key)}"
+                )
+        self.epoch, self.position, self._order = state["epoch"], state["position"], None
+
+
+def blind_pixels(pixel_values: torch.Tensor) -> torch.Tensor:
+    """The same number of images of nothing but the mean colour: 0 everywhere, after normalisation."""
+    return torch.zeros_like(pixel_values)

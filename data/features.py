@@ -1,0 +1,86 @@
+"""What a frozen vision tower makes of each image, [N, Dv]: computed once, and kept in memory or in a file.
+
+    features = FrozenFeatures(model, images)           # images: a PictureCache; the tower must not train any more
+    features[path]                                     # [N, Dv], or None for an image that cannot be read
+    features.keep(Path("features.npy"), paths)         # all of them, in a file that later runs read
+"""
+
+import hashlib
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from data.batches import blind_pixels
+from data.llava import PictureCache
+from lib.files import read_json, write_atomic, write_json
+
+
+class FrozenFeatures:
+    """Images go through the tower one by one, since matrix products round differently in batches of other sizes: so training
+    with the file and without it is the same to the last bit. The file is a numpy array [images, N, Dv], with a .json beside
+    it that names them and says by which weights and settings it was made; one that was made by others is made anew.
+    """
+
+    def __init__(self, model, images: PictureCache, blind: bool = False, most_bytes: int = 2**30):
+        self.model, self.images, self.blind, self.room = model, images, blind, most_bytes
+        self.device = next(model.vision_tower.parameters()).device
+        self._places: dict[Path, int] = {}
+        self._kept: dict[Path, torch.Tensor] = {}
+
+    def __getitem__(self, path: Path) -> torch.Tensor | None:
+        """None for an image that cannot be read."""
+        if path in self._places:
+            return torch.from_numpy(self._table[self._places[path]].copy())
+        if path not in self._kept and (pixels := self.images[path]) is not None:
+            features = self.encode(pixels)
+            if features.nbytes > self.room:
+                return features
+            self.room -= features.nbytes
+            self._kept[path] = features
+        return self._kept.get(path)
+
+    @torch.no_grad()
+    def encode(self, pixels: torch.Tensor) -> torch.Tensor:
+        """[3, S, S] -> [N, Dv], in host memory."""
+        pixels = blind_pixels(pixels) if self.blind else pixels
+        return self.model.vision_features(pixels[None].to(self.device))[0].cpu()
+
+    def keep(self, file: Path, paths: Sequence[Path], workers: int = 1, progress: bool = False) -> None:
+        """Read the features of all these images from the file, or make it; it appears whole or not at all."""
+        paths, facts = sorted(set(paths)), Path(f"{file}.json")
+        made_by = self._fingerprint(paths)
+        known = read_json(facts) if file.exists() and facts.exists() else {}
+        if known.get("made_by") != made_by or "images" not in known:
+            facts.unlink(missing_ok=True)  # of the file before: from here on it describes nothing
+            write_atomic(file, lambda tmp: self._fill(tmp, paths, workers, progress))
+            readable = [str(path) for path in paths if path not in self.images.unreadable]
+            write_json(facts, {"made_by": made_by, "images": readable})
+        self._table = np.load(file, mmap_mode="r")
+        self._places = {Path(path): place for place, path in enumerate(read_json(facts)["images"])}
+
+    def _fill(self, file: Path, paths: Sequence[Path], workers: int, progress: bool) -> None:
+        config = self.model.config.vision_config
+        shape = (len(paths), math.prod(config.grid), config.hidden_size)
+        facts = {"descr": np.lib.format.dtype_to_descr(np.dtype(np.float32)), "fortran_order": False, "shape": shape}
+        with file.open("wb") as out:  # not a memory map: a full disk would kill the process, without a word
+            np.lib.format.write_array_header_1_0(out, facts)
+            end = out.tell() + 4 * math.prod(shape)
+            for start in tqdm(range(0, len(paths), 64), "encoding each image once", disable=not progress):
+                self.images.load(paths[start : start + 64], workers)
+                for path in paths[start : start + 64]:
+                    if (pixels := self.images[path]) is not None:
+                        out.write(self.encode(pixels).float().numpy().tobytes())
+            out.truncate(end)  # zeros in place of images that cannot be read
+
+    def _fingerprint(self, paths: Sequence[Path]) -> str:
+        digest = hashlib.sha256(repr((self.blind, self.images.settings, self.model.config.vision_feature_layer)).encode())
+        for name, tensor in self.model.vision_tower.state_dict().items():
+            digest.update(name.encode() + tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        for path in paths:
+            facts = path.stat() if path.exists() else None
+            digest.update(repr((str(path), facts and (facts.st_size, facts.st_mtime_ns))).encode())
+        return digest.hexdigest()

@@ -1,0 +1,132 @@
+"""Laws of lib/scores.py: intervals and captions get the numbers that are published, or that the authors' own code gives."""
+
+import math
+
+import pytest
+
+from lib.answers import Item
+from lib.scores import bleu4, cider_d, score, wilson, words
+
+# ---- scores --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "right, n, low, high",
+    [
+        (81, 263, 0.2553, 0.3662),  # Newcombe 1998, Statistics in Medicine 17, table I, method 3; so are the next three
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0.0, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+        (29, 29, 0.8830, 1.0),  # the mirror image of 0 of 29: 0 to 0.1170
+        (0, 0, 0.0, 1.0),
+    ],
+)
+def test_intervals_are_the_published_ones(right, n, low, high):
+    assert wilson(right, n) == pytest.approx((low, high), abs=5.1e-5)
+
+
+def test_an_interval_holds_the_share_and_ends_at_0_and_1():
+    for n in (1, 7, 30, 1000):
+        assert wilson(0, n)[0] == 0 and wilson(n, n)[1] == 1
+        assert all(0 <= low <= right / n <= high <= 1 for right in range(n + 1) for low, high in [wilson(right, n)])
+
+
+@pytest.mark.parametrize("right, n", [(3, 2), (-1, 5)])
+def test_more_right_than_asked_is_refused(right, n):
+    with pytest.raises(ValueError, match="it must be"):
+        wilson(right, n)
+
+
+def test_scores_ignore_case_and_spaces_and_nothing_else():
+    truths = (("a red 7", "x"), ("a red 7", "x"), ("yes", "y"), ("12", "y"))
+    items = [Item(None, [], truth, kind) for truth, kind in truths]
+    found = score(items, ["A red\n 7 ", "a red 7.", "yes", "1 2"])
+    assert (found["n"], found["right"], found["exact_match"]) == (4, 2, 0.5)
+    assert {kind: row["right"] for kind, row in found["by_kind"].items()} == {"x": 1, "y": 1}
+    assert (found["low"], found["high"]) == wilson(2, 4)
+
+
+# ---- captions ------------------------------------------------------------------------------------------------------------
+
+CAPTIONS = [
+    "a man rides a brown horse on the beach",
+    "two dogs play in the snow",
+    "A red bus, parked near the old station!",
+    "the cat sat on the mat",
+    "a small child eats a piece of chocolate cake",
+]
+REFERENCES = [
+    [
+        "a man riding a horse along the beach",
+        "a man rides a brown horse on the sand near the sea",
+        "someone on horseback at the beach",
+    ],
+    ["two dogs are playing in the snow", "two brown dogs play together in deep snow"],
+    [
+        "a red double decker bus parked near a station",
+        "the old red bus is near the station",
+        "a bus waits at the old station",
+    ],
+    ["the cat is on the mat", "there is a cat on the mat"],
+    [
+        "a child eating cake",
+        "a small boy eats a piece of chocolate cake at a table",
+        "a young child with a slice of cake",
+    ],
+]
+
+
+def test_captions_get_the_figures_of_the_authors_code():
+    """On the same lower-case words: nltk 3.10.4 corpus_bleu and sacrebleu 2.6.0 (no smoothing, tokenize none) both give
+    0.6156708526941972, pycocoevalcap 1.2, the authors' CIDEr-D, 3.015130043401014."""
+    assert bleu4(CAPTIONS, REFERENCES) == pytest.approx(0.6156708526941972, abs=1e-12)
+    assert cider_d(CAPTIONS, REFERENCES) == pytest.approx(3.015130043401014, abs=1e-12)
+
+
+HAND = (1 * 5 / 6 * 3 / 5 * 1 / 4) ** 0.25  # the seven words of the candidate below, its pairs, triples and fours
+
+
+@pytest.mark.parametrize(
+    "more, penalty",
+    [
+        ([], math.exp(1 - 8 / 7)),  # a word shorter than its reference
+        (["a mat"], math.exp(1 - 8 / 7)),  # whose length is the closest, whatever else there is
+        (["one two three four five six"], 1),  # and of two as close the shorter counts
+    ],
+)
+def test_bleu_by_hand(more, penalty):
+    found = bleu4(["There is a cat on the mat"], [["there is a black cat on the mat", *more]])
+    assert found == pytest.approx(HAND * penalty, abs=1e-12)
+
+
+def test_a_word_counts_as_often_as_one_reference_says_it():
+    """As in Papineni et al. 2002, example 2, where of seven "the" two are right: saying it all again adds nothing right."""
+    found = bleu4(["a b c d a b c d"], [["a b c d"]])
+    assert found == pytest.approx((4 / 8 * 3 / 7 * 2 / 6 * 1 / 5) ** 0.25, abs=1e-12)
+
+
+def test_more_of_the_same_words_is_no_better_caption():
+    """What the D of CIDEr-D is about: saying a rare word again and again, or at great length, does not raise the figure."""
+    references = [["a man rides a horse"], ["two dogs in snow"], ["a red bus"]]
+    plain = cider_d(["a man rides a horse", "a dog", "a bus"], references)
+    again = cider_d(["horse horse horse horse horse", "a dog", "a bus"], references)
+    longer = cider_d(["a man rides a horse " * 4, "a dog", "a bus"], references)
+    assert again < plain and longer < plain
+
+
+@pytest.mark.parametrize("figure, best", [(bleu4, 1.0), (cider_d, 10.0)])
+def test_the_best_and_the_worst_caption(figure, best):
+    references = [["a man rides a horse"], ["two dogs in deep snow"], ["one red bus stops here"]]
+    assert figure([given[0] for given in references], references) == pytest.approx(best)
+    assert figure(["nothing", "", "?!"], references) == 0
+
+
+@pytest.mark.parametrize("figure", [bleu4, cider_d])
+@pytest.mark.parametrize("candidates, references", [(["a"], []), ([], []), (["a", "b"], [["a"], []])])
+def test_captions_without_references_are_refused(figure, candidates, references):
+    with pytest.raises(ValueError, match="give each candidate at least one"):
+        figure(candidates, references)
+
+
+def test_words_are_lower_case_without_punctuation():
+    assert words("A man's 2 dogs, black-and-white!") == ["a", "man's", "2", "dogs", "black", "and", "white"]
