@@ -17,7 +17,7 @@ def texts(figure) -> list[str]:
     return [t.get_text() for t in figure.findobj(Text) if t.get_text()]
 
 
-def pictures(figure) -> list:
+def images(figure) -> list:
     return [image.get_array() for axes in figure.axes for image in axes.images]
 
 
@@ -74,7 +74,7 @@ def test_token_strip_goes_on_below():
 def test_token_strip_shows_patches_where_they_are_given():
     patch = ramp(3, 2, 2).to(torch.uint8)
     figure = figures.token_strip({"t": ["a", patch, "b", patch]}, columns=3)
-    assert [p.tolist() for p in pictures(figure)] == [patch.permute(1, 2, 0).tolist()] * 2
+    assert [p.tolist() for p in images(figure)] == [patch.permute(1, 2, 0).tolist()] * 2
     boxes = [p.get_bbox() for p in figure.axes[0].patches]
     for image, box in zip(figure.axes[0].images, (boxes[1], boxes[3]), strict=True):
         left, right, low, high = image.get_extent()
@@ -87,7 +87,7 @@ def test_heat_map_shows_its_numbers_and_names():
     values = torch.tensor([[0.25, 1.0], [0.5, 0.0]])
     figure = figures.heat_map(values, ["The", " dog"], ["one", "two"], title="who", text="{:.2f}", x="to", y="from")
     assert {"who", "␣dog", "two", "to", "from", "0.25", "1.00", "0.50", "0.00"} <= set(texts(figure))
-    assert torch.equal(torch.tensor(pictures(figure)[0].tolist()), values)
+    assert torch.equal(torch.tensor(images(figure)[0].tolist()), values)
     dark = {t.get_text(): t.get_color() for t in figure.axes[0].texts}
     assert dark["1.00"] == "black" and dark["0.00"] == "white"  # readable on either end of the scale
 
@@ -156,7 +156,7 @@ def test_clouds_put_points_where_they_are():
 def test_patch_grid_keeps_every_pixel_and_numbers_the_patches(apart):
     image = ramp(3, 4, 6).to(torch.uint8)
     figure = figures.patch_grid(image, (2, 3), apart=apart, mark=[3])
-    drawn = torch.tensor(pictures(figure)[0].tolist())
+    drawn = torch.tensor(images(figure)[0].tolist())
     gap = 1 if apart else 0
     assert drawn.shape == (4 + gap, 6 + gap, 3)
     assert torch.equal(drawn[2 + gap :, 3 + gap :], image[:, 2:, 3:].permute(1, 2, 0).long())
@@ -186,7 +186,7 @@ def test_pca_grid_shows_picture_colours_and_first_component():
     parts = torch.rand(2, 3, 4, 5)
     image = ramp(1, 4, 5).to(torch.uint8)
     figure = figures.pca_grid(image, parts, ["start", "end"])
-    drawn = [torch.tensor(p.tolist()) for p in pictures(figure)]
+    drawn = [torch.tensor(p.tolist()) for p in images(figure)]
     assert torch.equal(drawn[0][..., 1].to(torch.uint8), image[0])
     for i in range(2):
         assert torch.allclose(drawn[1 + 2 * i], parts[i].permute(1, 2, 0))
