@@ -19,14 +19,14 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-import generate
 from data.folders import decode_image, one_line
 from data.scenes import INKS, PAPERS, SceneConfig
 from extras.attention_maps import group_into_words, where_it_looks
 from lib import figures
-from lib.run import positive_int, run_cli
-from model import MllamaForConditionalGeneration
-from processing_mllama import IMAGE_TOKEN
+from lib.checkpoint import load_vlm
+from lib.conversation import Conversation
+from lib.fast_decode import fast_step
+from lib.run import find_device, positive_int, run_cli
 
 HOST, LARGEST, SHOWN = "127.0.0.1", 10, 384  # MiB of one upload; pixels a side of pictures on the page
 
@@ -93,32 +93,27 @@ def paint(strokes: Sequence[Sequence]) -> Image.Image:
 # ---- a picture, and what is said about it ----
 
 
-class Talk(generate.Conversation):
+class Talk(Conversation):
     """What was said about one picture, shown before the first question; and where it looked, for the last answer's words."""
 
     def ask(self, question: str, follow_up: bool = False) -> Iterator[str]:
         """The answer as it grows; once it is whole, words and maps [words, 1, h, w] are its. Without follow_up the model does
         not see what was said before. Raises ValueError where its context has no room for more."""
-        before = self.messages if follow_up else []
-        heading = "" if before or IMAGE_TOKEN in question else f"{IMAGE_TOKEN}\n"
-        messages = [*before, {"role": "user", "content": heading + question}]
-        ids = self.processor.encode(messages, 1, add_generation_prompt=True)[0]
-        text, answer = "", []
-        shown, blank = self.processor.locations, self.tokenizer.answer_prefix
-        for piece, token in generate.speak(self.model, self.tokenizer, ids, self.args, self.features, shown, blank):
+        if not follow_up:
+            self.messages, self.unasked = [], len(self.images)
+        text = ""
+        for piece in super().ask(question):
             text += piece
-            answer += [] if token is None else [token]
             yield text
-        self.messages = [*messages, {"role": "assistant", "content": text.replace(IMAGE_TOKEN, "")}]
         self.words, self.maps = [], torch.zeros(0)
-        if answer:
-            maps = where_it_looks(self.model, answer, [ids], image_features=self.features)
-            self.words, self.maps = group_into_words(answer, maps, self.processor.decode)
+        if self.answer_ids:
+            maps = where_it_looks(self.model, self.answer_ids, [self.prompt_ids], image_features=self.features)
+            self.words, self.maps = group_into_words(self.answer_ids, maps, self.processor.decode)
 
     def seen(self) -> torch.Tensor:
         """The picture as the model gets it, uint8 [3, h, w], enlarged for the page."""
-        scale = max(1, SHOWN // max(self.pictures[0].shape))
-        return self.pictures[0].repeat_interleave(scale, dim=1).repeat_interleave(scale, dim=2)
+        scale = max(1, SHOWN // max(self.images[0].shape))
+        return self.images[0].repeat_interleave(scale, dim=1).repeat_interleave(scale, dim=2)
 
     def overlay(self, k: int) -> np.ndarray:
         """Where it looked for word k: uint8 [h, w, 3], the hottest place as bright whatever the word's share is."""
@@ -224,17 +219,15 @@ def main(argv=None) -> None:
         socket.create_server((HOST, args.port)).close()
     except (OSError, OverflowError) as error:
         raise OSError(f"port {args.port} of {HOST} cannot be used ({one_line(error)}): choose another with --port") from None
-    settings = generate.parse_args([args.run, *(["--device", args.device] if args.device else [])])
-    model, tokenizer = generate.load(settings)
-    if not isinstance(model, MllamaForConditionalGeneration):
-        raise ValueError(f"{args.run} holds a {type(model).__name__}, which sees no pictures: give a run of train_vlm.py")
-    processor = generate.load_processor(args.run, model, tokenizer)
+    model, processor = load_vlm(args.run, find_device(args.device))
+    step = fast_step(model.language_model)
     for name in ("NO_PROXY", "no_proxy"):  # gradio asks itself whether it is up: never by way of a proxy
         os.environ[name] = ",".join(filter(None, [os.environ.get(name), HOST]))
     import gradio as gr
 
     theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])  # fonts that need no fetching
-    make_page(gr, lambda: Talk(model, tokenizer, processor, settings), os.path.basename(os.path.normpath(args.run))).launch(
+    name = os.path.basename(os.path.normpath(args.run))
+    make_page(gr, lambda: Talk(model, processor.tokenizer, processor, step=step), name).launch(
         server_name=HOST, server_port=args.port, share=False, max_file_size=f"{LARGEST}mb", theme=theme, ssr_mode=False,
         enable_monitoring=False, run_history=False, footer_links=[], quiet=True, prevent_thread_lock=True,
     )  # fmt: skip

@@ -1,6 +1,7 @@
 """Checkpoints in and out: published ones become our modules, what we train becomes a folder that others open.
 
     model = from_pretrained("runs/vlm")             # a run folder, a Hugging Face folder, a .gguf file, or a hub name
+    model, processor = load_vlm("runs/vlm")         # a vision-language model with what makes its inputs
     save_pretrained(model, "my-vlm")                # config.json + model.safetensors, which transformers opens
     python -m lib.checkpoint show|convert|merge-lora ...        # see convert.py
 
@@ -9,7 +10,8 @@ that no published layout can hold is saved in our own, whose model_type ends in 
 misreading it. Only what a checkpoint holds is imported: to read a ViT, no LLaMA, no 4-bit layers and no tokenizer.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -22,12 +24,16 @@ from lib.weights import load_tensors, published_tensors, read_safetensors, write
 
 
 def from_pretrained(
-    source: str | Path, dtype: torch.dtype | None = torch.float32, device: str | torch.device = "cpu"
+    source: str | Path,
+    dtype: torch.dtype | None = torch.float32,
+    device: str | torch.device = "cpu",
+    image_size: int | tuple[int, int] | None = None,
 ) -> nn.Module:
     """A checkpoint as one of our modules, in eval mode, with its `.config`.
 
     source: a run folder, a folder with config.json and safetensors, a LLaMA's .gguf file, or a hub name. config.json's
-    model_type decides which module it is. dtype None: as stored (quantised .gguf tensors: fp32). Raises ValueError or
+    model_type decides which module it is. dtype None: as stored (quantised .gguf tensors: fp32). image_size: make the vision
+    tower read images of so many pixels, a number or (height, width), its positions resized. Raises ValueError or
     FileNotFoundError, in one line, for anything that does not fit.
     """
     path = find_source(source)
@@ -45,7 +51,63 @@ def from_pretrained(
 
         names = place_quantised(model, tensors, names, str(path), dtype)
     load_tensors(model, tensors, names, str(path), dtype)
+    if image_size is not None:
+        model = resize_images(model, image_size)
     return model.to(device).eval()
+
+
+def resize_images(model: nn.Module, image_size: int | tuple[int, int]) -> nn.Module:
+    """The model, its vision tower made for images of another size. Raises ValueError for a model without one."""
+    from lib.positions import resized_tower
+
+    if hasattr(model.config, "image_size"):  # it is a tower
+        return resized_tower(model, image_size)
+    part = "vision_tower" if hasattr(model, "vision_tower") else "vision_model"
+    if not hasattr(model, part):
+        raise ValueError(f"a {type(model).__name__} reads no images: leave out image_size")
+    setattr(model, part, resized_tower(getattr(model, part), image_size))
+    model.config = replace(model.config, vision_config=getattr(model, part).config)
+    return model
+
+
+def load_vlm(source: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = torch.float32):
+    """A vision-language model and the processor that belongs to it. Raises ValueError or FileNotFoundError for a checkpoint of
+    another kind, and for one whose files contradict each other."""
+    from model import MllamaForConditionalGeneration
+
+    model = from_pretrained(source, dtype, device)
+    if not isinstance(model, MllamaForConditionalGeneration):
+        raise ValueError(f"{source} holds a {type(model).__name__}, which does not answer questions about images")
+    return model, load_processor(source, model)
+
+
+def load_processor(source: str | Path, model: nn.Module):
+    """What makes images and questions the input of a vision-language model that was read from `source`. Raises ValueError
+    where tokenizer, image settings and model do not belong together."""
+    from processing_mllama import IMAGE_TOKEN, LOCATION_TOKENS, MllamaImageProcessor
+
+    processor = MllamaImageProcessor.from_pretrained(find_source(source))
+    if model.config.image_token_id is None:
+        model.config = replace(model.config, image_token_id=processor.image_token_id)
+    # Images overwrite <image>; location tokens matter only to a model that was trained to say them.
+    check_vocabulary(source, processor.tokenizer, model.config.text_config.vocab_size, {IMAGE_TOKEN, *LOCATION_TOKENS})
+    for what, has, wants in (
+        ("images of (height, width)", processor.image_size, model.vision_tower.image_size),
+        ("tokens an image", processor.num_image_token, model.config.text_config.num_image_tokens),
+        (f"the token id of {IMAGE_TOKEN}", processor.image_token_id, model.config.image_token_id),
+    ):
+        if has != wants:
+            raise ValueError(f"{source} contradicts itself: {what}: {has} for its processor, {wants} for its model")
+    return processor
+
+
+def check_vocabulary(source: str | Path, tokenizer, vocab_size: int, optional: Iterable[str] = ()) -> None:
+    """Raises ValueError where the tokenizer has tokens, others than the optional ones, that the model has no row for."""
+    beyond = {tokenizer.convert_ids_to_tokens(token) for token in range(vocab_size, len(tokenizer))}
+    if beyond - {None, *optional}:
+        raise ValueError(
+            f"the tokenizer in {source} has {len(tokenizer)} tokens, the model knows {vocab_size}: they do not belong together"
+        )
 
 
 def read_config(source: str | Path):

@@ -56,7 +56,7 @@ def arrange_for_decoding(module: nn.Module) -> nn.Module:
 def side_by_side(*layers: nn.Module) -> Callable | None:
     """Layers that read the same input as one function of it, x [B, 1, in] -> [B, 1, all out], where their weights lie in memory
     as arrange_for_decoding leaves them; None where they do not (any more). A class of layers that keeps its weights in
-    another form than floats may have a function of the same name for them, as quant.Linear8bit has."""
+    another form than floats may have a function of the same name for them, as int8.Linear8bit has."""
     kind = type(layers[0])
     if any(type(layer) is not kind or getattr(layer, "bias", None) is not None for layer in layers):
         return None

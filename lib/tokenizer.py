@@ -41,7 +41,7 @@ import tiktoken
 
 from lib import chat
 from lib.bpe_training import learn_merges
-from lib.files import find_source, need, read_json, read_text, write_atomic
+from lib.files import find_source, need, one_line, read_json, read_text, write_atomic
 from lib.tokenizer_files import (
     BYTE_OF,
     CHAR_OF,
@@ -478,6 +478,23 @@ class BPETokenizer:
         if tokenize:
             return self.encode_chat(messages, add_generation_prompt)
         return "".join(part.text for part in self._chat_parts(messages, add_generation_prompt))
+
+
+def load_tokenizer(source: str | os.PathLike):
+    """The tokenizer of a checkpoint: ours where it is byte-level BPE, else transformers', if that is installed. Raises
+    ValueError where neither can read it."""
+    try:
+        return BPETokenizer.from_pretrained(source)
+    except (ValueError, FileNotFoundError) as error:
+        ours = one_line(error)
+    try:
+        from transformers import AutoTokenizer
+    except ImportError:
+        raise ValueError(f"{ours}; `pip install transformers` reads other kinds") from None
+    try:
+        return AutoTokenizer.from_pretrained(find_source(source))
+    except Exception as error:  # its errors are of many types, an ImportError for want of sentencepiece among them
+        raise ValueError(f"{ours}; nor can transformers read it ({one_line(error)})") from None
 
 
 def _to_ints(ids) -> list[int]:

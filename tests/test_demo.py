@@ -17,10 +17,10 @@ import pytest
 import torch
 from PIL import Image
 
-import generate
 from data.scenes import INKS, PAPERS
 from extras import demo
-from lib.checkpoint import save_pretrained
+from lib.checkpoint import from_pretrained, load_vlm, save_pretrained
+from lib.conversation import Conversation
 from lib.run import run_cli
 from lib.tokenizer import BPETokenizer
 from model import MLLAMAConfig, MllamaForConditionalGeneration
@@ -54,7 +54,7 @@ def run(tmp_path_factory):
             p.add_(torch.randn_like(p) * 0.2)
     save_pretrained(model, folder)
     processor = MllamaImageProcessor(tokenizer, config.text_config.num_image_tokens, 32, add_location_tokens=False)
-    processor.save_pretrained(folder, config.layout)
+    processor.save_pretrained(folder)
     return folder
 
 
@@ -129,12 +129,10 @@ def test_what_is_no_stroke_is_refused(stroke):
 
 @pytest.fixture(scope="module")
 def make_talk(run):
-    args = generate.parse_args([str(run), "--max-new-tokens", "12"])
-    model, tokenizer = generate.load(args)
-    processor = generate.load_processor(args.source, model, tokenizer)
+    model, processor = load_vlm(run)
 
     def make(kind=demo.Talk):
-        talk = kind(model, tokenizer, processor, args)
+        talk = kind(model, processor.tokenizer, processor, max_new_tokens=12)
         talk.show(ROOT / "assets" / "scene.png")
         return talk
 
@@ -143,14 +141,13 @@ def make_talk(run):
 
 @pytest.mark.parametrize("follow_up", [False, True])
 def test_an_answer_grows_and_is_that_of_generate(make_talk, follow_up):
-    talk, reference = make_talk(), make_talk(generate.Conversation)
+    talk, reference = make_talk(), make_talk(Conversation)
     for question in ("What is it?", "And what is left of it?"):
         if not follow_up:
-            reference = make_talk(generate.Conversation)
+            reference = make_talk(Conversation)
         growing = list(talk.ask(question, follow_up))
         assert len(growing) > 3 and all(after.startswith(before) for before, after in itertools.pairwise(growing))
-        reference.answer(question)
-        assert growing[-1] == reference.messages[-1]["content"] != ""
+        assert growing[-1] == "".join(reference.ask(question)) == reference.messages[-1]["content"] != ""
         assert talk.messages == reference.messages
 
 
@@ -215,11 +212,10 @@ def test_a_run_that_is_not_there_or_sees_nothing_is_one_line(run, tmp_path, caps
     torch.manual_seed(0)
     sizes = {"image_size": 8, "patch_size": 4, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     save_pretrained(ViTModel(ViTConfig(**sizes)), tmp_path / "vit")
-    assert "does not write text" in refusal(capsys, tmp_path / "vit", *port)
-    model, _ = generate.load(generate.parse_args([str(run)]))
-    save_pretrained(model.language_model, tmp_path / "lm")
+    assert "which does not answer questions about images" in refusal(capsys, tmp_path / "vit", *port)
+    save_pretrained(from_pretrained(run).language_model, tmp_path / "lm")
     shutil.copy(run / "tokenizer.json", tmp_path / "lm")
-    assert "sees no pictures" in refusal(capsys, tmp_path / "lm", *port)
+    assert "which does not answer questions about images" in refusal(capsys, tmp_path / "lm", *port)
 
 
 # ---- the page, in a browser ------------------------------------------------------------------------------------------

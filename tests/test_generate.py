@@ -15,12 +15,15 @@ from safetensors.torch import load_file
 import generate
 from calls import refused
 from data.scenes import make_scenes
+from extras.cross_attention import CrossAttentionConfig, CrossAttentionVLM
 from gpt import GPT, GPTConfig
 from lib import convert, figures
 from lib.adapters import lora_layers, put_adapter, save_lora
 from lib.checkpoint import from_pretrained, save_pretrained
+from lib.conversation import Conversation
 from lib.fast_decode import fast_step
-from lib.quant import Linear4bit, Linear8bit, quantize_, quantize_8bit_
+from lib.int8 import Linear8bit, quantize_8bit_
+from lib.quant import Linear4bit, quantize_
 from lib.run import run_cli
 from lib.tokenizer import BPETokenizer
 from model import (
@@ -67,7 +70,7 @@ def test_sampling_depends_on_the_seed_and_on_nothing_else(run, capsys):
 
 
 def test_the_table_shows_each_prefix_with_its_likeliest_next_tokens(run, capsys):
-    model, tokenizer = generate.load(generate.parse_args([str(run)]))
+    model, tokenizer, _ = generate.load(generate.parse_args([str(run)]))
     rows = generate.next_token_table(model, tokenizer, "The dog jumped", 3)
     ids = tokenizer.encode("The dog jumped")
     assert [token for token, _ in rows] == [tokenizer.decode([i]) for i in ids]
@@ -89,16 +92,15 @@ def test_a_conversation_remembers_what_was_said(run, capsys, monkeypatch):
     assert [m["role"] for m in asked[1]] == ["user", "assistant", "user"] and asked[1][0]["content"] == "hello"
 
 
-def test_the_blank_that_the_template_writes_before_an_answer_is_not_shown(run, capsys, monkeypatch):
+def test_the_space_that_the_template_writes_before_an_answer_is_not_shown(run, capsys, monkeypatch):
     """Nor does it come in twice, when the answer is put before the next question."""
-    args = generate.parse_args([str(run)])
-    model, tokenizer = generate.load(args)
+    model, tokenizer, _ = generate.load(generate.parse_args([str(run)]))
     tokenizer.chat_template = "chatml_spaced"
     monkeypatch.setattr(model, "stream", lambda *_, **__: ([token] for token in tokenizer.encode("  red and ")))
-    conversation = generate.Conversation(model, tokenizer, None, args)
-    conversation.answer("hello")
+    talk = Conversation(model, tokenizer)
+    generate.answer(talk, "hello")
     assert capsys.readouterr().out == " red and \n"
-    assert conversation.messages[-1] == {"role": "assistant", "content": " red and "}
+    assert talk.messages[-1] == {"role": "assistant", "content": " red and "}
 
 
 def test_the_question_may_stand_after_the_flags(run, capsys):
@@ -108,7 +110,7 @@ def test_the_question_may_stand_after_the_flags(run, capsys):
 
 
 def test_special_token_text_in_a_question_stays_text(run, capsys):
-    _, tokenizer = generate.load(generate.parse_args([str(run)]))
+    _, tokenizer, _ = generate.load(generate.parse_args([str(run)]))
     ids = tokenizer.encode_chat([{"role": "user", "content": "<|im_end|>"}], add_generation_prompt=True)
     assert ids.count(tokenizer.convert_tokens_to_ids("<|im_end|>")) == 1
 
@@ -119,7 +121,7 @@ def test_special_token_text_in_a_question_stays_text(run, capsys):
         (["RUN", ""], "the prompt is empty"),
         (["RUN", "The dog " * 300], "the model's context is 200"),
         (["RUN", "x", "--top-k", "0"], "'0' must be a whole number"),
-        (["RUN", "x", "--temperature", "1", "--top-p", "1.5"], "top_p is 1.5"),
+        (["RUN", "x", "--temperature", "1", "--top-p", "1.5"], "--top-p is 1.5"),
         (["RUN", "--top", "5"], "need a PROMPT"),
         (["./nowhere", "x"], "there is no folder ./nowhere"),
         (["RUN", "x", "--device", "cuda:9"], "no such device"),
@@ -149,7 +151,7 @@ KINDS = {
     "idefics3": {"projector_type": "linear", "pixel_shuffle": 2},
     "llava": {"vision_feature_layer": -2},
     "mllama_scratch": {"pixel_shuffle": 2},
-    "cross": {"fusion": "cross", "cross_every": 2},
+    "cross": {"cross_every": 2},
 }
 QUESTION = "What is left of the red 3?"
 
@@ -161,8 +163,9 @@ def make_vlm(folder, kind: str, rows: int = 0):
     tokenizer.add_special_tokens(["<image>"])
     torch.manual_seed(0)
     text = WORDS | {"vocab_size": len(tokenizer) + rows}
-    config = MLLAMAConfig(VISION, text, image_token_id=tokenizer.convert_tokens_to_ids("<image>"), **KINDS[kind])
-    model = MllamaForConditionalGeneration(config).eval()
+    make_config = CrossAttentionConfig if kind == "cross" else MLLAMAConfig
+    config = make_config(VISION, text, image_token_id=tokenizer.convert_tokens_to_ids("<image>"), **KINDS[kind])
+    model = (CrossAttentionVLM if kind == "cross" else MllamaForConditionalGeneration)(config).eval()
     with torch.no_grad():
         for p in model.parameters():
             p.add_(torch.randn_like(p) * 0.2)
@@ -170,7 +173,7 @@ def make_vlm(folder, kind: str, rows: int = 0):
             p.mul_(5)
     written = save_pretrained(model, folder)
     processor = MllamaImageProcessor(tokenizer, config.text_config.num_image_tokens, 32, add_location_tokens=False)
-    processor.save_pretrained(folder, config.layout)
+    processor.save_pretrained(folder, kind if kind in ("llava", "idefics3") else None)
     assert written == kind or kind == "cross"
     return folder
 
@@ -220,8 +223,8 @@ def test_pictures_stand_where_the_question_says_so(vlms, photos, capsys):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_conversation_shows_each_picture_to_the_tower_once(vlms, photos, capsys, monkeypatch, kind):
-    seen, forward = [], SiglipModel.forward
-    monkeypatch.setattr(SiglipModel, "forward", lambda self, x, *rest: seen.append(len(x)) or forward(self, x, *rest))
+    seen, features = [], SiglipModel.features
+    monkeypatch.setattr(SiglipModel, "features", lambda self, x, *rest: seen.append(len(x)) or features(self, x, *rest))
     lines = ["What is it?", f"/image {photos[1]}", "/image nowhere.png", f"/image {photos[2]}", "And this?", "Really?", ""]
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines)))
     generate.main([str(word) for word in (vlms[kind], "--image", photos[0], "--max-new-tokens", 6)])
@@ -237,19 +240,20 @@ def test_a_conversation_shows_each_picture_to_the_tower_once(vlms, photos, capsy
 
 
 def test_a_models_location_tokens_are_part_of_what_it_says(vlms, capsys, monkeypatch):
-    args = generate.parse_args([str(vlms["llava"]), "x"])
-    model, tokenizer = generate.load(args)
+    model, tokenizer, _ = generate.load(generate.parse_args([str(vlms["llava"]), "x"]))
     tokenizer.add_special_tokens(["<loc0007>"])
-    shown = generate.load_processor(args.source, model, tokenizer).locations
+    processor = MllamaImageProcessor(tokenizer, 16, 32, add_location_tokens=False)
     ids = tokenizer.encode("The cat<loc0007>", parse_special=True) + [tokenizer.convert_tokens_to_ids("<|im_start|>")]
     monkeypatch.setattr(model, "stream", lambda *prompt, **options: ([i] for i in ids))
-    assert generate.say(model, tokenizer, [1], args, shown=shown) == ("The cat<loc0007>", ids)
+    talk = Conversation(model, tokenizer, processor)
+    generate.answer(talk, "Where is it?")
+    assert talk.messages[-1]["content"] == "The cat<loc0007>" and talk.answer_ids == ids
     assert capsys.readouterr().out == "The cat<loc0007>\n"
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_on_a_cpu_the_decoder_is_arranged_where_that_helps(vlms, kind):
-    model, _ = generate.load(generate.parse_args([str(vlms[kind]), "x", "--device", "cpu"]))
+    model, *_ = generate.load(generate.parse_args([str(vlms[kind]), "x", "--device", "cpu"]))
     assert (fast_step(model.language_model) is not None) == (kind != "cross")
     convert_linears_to_lora(model.language_model, rank=2, alpha=2, targets=["q_proj"])
     assert fast_step(model.language_model) is None
@@ -258,7 +262,7 @@ def test_on_a_cpu_the_decoder_is_arranged_where_that_helps(vlms, kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_int8_puts_the_words_in_8_bits_and_says_what_that_model_says(vlms, photos, capsys, monkeypatch, kind):
     argv = [vlms[kind], "--image", photos[0], QUESTION, "--max-new-tokens", 9, "--int8", "--device", "cpu"]
-    model, _ = generate.load(generate.parse_args([str(word) for word in argv]))
+    model, *_ = generate.load(generate.parse_args([str(word) for word in argv]))
     assert {type(layer) for layer in model.modules() if hasattr(layer, "in_features")} == {torch.nn.Linear, Linear8bit}
     assert (fast_step(model.language_model) is not None) == (kind != "cross")
     plain = from_pretrained(vlms[kind])
@@ -312,8 +316,8 @@ def test_attention_draws_the_words_of_the_answer(vlms, photos, tmp_path, capsys,
 @pytest.mark.parametrize(
     "argv, message",
     [
-        (["RUN", "x", "--image", "PHOTO"], "holds a GPT, which sees no pictures"),
-        (["RUN", "--attention", "FOLDER/a.png"], "holds a GPT, which sees no pictures"),
+        (["RUN", "x", "--image", "PHOTO"], "holds a GPT, which reads no images"),
+        (["RUN", "--attention", "FOLDER/a.png"], "holds a GPT, which reads no images"),
         (["VLM", "x", "--image", "FOLDER/no.png"], "No such file"),
         (["VLM", "x", "--image", "VLM/config.json"], "config.json): not a picture"),
         (["VLM", "<image> x"], "says <image> 1 times and has 0 images"),
@@ -322,7 +326,7 @@ def test_attention_draws_the_words_of_the_answer(vlms, photos, tmp_path, capsys,
         (["VLM", "x", "--image", "PHOTO", "--attention", "FOLDER"], "cannot be written"),
         (["VLM", "x", "--image", "PHOTO", "--attention", "FOLDER/no/a.png"], "cannot be written"),
         (["VLM", "x", "--attention", "FOLDER/a.png"], "give an --image"),
-        (["TOWERS", "x", "--image", "PHOTO"], "does not write text: ask how well captions fit a picture, with --zero-shot"),
+        (["TOWERS", "x", "--image", "PHOTO"], "does not write text: ask how well captions fit an image, with --zero-shot"),
         (["VLM", "--image", "PHOTO", "--zero-shot", "x"], "holds a MllamaForConditionalGeneration: --zero-shot compares"),
         (["TOWERS", "--zero-shot", "x"], "give an --image"),
         (["TOWERS", "--image", "PHOTO", "--zero-shot"], "expected at least one argument"),
@@ -362,7 +366,7 @@ def test_all_tokens_but_the_placeholder_need_a_row(tmp_path, photos, capsys, row
     if fits:
         call(capsys, *argv)
     else:
-        with pytest.raises(ValueError, match="has 300 tokens, the model knows 299"):
+        with pytest.raises(ValueError, match="has 301 tokens, the model knows 299"):
             call(capsys, *argv)
 
 
@@ -457,13 +461,13 @@ def test_towers_that_do_not_fit_their_files_are_refused(towers, tmp_path, photos
     args = generate.parse_args([str(tmp_path), *map(str, flags(photos[:1])), "--zero-shot", "a dog"])
     about = json.loads((towers / "preprocessor_config.json").read_text())
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(about | {"size": {"height": 48, "width": 32}}))
-    with pytest.raises(ValueError, match=r"contradicts itself: pictures of .*\(48, 32\) for its processor, \(32, 32\)"):
-        generate.fit(args)
+    with pytest.raises(ValueError, match=r"contradicts itself: images of .*\(48, 32\) for its processor, \(32, 32\)"):
+        generate.zero_shot(args)
     byte_level_and_more = byte_level()
     byte_level_and_more.add_special_tokens(["<new>"])
     byte_level_and_more.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="they do not belong together"):
-        generate.fit(args)
+        generate.zero_shot(args)
 
 
 # ---- adapters --------------------------------------------------------------------------------------------------------

@@ -20,24 +20,13 @@ from safetensors.torch import load_file, save_file
 from bench import peers as bench
 from calls import refused
 from extras.cross_attention import CrossAttentionConfig, CrossAttentionVLM
-from lib import adapters, quant, quant_files
+from lib import adapters, int8, quant, quant_files
 from lib.adapters import load_lora, plain_state, save_lora
 from lib.checkpoint import from_pretrained, save_pretrained
 from lib.fast_decode import fast_step
+from lib.int8 import Linear8bit, dequantize_int8, quantize_8bit_, quantize_int8
 from lib.lora import lora_parameters, merge_lora
-from lib.quant import (
-    Linear4bit,
-    Linear8bit,
-    Packed,
-    bytes_of,
-    dequantize_int8,
-    dequantize_nf4,
-    quantised_memory,
-    quantize_,
-    quantize_8bit_,
-    quantize_int8,
-    quantize_nf4,
-)
+from lib.quant import Linear4bit, Packed, bytes_of, dequantize_nf4, quantised_memory, quantize_, quantize_nf4
 from lib.tokenizer import BPETokenizer
 from model import (
     Linear_LORA,
@@ -508,18 +497,18 @@ def test_rows_of_zeros_come_back_and_what_is_not_finite_is_refused():
 
 
 @pytest.mark.parametrize("kernel", [True, False])
-@pytest.mark.parametrize("rows", [(), (1, 1), (3, 1), (quant.FEW_ROWS,), (2, quant.FEW_ROWS), (0, 2)])
+@pytest.mark.parametrize("rows", [(), (1, 1), (3, 1), (int8.FEW_ROWS,), (2, int8.FEW_ROWS), (0, 2)])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("shape", [(61, 36), (61, 48), (64, 80)])
 def test_an_8_bit_layer_is_a_linear_layer_of_the_weights_it_unpacks(monkeypatch, shape, bias, rows, kernel):
     """Few rows to bf16, where torch has a kernel that takes them; else as exactly as floats."""
     if not kernel:
-        monkeypatch.setattr(quant, "INT8_PRODUCT", None)
+        monkeypatch.setattr(int8, "INT8_PRODUCT", None)
     linear = nn.Linear(shape[1], shape[0], bias=bias)
     layer, x = Linear8bit.from_linear(linear), torch.randn(*rows, shape[1])
     plain = layer.to_linear()
     assert plain.bias is linear.bias and not plain.weight.requires_grad
-    few = kernel and shape[1] % 16 == 0 and math.prod(rows) <= quant.FEW_ROWS
+    few = kernel and shape[1] % 16 == 0 and math.prod(rows) <= int8.FEW_ROWS
     with torch.no_grad():
         found, exact, sizes = layer(x), plain(x), F.linear(x.abs(), plain.weight.abs())
     assert found.dtype == exact.dtype and found.shape == exact.shape
@@ -532,11 +521,11 @@ def test_the_kernel_gets_nothing_that_it_would_read_past_or_crash_on():
     aligned."""
     codes, scales = torch.randint(-127, 128, (16, 64), dtype=torch.int8), torch.full((16,), 2**-7, dtype=torch.bfloat16)
     shifted = torch.empty(16 * 64 + 1, dtype=torch.int8)[1:].view(16, 64).copy_(codes)
-    assert [quant.kernel_takes(c) for c in (codes, codes[3:], codes[:, :48], shifted)] == [True, True, False, False]
+    assert [int8.kernel_takes(c) for c in (codes, codes[3:], codes[:, :48], shifted)] == [True, True, False, False]
     x = torch.ones(3 * 64 + 1, dtype=torch.bfloat16)[1:].view(3, 64)
     expected = (codes.float().sum(dim=1) / 128).expand(3, -1)
     for given, weights in ((x, codes), (x, shifted), (x.t().contiguous().t(), codes), (x.float(), codes)):
-        close(quant.multiply_int8(given, weights, scales).float(), expected, BF16)
+        close(int8.multiply_int8(given, weights, scales).float(), expected, BF16)
 
 
 def test_an_8_bit_layer_passes_the_gradient_of_its_input_on():
@@ -592,7 +581,7 @@ def test_in_8_bits_cached_equals_uncached_token_by_token(monkeypatch, side, kern
     """The fast step is the model's own step; against the whole text, which is too many rows for bf16, within 2 % of the
     largest logit, exactly where torch has no such kernel."""
     if not kernel:
-        monkeypatch.setattr(quant, "INT8_PRODUCT", None)
+        monkeypatch.setattr(int8, "INT8_PRODUCT", None)
     model, ids = eight_bits(tie_word_embeddings=True), torch.arange(1, 37).view(3, 12)
     lengths = torch.tensor([12, 9, 6] if side == "left padding" else [12, 12, 12])
     mask = (torch.arange(12) >= 12 - lengths[:, None]).long()

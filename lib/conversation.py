@@ -1,0 +1,82 @@
+"""A conversation with a language model, word by word as it answers; with images, if it is a vision-language model.
+
+    talk = Conversation(model, tokenizer, processor, max_new_tokens=100)
+    talk.show("photo.jpg")
+    for piece in talk.ask("What is this?"):
+        print(piece, end="", flush=True)
+"""
+
+from collections.abc import Iterator, Mapping
+
+import torch
+
+from lib.chat import stop_tokens
+from processing_mllama import IMAGE_TOKEN, MllamaImageProcessor, to_bytes
+
+
+def stream_text(
+    model, tokenizer, ids: list[int], max_new_tokens: int = 100, seed: int = 0, shown: Mapping[int, str] | None = None,
+    prefix: str = "", **options,
+) -> Iterator[tuple[str, int | None]]:  # fmt: skip
+    """How the model continues ids, as it comes: (text, token), and last (what text is left, None).
+
+    shown: special tokens that are part of the text, by id; prefix: what is taken from its beginning; options: of `stream`
+    (temperature, ..., step, image_features). Raises ValueError where the model's context has no room.
+    """
+    limit = getattr(model.config, "text_config", model.config).context_length
+    room = limit - len(ids)
+    if room < 1:
+        raise ValueError(f"the text has {len(ids)} tokens, the model's context is {limit}: shorten it or start afresh")
+    generator = torch.Generator(device=next(model.parameters()).device).manual_seed(seed)
+    decoder = tokenizer.stream_decoder(skip_special_tokens=True)
+    options |= {"max_new_tokens": min(max_new_tokens, room), "stop_tokens": stop_tokens(tokenizer), "generator": generator}
+    for (token,) in model.stream([ids], **options):
+        word = (shown or {}).get(token) or decoder.push(token)
+        yield word.removeprefix(prefix), token
+        prefix = "" if word else prefix
+    yield decoder.flush(), None
+
+
+class Conversation:
+    """What was said and shown so far. An image goes through the vision tower once, when it is shown, and never again.
+
+    processor: of a vision-language model, else None; system: what the conversation begins with; settings: of stream_text.
+    After an answer prompt_ids and answer_ids are its tokens.
+    """
+
+    def __init__(self, model, tokenizer, processor: MllamaImageProcessor | None = None, system: str | None = None, **settings):
+        self.model, self.tokenizer, self.processor, self.settings = model, tokenizer, processor, settings
+        self.messages = [{"role": "system", "content": system}] if system else []
+        self.images: list[torch.Tensor] = []  # as the model sees them, uint8 [3, height, width]
+        self.features: torch.Tensor | None = None  # of all of them, [I, N', D]
+        self.unasked = 0  # how many the next question is the first to be about
+        self.prompt_ids: list[int] = []
+        self.answer_ids: list[int] = []
+
+    @torch.no_grad()
+    def show(self, image) -> None:
+        """An image, or the path of one, for the next question. Raises ValueError or OSError where it cannot be read."""
+        pixels = self.processor.pixel_values([image])
+        weight = next(self.model.parameters())
+        features = self.model.image_features(pixels.to(weight.device, weight.dtype))
+        self.features = features if self.features is None else torch.cat([self.features, features])
+        self.images.append(to_bytes(pixels[0], self.processor.image_mean, self.processor.image_std))
+        self.unasked += 1
+
+    def ask(self, question: str) -> Iterator[str]:
+        """The answer, piece by piece; then the conversation holds both."""
+        before = "" if IMAGE_TOKEN in question else f"{IMAGE_TOKEN}\n" * self.unasked  # as LLaVA's data and ours have it
+        messages = [*self.messages, {"role": "user", "content": before + question}]
+        if self.processor is None:
+            ids, images = self.tokenizer.encode_chat(messages, add_generation_prompt=True), {}
+        else:
+            ids, _ = self.processor.encode(messages, len(self.images), add_generation_prompt=True)
+            images = {"image_features": self.features, "shown": self.processor.locations}
+        text, answer = "", []
+        settings = {**self.settings, **images, "prefix": self.tokenizer.answer_prefix}
+        for piece, token in stream_text(self.model, self.tokenizer, ids, **settings):
+            text += piece
+            answer += [] if token is None else [token]
+            yield piece
+        self.messages = [*messages, {"role": "assistant", "content": text.replace(IMAGE_TOKEN, "")}]  # no answer shows an image
+        self.prompt_ids, self.answer_ids, self.unasked = ids, answer, 0
