@@ -1,21 +1,21 @@
-"""Pictures and prompts in, tensors out: everything between a photo on disk and the model's arguments.
+"""Images and prompts in, tensors out: everything between a photo on disk and the model's arguments.
 
 Pixels are those of transformers' SiglipImageProcessor, prompts follow LLaVA and PaliGemma: each `<image>` in a text becomes
-num_image_token placeholders, which the model overwrites with what the vision tower saw.
+num_image_token placeholders, which the model overwrites with the features of the image.
 
     processor = MllamaImageProcessor(tokenizer, num_image_token=196, image_size=224)
     batch = processor(["What is this? <image>"], ["photo.jpg"])        # pixel_values, input_ids, attention_mask
     batch = processor.conversation({"conversations": [...]}, image)    # and labels: -100 everywhere but the answers
     model(**batch)
 
-The tokenizer is ours or any Hugging Face one. It gains `<image>`, then PaliGemma's 1,024 `<locNNNN>` and 128 `<segNNN>`. A
-placeholder needs no row in the model's embedding table; location tokens do, before they are used:
+The tokenizer is ours or any Hugging Face one. It gains `<image>`, then PaliGemma's 1,024 `<locNNNN>` and 128 `<segNNN>` (see
+lib/boxes.py). A placeholder needs no row in the model's embedding table; location tokens do, before they are used:
 lib.vocabulary.resize_token_embeddings(model, len(tokenizer)). MLLAMAConfig's image_token_id is processor.image_token_id; a
 batch with images brings it along.
 
 Text is data: with our tokenizer nothing but those tokens means anything inside it, and "<|im_end|>" stays text; a Hugging
-Face tokenizer obeys every special token it finds. Pictures are squeezed into one square, never tiled.
-Axes: B batch, T text tokens, I images of the whole batch, H and W a picture's sides.
+Face tokenizer obeys every special token it finds. Every image is resized to one square, never cut into tiles.
+Axes: B batch, T text tokens, I images of the whole batch, H and W an image's sides.
 """
 
 import math
@@ -23,69 +23,27 @@ import os
 import re
 from collections.abc import Sequence
 from itertools import groupby, islice
-from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 
-from data.folders import _to_rgb, decode_image, one_line
-from lib.chat import encode_conversation
-from lib.files import read_json, write_json
-from lib.tokenizer import BPETokenizer
-from vit_scratch import pair
+from data.images import to_image
 
 IMAGENET_STANDARD_MEAN = (0.5, 0.5, 0.5)  # so called in transformers; SigLIP's: they take 0..1 to -1..1
 IMAGENET_STANDARD_STD = (0.5, 0.5, 0.5)
 IMAGE_TOKEN = "<image>"
 LOCATION_TOKENS = [f"<loc{i:04d}>" for i in range(1024)] + [f"<seg{i:03d}>" for i in range(128)]
-IDEFICS3_AROUND = ("<fake_token_around_image><global-img>", "<fake_token_around_image>")  # around a picture taken whole
+IDEFICS3_AROUND = ("<fake_token_around_image><global-img>", "<fake_token_around_image>")  # around an image taken whole
 RESAMPLE = {"lanczos": 1, "bilinear": 2, "bicubic": 3}  # Pillow's numbers, as the published files hold them
 ROLES = {"human": "user", "gpt": "assistant"} | {role: role for role in ("user", "assistant", "system")}
 MAX_ASPECT = 200  # nothing is left of a longer strip once it is squeezed into a square (Qwen2-VL draws the same line)
 
-# ---- pictures --------------------------------------------------------------------------------------------------------
-
-
-def to_picture(image, at_least: int | None = None) -> Image.Image:
-    """A path, bytes, PIL image, numpy [H, W, C] or torch [C, H, W] (uint8, or floats in 0..1; C = 1, 3, 4) as an upright RGB
-    picture, transparency on white. at_least: see decode_image. Raises ValueError for anything else."""
-    if isinstance(image, (str, os.PathLike, bytes)):
-        return decode_image(image, at_least)
-    if isinstance(image, (np.ndarray, torch.Tensor)):
-        image = _from_array(image)
-    if not isinstance(image, Image.Image):
-        raise ValueError(f"a {type(image).__name__} is not an image: give a path, bytes, a PIL image, an array or a tensor")
-    if 0 in image.size:
-        raise ValueError(f"a picture of {image.width}x{image.height} pixels is empty")
-    try:  # an image that PIL has opened is read only now
-        image = image if image.getexif().get(0x0112, 1) == 1 else ImageOps.exif_transpose(image)
-        image.load()
-        return image if image.mode == "RGB" and not image.has_transparency_data else _to_rgb(image)
-    except Exception as error:  # decoders meet damaged bytes with almost any type of exception
-        raise ValueError(f"cannot be decoded ({one_line(error)})") from None
-
-
-def _from_array(array) -> Image.Image:
-    shape, dtype = list(array.shape), array.dtype
-    if isinstance(array, torch.Tensor):
-        array = (array.float() if array.is_floating_point() else array).detach().cpu().numpy()
-        array = np.moveaxis(array, 0, -1) if array.ndim == 3 else array
-    array = array[..., None] if array.ndim == 2 else array
-    if array.ndim != 3 or array.shape[-1] not in (1, 3, 4) or not array.size:
-        raise ValueError(f"{shape} is not a picture's shape: numpy is [H, W, C], torch [C, H, W], with 1, 3 or 4 channels")
-    if np.issubdtype(array.dtype, np.floating):
-        low, high = array.min(), array.max()
-        if not (low >= 0 and high <= 1):  # nor is NaN
-            raise ValueError(f"a picture of floats lies in 0..1, this one in {low:.4g}..{high:.4g}: rescale it, or give uint8")
-        array = (array * 255 + 0.5).astype(np.uint8)
-    if array.dtype != np.uint8:
-        raise ValueError(f"a picture of {dtype} is not read: give uint8, or floats in 0..1")
-    return Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array)
+# ---- images ----------------------------------------------------------------------------------------------------------
 
 
 def pad_square(image: Image.Image, mean: Sequence[float]) -> Image.Image:
-    """The picture in the middle of a square of the mean colour, as LLaVA-1.5 pads. Raises ValueError for a gigantic square."""
+    """The image in the middle of a square of the mean colour, as LLaVA-1.5 pads. Raises ValueError for a gigantic square."""
     side = max(image.size)
     if Image.MAX_IMAGE_PIXELS and side**2 > Image.MAX_IMAGE_PIXELS:
         raise ValueError(f"{image.width}x{image.height} padded to a square is over {Image.MAX_IMAGE_PIXELS:,} pixels")
@@ -110,27 +68,31 @@ def normalize(pixels: torch.Tensor, mean: Sequence[float], std: Sequence[float])
     return (pixels - mean).div_(std)
 
 
-def to_bytes(pixels: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
-    """What rescale and normalize made of these, uint8 [..., 3, H, W]: pictures as they are drawn."""
+def denormalize(pixels: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
+    """The uint8 [..., 3, H, W] that rescale and normalize made these of: images as they are drawn."""
     mean, std = (torch.tensor(value)[:, None, None] for value in (mean, std))
     return ((pixels * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
 
 
-def fit(image, size: tuple[int, int], resample: str, mean: Sequence[float], do_pad_square: bool, fast=False) -> np.ndarray:
-    """One picture (see to_picture) as uint8 [height, width, 3]; see process_images. Raises ValueError for a thin strip."""
-    picture = to_picture(image, -(-max(size) // 2) if fast else None)  # decoded to no less than `size`
-    if max(picture.size) > MAX_ASPECT * min(picture.size):
-        raise ValueError(f"{picture.width}x{picture.height} is too thin a strip (over {MAX_ASPECT} to 1): crop it")
-    return np.asarray(resize(pad_square(picture, mean) if do_pad_square else picture, size, resample))
+def to_pixels(
+    image, image_size: tuple[int, int], resample: str, image_mean: Sequence[float], do_pad_square: bool, fast: bool = False
+) -> torch.Tensor:
+    """One image (see to_image) as uint8 [3, height, width]; see process_images. Raises ValueError for a thin strip."""
+    image = to_image(image, -(-max(image_size) // 2) if fast else None)  # decoded to no less than `image_size`
+    if max(image.size) > MAX_ASPECT * min(image.size):
+        raise ValueError(f"{image.width}x{image.height} is too thin a strip (over {MAX_ASPECT} to 1): crop it")
+    image = resize(pad_square(image, image_mean) if do_pad_square else image, image_size, resample)
+    return torch.from_numpy(np.asarray(image).transpose(2, 0, 1).copy())
 
 
 def process_images(
-    images: Sequence, size: tuple[int, int], resample: str = "bicubic", mean: Sequence[float] = IMAGENET_STANDARD_MEAN,
-    std: Sequence[float] = IMAGENET_STANDARD_STD, do_pad_square: bool = False, fast: bool = False,
+    images: Sequence, image_size: tuple[int, int], resample: str = "bicubic",
+    image_mean: Sequence[float] = IMAGENET_STANDARD_MEAN, image_std: Sequence[float] = IMAGENET_STANDARD_STD,
+    do_pad_square: bool = False, fast: bool = False,
 ) -> torch.Tensor:  # fmt: skip
-    """I images (see to_picture) -> pixel_values, float32 [I, 3, height, width]; size: (height, width).
+    """I images (see to_image) -> pixel_values, float32 [I, 3, height, width]; image_size: (height, width).
 
-    fast: JPEGs far larger than `size` are decoded at a fraction of theirs, which changes pixels a little. Raises ValueError
+    fast: JPEGs far larger than that are decoded at a fraction of their size, which changes pixels a little. Raises ValueError
     that names the image by its number and, if it has one, its path.
     """
     if not len(images):
@@ -138,36 +100,22 @@ def process_images(
     resized = []
     for number, image in enumerate(images):
         try:
-            resized.append(fit(image, size, resample, mean, do_pad_square, fast))
+            resized.append(to_pixels(image, image_size, resample, image_mean, do_pad_square, fast))
         except ValueError as error:
             path = f" ({os.fspath(image)})" if isinstance(image, (str, os.PathLike)) else ""
             raise ValueError(f"image {number}{path}: {error}") from None
     # Bytes are cheap to move: one stacked tensor, then the arithmetic on all of it at once.
-    return normalize(rescale(torch.from_numpy(np.stack(resized)).permute(0, 3, 1, 2).contiguous()), mean, std)
+    return normalize(rescale(torch.stack(resized)), image_mean, image_std)
 
 
-# ---- boxes -----------------------------------------------------------------------------------------------------------
-
-
-def box_to_loc(box: Sequence[float], width: float, height: float) -> str:
-    """(x_min, y_min, x_max, y_max) in pixels -> "<locYMIN><locXMIN><locYMAX><locXMAX>", as PaliGemma was trained on RefCOCO.
-
-    The 1,024 tokens are evenly spaced marks, the first at 0 and the last at the far edge, side / 1023 apart: what comes back
-    is at most half of that, side / 2046, away. Raises ValueError for a box that is not within the picture.
-    """
-    x0, y0, x1, y1 = box
-    if not (0 <= x0 <= x1 <= width and 0 <= y0 <= y1 <= height and width > 0 and height > 0):
-        raise ValueError(f"box {tuple(box)} is not (x_min, y_min, x_max, y_max) within {width}x{height} pixels")
-    return "".join(f"<loc{round(v / side * 1023):04d}>" for v, side in ((y0, height), (x0, width), (y1, height), (x1, width)))
-
-
-def loc_to_box(text: str, width: float, height: float) -> tuple[float, float, float, float]:
-    """The first four location tokens in a row as (x_min, y_min, x_max, y_max) in pixels. Raises ValueError without any."""
-    found = re.search(r"<loc(\d{4})>" * 4, text)
-    if not found or max(map(int, found.groups())) > 1023:
-        raise ValueError(f"{text!r} has no four location tokens <loc0000> to <loc1023> in a row")
-    y0, x0, y1, x1 = (int(mark) / 1023 for mark in found.groups())
-    return x0 * width, y0 * height, x1 * width, y1 * height
+def check_pixel_settings(image_mean, image_std, resample: str) -> None:
+    """Raises ValueError unless images can be resized and normalized by these."""
+    threes = all(isinstance(values, (tuple, list)) and len(values) == 3 for values in (image_mean, image_std))
+    numbers = threes and all(isinstance(x, (int, float)) and math.isfinite(x) for x in (*image_mean, *image_std))
+    if not numbers or min(image_std) <= 0:
+        raise ValueError(f"image_mean {image_mean!r:.80} and image_std {image_std!r:.80} must be three numbers, std above 0")
+    if resample not in RESAMPLE:
+        raise ValueError(f"resample is {resample!r}: it must be {', '.join(RESAMPLE)}")
 
 
 # ---- prompts ---------------------------------------------------------------------------------------------------------
@@ -191,7 +139,7 @@ def to_messages(conversation) -> list[dict[str, str]]:
     return [{"role": ROLES[role], "content": text} for role, text in turns]
 
 
-def share_out(images, named: Sequence[int]) -> list[list]:
+def images_per_prompt(images, named: Sequence[int]) -> list[list]:
     """One list of images per prompt: from such lists, from one list in the order of the placeholders, or from one image.
 
     named: how often each prompt says <image>; if none does, each may have one. Raises ValueError where counts differ.
@@ -217,55 +165,6 @@ def share_out(images, named: Sequence[int]) -> list[list]:
     return images
 
 
-# ---- what published files say ----------------------------------------------------------------------------------------
-
-
-def check_scale(mean, std) -> None:
-    """Raises ValueError unless pixels can be normalised by these."""
-    threes = all(isinstance(values, (tuple, list)) and len(values) == 3 for values in (mean, std))
-    if not threes or not all(isinstance(x, (int, float)) and math.isfinite(x) for x in (*mean, *std)) or min(std) <= 0:
-        raise ValueError(f"image_mean {mean!r:.80} and image_std {std!r:.80} must be three numbers each, std above 0")
-
-
-def image_settings(published: dict) -> dict:
-    """A published preprocessor_config.json as settings of ours. Raises ValueError for what would give other pixels, or none."""
-    try:
-        settings = _image_settings(published)
-    except (LookupError, TypeError, AttributeError) as error:
-        raise ValueError(f"the image preprocessor's settings make no sense ({type(error).__name__}: {error})") from None
-    check_scale(settings.get("image_mean", IMAGENET_STANDARD_MEAN), settings.get("image_std", IMAGENET_STANDARD_STD))
-    return settings
-
-
-def _image_settings(published: dict) -> dict:
-    tiles = published.get("max_image_size")  # Idefics3 and SmolVLM: a picture taken whole fills one tile
-    square = published.get("image_processor_type", "").startswith("Llava") and published.get("do_pad", False)
-    wanted = {"do_rescale": True, "do_normalize": True, "rescale_factor": 1 / 255}
-    wanted |= {} if tiles else {"do_resize": True, "do_center_crop": square and published.get("do_center_crop", False)}
-    for key, value in wanted.items():
-        if published.get(key, value) != value:
-            raise ValueError(f"the image preprocessor has {key} = {published[key]}, only {value} is done here")
-    size = tiles or published.get("size", 224)
-    if isinstance(size, dict):
-        edge = size.get("longest_edge") if tiles else size.get("shortest_edge") if square else None
-        size = edge or (size["height"], size["width"])
-    names = {number: name for name, number in RESAMPLE.items()}
-    number = published.get("resample", RESAMPLE["lanczos" if tiles else "bicubic"])
-    settings = {"image_size": size, "resample": names.get(number, number), "do_pad_square": square}
-    return settings | {key: published[key] for key in ("image_mean", "image_std") if key in published}
-
-
-def count_image_tokens(config: dict, size: tuple[int, int]) -> int:
-    """Placeholders per picture of (height, width), from a config.json: patches, over pixel shuffle's factor squared.
-
-    SigLIP has no class token, so LLaVA's vision_feature_select_strategy, which is about that, changes nothing.
-    """
-    idefics = config.get("model_type") in ("idefics3", "smolvlm")  # with these defaults, which files leave out
-    patch = pair(config.get("vision_config", config).get("patch_size", 32 if idefics else 16))
-    r = config.get("scale_factor") or config.get("pixel_shuffle") or (2 if idefics else 1)
-    return 1 if config.get("fusion") == "cross" else (size[0] // patch[0]) * (size[1] // patch[1]) // r**2
-
-
 # ---- the processor ---------------------------------------------------------------------------------------------------
 
 
@@ -282,19 +181,17 @@ class MllamaImageProcessor:
         image_mean: Sequence[float] = IMAGENET_STANDARD_MEAN, image_std: Sequence[float] = IMAGENET_STANDARD_STD,
         resample: str = "bicubic", do_pad_square: bool = False, add_location_tokens: bool = True, around_image=("", ""),
     ):  # fmt: skip
-        self.tokenizer, self.num_image_token, self.image_size = tokenizer, num_image_token, pair(image_size)
-        check_scale(image_mean, image_std)
+        sides = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+        if len(sides) != 2 or not all(isinstance(number, int) and number > 0 for number in (num_image_token, *sides)):
+            raise ValueError(f"num_image_token {num_image_token!r} and image_size {image_size!r} must be numbers from 1")
+        check_pixel_settings(image_mean, image_std, resample)
+        self.tokenizer, self.num_image_token, self.image_size = tokenizer, num_image_token, sides
         self.image_mean, self.image_std, self.resample = tuple(image_mean), tuple(image_std), resample
         self.do_pad_square, self.around_image = do_pad_square, tuple(around_image)
-        numbers = [num_image_token, *self.image_size]
-        if len(numbers) != 3 or not all(isinstance(number, int) and number > 0 for number in numbers):
-            raise ValueError(f"num_image_token {num_image_token!r} and image_size {image_size!r} must be numbers from 1")
-        if resample not in RESAMPLE:
-            raise ValueError(f"resample is {resample!r}: it must be {', '.join(RESAMPLE)}")
         # <image> first: a model without a row for it takes the first id past its table for the placeholder.
         special = [IMAGE_TOKEN, *re.findall(r"<[^<>]+>", "".join(around_image))]
         locations = LOCATION_TOKENS if add_location_tokens else []
-        self.ours = isinstance(tokenizer, BPETokenizer)
+        self.ours = hasattr(tokenizer, "encode_chat")  # lib/tokenizer.py's, or Hugging Face's
         if self.ours:
             tokenizer.add_special_tokens(special + locations)
         else:  # where add_special_tokens would forget the additional ones there were
@@ -311,7 +208,7 @@ class MllamaImageProcessor:
         padding: bool | str = True, padding_side: str | None = None, max_length: int | None = None, truncation: bool = False,
         pad_to_multiple_of: int = 1, add_generation_prompt: bool = False, add_special_tokens: bool = True, fast: bool = False,
     ) -> dict[str, torch.Tensor]:  # fmt: skip
-        """B prompts, or B conversations (see to_messages), and their images (see share_out and to_picture).
+        """B prompts, or B conversations (see to_messages), and their images (see images_per_prompt and to_image).
 
         Returns input_ids and attention_mask, int64 [B, T]; pixel_values [I, 3, height, width] if there are images; labels
         [B, T] with conversations, unless add_generation_prompt asks for the next answer. Where no text says <image>, the one
@@ -323,7 +220,7 @@ class MllamaImageProcessor:
             raise ValueError("give either prompts or conversations, and not both")
         rows = self._rows(prompts, conversations)
         named = [sum(message["content"].count(IMAGE_TOKEN) for message in row) for row in rows]
-        shared = share_out(images, named)
+        shared = images_per_prompt(images, named)
         encoded, learn = [], conversations is not None and not add_generation_prompt
         for number, (row, places) in enumerate(zip(rows, named, strict=True)):
             row = self._with_placeholders(row, 0 if places else len(shared[number]))
@@ -331,16 +228,16 @@ class MllamaImageProcessor:
                 ids = self._encode(row[0]["content"], add_special_tokens)
                 answers = [0] * len(ids)
             else:
-                ids, answers = encode_conversation(self.tokenizer, row, add_generation_prompt, self.recognised)
+                ids, answers = self._encode_conversation(row, add_generation_prompt)
                 if learn and not any(answers):
                     raise ValueError(f"conversation {number} has no answer: add_generation_prompt=True would ask for one")
-            encoded.append(self._fitted(number, ids, answers, max_length, truncation))
+            encoded.append(self._truncated(number, ids, answers, max_length, truncation))
         side = padding_side or ("right" if learn else "left")
         batch = self._padded(encoded, padding, side, max_length, pad_to_multiple_of)
         if not learn:
             del batch["labels"]
-        if pictures := [image for row in shared for image in row]:
-            batch["pixel_values"] = self.pixel_values(pictures, fast)
+        if flat := [image for row in shared for image in row]:
+            batch["pixel_values"] = self.pixel_values(flat, fast)
             batch["image_token_id"] = torch.tensor(self.image_token_id)
         return batch
 
@@ -354,14 +251,13 @@ class MllamaImageProcessor:
         return process_images(images, *settings, fast)
 
     def encode(self, conversation, num_images: int, add_generation_prompt: bool = False) -> tuple[list[int], list[int]]:
-        """Ids of a conversation (see to_messages) about so many pictures, and a mask: 1 on its answers and the token that
+        """Ids of a conversation (see to_messages) about so many images, and a mask: 1 on its answers and the token that
         ends each. Where it says no <image>, they stand before its first question. Raises ValueError where counts differ."""
         messages = to_messages(conversation)
         named = sum(message["content"].count(IMAGE_TOKEN) for message in messages)
         if named not in (0, num_images):
             raise ValueError(f"a conversation says {IMAGE_TOKEN} {named} times and has {num_images} images: give one for each")
-        messages = self._with_placeholders(messages, 0 if named else num_images)
-        return encode_conversation(self.tokenizer, messages, add_generation_prompt, self.recognised)
+        return self._encode_conversation(self._with_placeholders(messages, 0 if named else num_images), add_generation_prompt)
 
     def decode(self, ids) -> str:
         """Text of ids without special tokens, but with <locNNNN> and <segNNN>, which are part of an answer."""
@@ -399,7 +295,12 @@ class MllamaImageProcessor:
         options = {"parse_special": self.recognised} if self.ours else {}
         return self.tokenizer(text, add_special_tokens=add_special_tokens, **options)["input_ids"]
 
-    def _fitted(self, number: int, ids: list[int], answers: list[int], limit: int | None, truncation: bool):
+    def _encode_conversation(self, messages: list[dict], add_generation_prompt: bool) -> tuple[list[int], list[int]]:
+        from lib.chat import encode_conversation
+
+        return encode_conversation(self.tokenizer, messages, add_generation_prompt, self.recognised)
+
+    def _truncated(self, number: int, ids: list[int], answers: list[int], limit: int | None, truncation: bool):
         """(ids, labels) of a row, at most `limit` long."""
         if limit and len(ids) > limit:
             if not truncation:
@@ -433,60 +334,30 @@ class MllamaImageProcessor:
     # --- files ---
 
     @classmethod
-    def from_pretrained(cls, folder: str | os.PathLike, tokenizer=None, **changes) -> "MllamaImageProcessor":
-        """From a folder's config.json and preprocessor_config.json (or processor_config.json), whatever of them it has.
+    def from_pretrained(cls, source: str | os.PathLike, tokenizer=None, **changes) -> "MllamaImageProcessor":
+        """The processor that belongs to a checkpoint, from what its files say (see lib/image_settings.py).
 
         tokenizer: the folder's own unless given. changes: arguments of the constructor that overrule the files. Raises
         FileNotFoundError or ValueError where the files are missing, damaged, or ask for what is not done here.
         """
-        folder, names = Path(folder), ("config", "preprocessor_config", "processor_config")
-        paths = [folder / f"{name}.json" for name in names]
-        config, published, both = (read_json(path) if path.is_file() else {} for path in paths)
-        published = published or both.get("image_processor", {})
-        if not (config or published):
-            raise FileNotFoundError(f"{folder} has neither config.json nor preprocessor_config.json: is it a checkpoint?")
-        try:
-            settings = {"image_size": config.get("vision_config", config).get("image_size", 224)}
-            settings |= image_settings(published) if published else {}
-            size = changes.get("image_size", settings["image_size"])
-            settings |= {"num_image_token": count_image_tokens(config, pair(size))} if config else {}
-        except (LookupError, TypeError, AttributeError, ArithmeticError, ValueError) as error:
-            reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
-            raise ValueError(f"{folder}: its config files give no way to see ({reason})") from None
+        from lib.image_settings import processor_settings
+
+        settings = processor_settings(source, changes.get("image_size"))
         if tokenizer is None:  # the folder's own has the location tokens if its model knows them
-            tokenizer, settings["add_location_tokens"] = BPETokenizer.from_pretrained(folder), False
-        if config.get("model_type") in ("idefics3", "smolvlm"):
-            known = tokenizer.convert_tokens_to_ids(IDEFICS3_AROUND[1]) not in (None, tokenizer.unk_token_id)
-            settings["around_image"] = IDEFICS3_AROUND if known else ("", "")
+            from lib.tokenizer import BPETokenizer
+
+            tokenizer, settings["add_location_tokens"] = BPETokenizer.from_pretrained(source), False
+        known = tokenizer.convert_tokens_to_ids(IDEFICS3_AROUND[1]) not in (None, tokenizer.unk_token_id)
+        if "around_image" in settings and not known:
+            del settings["around_image"]
         if "num_image_token" not in settings | changes:
-            raise ValueError(f"{folder} has no config.json to say how many tokens an image is: give num_image_token")
+            raise ValueError(f"{source} has no config.json to say how many tokens an image is: give num_image_token")
         return cls(tokenizer, **settings | changes)
 
     def save_pretrained(self, folder: str | os.PathLike, layout: str | None = None) -> None:
-        """Write the tokenizer's files and preprocessor_config.json, which transformers' AutoImageProcessor opens.
+        """Write the tokenizer's files and preprocessor_config.json, which transformers' AutoImageProcessor opens. layout: that
+        of the model, "llava" or "idefics3", adds processor_config.json for AutoProcessor."""
+        from lib.image_settings import write_processor_settings
 
-        layout: the model's config.layout, "llava" or "idefics3", adds processor_config.json for AutoProcessor.
-        """
-        (height, width), folder = self.image_size, Path(folder)
-        size, extra = {"height": height, "width": width}, {}
-        image = {"image_processor_type": "SiglipImageProcessor", "do_convert_rgb": True, "do_resize": True, "size": size,
-                 "resample": RESAMPLE[self.resample], "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True,
-                 "image_mean": self.image_mean, "image_std": self.image_std}  # fmt: skip
-        if layout not in (None, "llava", "idefics3"):
-            raise ValueError(f"layout is {layout!r}: it must be llava, idefics3 or None")
-        if layout == "idefics3" and (self.do_pad_square or height != width):
-            raise ValueError("Idefics3 knows neither padding to a square nor pictures that are not square")
-        if self.do_pad_square:
-            image |= {"image_processor_type": "LlavaImageProcessor", "do_pad": True, "do_center_crop": False}
-        if layout == "llava":
-            patch = height // math.isqrt(self.num_image_token)
-            extra = {"processor_class": "LlavaProcessor", "patch_size": patch, "vision_feature_select_strategy": "full"}
-        if layout == "idefics3":
-            edge = {"longest_edge": height}
-            image |= {"image_processor_type": "Idefics3ImageProcessor", "do_resize": False, "size": edge}
-            image |= {"do_image_splitting": False, "max_image_size": edge}
-            extra = {"processor_class": "Idefics3Processor", "image_seq_len": self.num_image_token}
+        write_processor_settings(folder, self, layout)
         self.tokenizer.save_pretrained(folder)
-        write_json(folder / "preprocessor_config.json", image)
-        if extra:
-            write_json(folder / "processor_config.json", extra)

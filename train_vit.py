@@ -18,12 +18,13 @@ import torch
 import torch.nn.functional as F
 
 from data.augment import PRESETS as AUGMENTATIONS
-from data.augment import Augment, normalise
+from data.augment import Augment, normalize_images
 from data.batches import Batches
 from data.datasets import DATASETS, ImageDataset, evenly, load_images
 from lib import figures
 from lib.checkpoint import from_pretrained, save_pretrained
 from lib.files import write_json
+from lib.image_settings import write_image_settings
 from lib.run import Run, Trainer, argument_parser, fraction, not_negative_int, parameter_groups, positive_int, run_cli
 from vit_scratch import ViTConfig, ViTModel, pair
 
@@ -93,7 +94,7 @@ def predict(model: ViTModel, dataset: ImageDataset, mean, std, run: Run) -> torc
     rows = []
     for images in dataset.images.split(500):
         with run.autocast():
-            logits = model(normalise(images.to(run.device), mean, std))
+            logits = model(normalize_images(images.to(run.device), mean, std))
         rows.append(logits.float().softmax(dim=-1).cpu())
     return torch.cat(rows)
 
@@ -204,12 +205,7 @@ def save_run(folder: Path, model: ViTModel, train: ImageDataset, mean, std, args
     """The model as a published checkpoint folder, with what transformers' image processor needs to know."""
     labels = {str(i): name for i, name in enumerate(train.classes)}
     save_pretrained(model, folder, id2label=labels, label2id={name: int(i) for i, name in labels.items()})
-    size = dict(zip(("height", "width"), pair(model.config.image_size), strict=True))
-    processor = {
-        **{"image_processor_type": "ViTImageProcessor", "do_resize": True, "do_rescale": True, "do_normalize": True},
-        **{"rescale_factor": 1 / 255, "resample": 3, "size": size, "image_mean": mean, "image_std": std},
-    }
-    write_json(folder / "preprocessor_config.json", processor)
+    write_image_settings(folder, pair(model.config.image_size), mean, std, image_processor_type="ViTImageProcessor")
     write_json(folder / "settings.json", vars(args))
     from_pretrained(folder)  # what was written can be read
 

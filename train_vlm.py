@@ -30,11 +30,12 @@ import torch.nn.functional as F
 from data.augment import GEOMETRY, warp
 from data.common import CommonAnswers, common_questions
 from data.features import FrozenFeatures
-from data.llava import LlavaRows, PictureCache
+from data.image_cache import ImageCache
+from data.llava import LlavaRows
 from data.llava_batches import LlavaBatches, ShardBatches
 from data.scene_batches import PatchLabels, SceneBatches
 from data.scenes import COLOURS, HELD_OUT, IGNORE, PLACES, corpus, make_scenes
-from data.shards import ShardPictures, Shards
+from data.shards import ShardImages, Shards
 from extras.attention_maps import group_into_words, where_it_looks
 from extras.cross_attention import CrossAttentionConfig, CrossAttentionVLM
 from lib import figures
@@ -53,6 +54,7 @@ from lib.answers import (
 from lib.chat import stop_tokens
 from lib.checkpoint import from_pretrained, save_pretrained
 from lib.files import find_source, read_json, write_json
+from lib.image_settings import read_image_settings
 from lib.quant import Linear4bit, quantize_
 from lib.run import (
     Run,
@@ -82,9 +84,8 @@ from processing_mllama import (
     IMAGENET_STANDARD_MEAN,
     IMAGENET_STANDARD_STD,
     MllamaImageProcessor,
-    image_settings,
     rescale,
-    to_picture,
+    to_image,
 )
 from siglip import SiglipModel, SiglipTwoTower, SiglipVisionConfig
 from vit_scratch import sincos_positions
@@ -198,13 +199,6 @@ def find_part(source: str, part: str) -> nn.Module:
     return model
 
 
-def image_settings_of(source: str) -> dict:
-    """How a tower wants its pictures, of what its folder says: nothing where it says nothing."""
-    file = find_source(source) / "preprocessor_config.json"
-    settings = image_settings(read_json(file)) if file.exists() else {}
-    return {key: value for key, value in settings.items() if key != "image_size"}
-
-
 def train_tokenizer(texts: list[str], vocab_size: int) -> BPETokenizer:
     """As large as the texts allow, up to vocab_size."""
     special = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
@@ -256,7 +250,8 @@ def build(args, texts: list[str], mean, std) -> tuple[MllamaForConditionalGenera
     if args.fusion == "cross":
         config_class, model_class = CrossAttentionConfig, CrossAttentionVLM
     count = config_class(vision, LLAMA32Config(**text_settings), **join).text_config.num_image_tokens
-    seeing = image_settings_of(args.vision) if tower else {"image_mean": mean, "image_std": std}
+    seeing = read_image_settings(find_source(args.vision)) if tower else {"image_mean": mean, "image_std": std}
+    seeing.pop("image_size", None)
     seeing |= {"around_image": IDEFICS3_AROUND} if linear and args.fusion == "early" else {}
     processor = MllamaImageProcessor(tokenizer, count, vision.image_size, add_location_tokens=False, **seeing)
     text = lm.config if lm else LLAMA32Config(**{**text_settings, "vocab_size": len(tokenizer)})
@@ -494,7 +489,7 @@ def draw(folder: Path, model, processor, items: list[Item], found: dict, rows: l
 
 def picture_tensor(image) -> torch.Tensor:
     """uint8 [3, h, w], for drawing."""
-    return image if isinstance(image, torch.Tensor) else torch.from_numpy(np.array(to_picture(image))).permute(2, 0, 1)
+    return image if isinstance(image, torch.Tensor) else torch.from_numpy(np.array(to_image(image))).permute(2, 0, 1)
 
 
 def draw_attention(path: Path, model, processor, item: Item) -> None:
@@ -547,7 +542,7 @@ class Data:
         if self.rows is None:
             return SceneBatches(processor, size, args.seed, args.per_scene, **ranks)
         pixels = processor.image_size, processor.image_mean, processor.image_std, processor.resample, processor.do_pad_square
-        pictures, features = (ShardPictures if self.sharded else PictureCache)(*pixels), None
+        pictures, features = (ShardImages if self.sharded else ImageCache)(*pixels), None
         frozen = "vision" in frozen_towers(args, self.common)
         if args.cache_features is not None and not frozen:
             raise ValueError("--cache-features: the vision tower is trained, so its features change: add --freeze vision")
@@ -569,7 +564,7 @@ class Data:
             with self.run.main_first():
                 batches.features.keep(file, paths, self.args.workers, self.run.is_main)
 
-    def to_look_at(self, processor, pictures: PictureCache, batch_size: int):
+    def to_look_at(self, processor, pictures: ImageCache, batch_size: int):
         """Batches for stage 1."""
         args, run = self.args, self.run
         ranks = {"grad_accum": args.grad_accum, "rank": run.rank, "world_size": run.world_size}
@@ -583,7 +578,7 @@ class Data:
         if self.rows is None:
             return {split: scene_items(split, count, seed=0) for split in ("test", "compositional")}
         items = row_items(some(self.test_rows, count), self.args.isolated)
-        pictures, limit = PictureCache(processor.image_size, most_bytes=0), model.config.text_config.context_length
+        pictures, limit = ImageCache(processor.image_size, most_bytes=0), model.config.text_config.context_length
         bad = {path for item in items for path in item.images if not self.args.blind and pictures[path] is None}
         fit = [item for item in items if not bad & {*item.images} and len(prompt_ids(processor, item, True)[0]) < limit]
         if len(fit) < len(items):

@@ -1,7 +1,7 @@
-"""Augmentation of whole batches in torch, on the device they lie on: uint8 pictures in, normalised floats out.
+"""Augmentation of whole batches in torch, on the device they lie on: uint8 images in, normalized floats out.
 
-Every operation is vectorised over the batch (no loop over pictures), and every random number comes from the
-torch.Generator passed in, so a resumed run sees the same pictures as an uninterrupted one. A generator on the CPU works
+Every operation is vectorized over the batch (no loop over images), and every random number comes from the
+torch.Generator passed in, so a resumed run sees the same images as an uninterrupted one. A generator on the CPU works
 for a batch on any device, and then draws the same augmentation for all of them.
 
     augment = Augment(PRESETS["cifar10"], *train.mean_std())
@@ -9,7 +9,7 @@ for a batch on any device, and then draws the same augmentation for all of them.
     images, targets = mix(images, train.labels[batch], 10, generator, mixup_alpha=0.2, cutmix_alpha=1.0)
 
 After: cutout (DeVries and Taylor, 2017), mixup (Zhang et al., 2018), CutMix (Yun et al., 2019), RandAugment (Cubuk et
-al., 2020). Axes: B batch, C channels, H and W the picture's sides (no attention heads in this file).
+al., 2020). Axes: B batch, C channels, H and W the image's sides (no attention heads in this file).
 """
 
 import math
@@ -27,13 +27,13 @@ class AugmentConfig:
     scale: float = 0.0  # size times 1 - scale .. 1 + scale
     shear: float = 0.0  # tangent of the angle, either way
     crop: float = 0.0  # fraction of the side added all round before cropping back; whole pixels, so nothing blurs
-    flip: bool = False  # left-right, for half of the pictures
-    padding: str = "zeros"  # what lies outside the picture: "zeros" (black) or "reflection"
-    policy: int = 0  # RandAugment operations a picture
+    flip: bool = False  # left-right, for half of the images
+    padding: str = "zeros"  # what lies outside the image: "zeros" (black) or "reflection"
+    policy: int = 0  # RandAugment operations an image
     magnitude: float = 0.5  # upper end of each operation's strength, 0..1
     invert: bool = False  # let the policy swap black and white
     cutout: float = 0.0  # probability that one box is filled with the mean colour
-    cutout_size: float = 0.5  # that box's longest side, fraction of the picture's; the shortest is a quarter of it
+    cutout_size: float = 0.5  # that box's longest side, fraction of the image's; the shortest is a quarter of it
     mixup_alpha: float = 0.0  # these three are arguments of mix()
     cutmix_alpha: float = 0.0
     label_smoothing: float = 0.0
@@ -61,17 +61,17 @@ PRESETS = {
 }
 
 
-def normalise(images: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
+def normalize_images(images: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
     """uint8 [B, C, H, W] -> float32 with each channel's mean and std (on the 0..1 scale) taken out."""
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != len(mean):
         raise ValueError(
-            f"pictures are {images.dtype} {list(images.shape)}: expected torch.uint8 [B, {len(mean)}, H, W]"
+            f"images are {images.dtype} {list(images.shape)}: expected torch.uint8 [B, {len(mean)}, H, W]"
         )
-    return _standardise(images.float() / 255, mean, std)
+    return _standardize(images.float() / 255, mean, std)
 
 
 class Augment:
-    """Callable: uint8 [B, C, H, W] -> float32 of that shape, augmented by `config` and normalised by mean and std."""
+    """Callable: uint8 [B, C, H, W] -> float32 of that shape, augmented by `config` and normalized by mean and std."""
 
     def __init__(self, config: AugmentConfig, mean: Sequence[float], std: Sequence[float]):
         self.config, self.mean, self.std = config, tuple(mean), tuple(std)
@@ -79,7 +79,7 @@ class Augment:
     def __call__(self, images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         c = self.config
         if images.dtype != torch.uint8 or images.ndim != 4:
-            raise ValueError(f"pictures are {images.dtype} {list(images.shape)}: expected torch.uint8 [B, C, H, W]")
+            raise ValueError(f"images are {images.dtype} {list(images.shape)}: expected torch.uint8 [B, C, H, W]")
         if c.crop or c.flip:
             images = crop_and_flip(images, c.crop, c.flip, c.padding, generator)
         x = images.float() / 255
@@ -90,7 +90,7 @@ class Augment:
             x, geometry = rand_augment(x, geometry, c.policy, c.magnitude, c.invert, generator)
         if c.policy or any(limits):
             x = warp(x, geometry, c.padding)
-        x = _standardise(x, self.mean, self.std)
+        x = _standardize(x, self.mean, self.std)
         return cutout(x, c.cutout, c.cutout_size, generator) if c.cutout else x
 
     def parts(self, data, batch: torch.Tensor, count: int, generator: torch.Generator) -> Iterator[tuple[torch.Tensor, ...]]:
@@ -103,7 +103,7 @@ class Augment:
             yield mix(images, labels, len(data.classes), generator, c.mixup_alpha, c.cutmix_alpha, c.label_smoothing)
 
 
-def _standardise(x: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
+def _standardize(x: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
     mean, std = (torch.tensor(v, dtype=x.dtype, device=x.device).view(1, -1, 1, 1) for v in (mean, std))
     return (x - mean) / std
 
@@ -151,7 +151,7 @@ def _window(side: int, pad: int, u: torch.Tensor) -> tuple[torch.Tensor, torch.T
 def warp(x: torch.Tensor, geometry: torch.Tensor, padding: str) -> torch.Tensor:
     """Rotates (degrees), shifts (fractions of the side), scales, shears about the centre, in one bilinear resampling.
 
-    The matrix maps output to input positions. Its off-diagonal terms carry the aspect ratio, so that pictures that are
+    The matrix maps output to input positions. Its off-diagonal terms carry the aspect ratio, so that images that are
     not square turn without shearing.
     """
     B, _, H, W = x.shape
@@ -163,7 +163,7 @@ def warp(x: torch.Tensor, geometry: torch.Tensor, padding: str) -> torch.Tensor:
     return F.grid_sample(x, grid, padding_mode=padding, align_corners=False)
 
 
-# ---- RandAugment: each operation runs once a slot, on the pictures that drew it ----
+# ---- RandAugment: each operation runs once a slot, on the images that drew it ----
 
 
 def _grey(x: torch.Tensor) -> torch.Tensor:
@@ -197,14 +197,14 @@ def _autocontrast(x: torch.Tensor, strength: torch.Tensor) -> torch.Tensor:
 
 
 def _equalize(x: torch.Tensor, strength: torch.Tensor) -> torch.Tensor:
-    """Histogram equalisation of each channel: a value becomes the share of pixels at or below it."""
+    """Histogram equalization of each channel: a value becomes the share of pixels at or below it."""
     values = (x * 255).round().long().flatten(0, 1).flatten(1)  # [B*C, H*W]
     counts = torch.zeros(len(values), 256, device=x.device).scatter_add_(
         1, values, torch.ones_like(values, dtype=x.dtype)
     )
     lowest = counts.gather(1, values.amin(1, keepdim=True))
     share = (counts.cumsum(1) - lowest) / (values.shape[1] - lowest).clamp_min(1)
-    flat = lowest == values.shape[1]  # one value everywhere: nothing to equalise
+    flat = lowest == values.shape[1]  # one value everywhere: nothing to equalize
     return torch.where(flat, x.flatten(0, 1).flatten(1), share.gather(1, values)).view_as(x)
 
 
@@ -225,7 +225,7 @@ GEOMETRY_OPS = {"rotate": 30.0, "shift_x": 0.3, "shift_y": 0.3, "shear_x": 0.3, 
 def rand_augment(
     x: torch.Tensor, geometry: torch.Tensor, slots: int, magnitude: float, invert: bool, generator: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Draws `slots` operations a picture, each with a strength uniform in -magnitude..magnitude.
+    """Draws `slots` operations an image, each with a strength uniform in -magnitude..magnitude.
 
     x is float [B, C, H, W] in 0..1. Colours change at once; movements are added to `geometry` [B, 6] for the one warp()
     that follows, which blurs less than a resampling for each of them.
@@ -263,7 +263,7 @@ def _boxes(centre: torch.Tensor, height: torch.Tensor, width: torch.Tensor, H: i
 
 
 def cutout(x: torch.Tensor, probability: float, size: float, generator: torch.Generator) -> torch.Tensor:
-    """Sets one box a picture, with the given probability, to 0: the mean colour, after normalisation."""
+    """Sets one box an image, with the given probability, to 0: the mean colour, after normalization."""
     B, _, H, W = x.shape
     u = _random(generator, x.device, 5, B)
     box = _boxes(u[:2], size * (0.25 + 0.75 * u[2]), size * (0.25 + 0.75 * u[3]), H, W) & (u[4] < probability).view(
@@ -292,11 +292,11 @@ def mix(
     cutmix_alpha: float = 0.0,
     label_smoothing: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mixes each picture with another of the batch: float images [B, C, H, W], int64 labels [B] -> (images, targets).
+    """Mixes each image with another of the batch: float images [B, C, H, W], int64 labels [B] -> (images, targets).
 
-    targets is float32 [B, num_classes]. mixup averages the two pictures, cutmix pastes a box of the other; both are a
-    weight a pixel, and the targets are mixed by its mean. Each picture draws its own share. With both alphas above 0, a
-    coin decides for each picture; with neither, only the smoothed one-hot targets are made.
+    targets is float32 [B, num_classes]. mixup averages the two images, cutmix pastes a box of the other; both are a
+    weight a pixel, and the targets are mixed by its mean. Each image draws its own share. With both alphas above 0, a
+    coin decides for each image; with neither, only the smoothed one-hot targets are made.
     """
     targets = F.one_hot(labels, num_classes).float() * (1 - label_smoothing) + label_smoothing / num_classes
     if not (mixup_alpha or cutmix_alpha):

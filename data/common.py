@@ -11,7 +11,8 @@ from collections.abc import Callable
 import torch
 
 from data.batches import Batches
-from data.llava import LlavaRows, PictureCache, Row
+from data.image_cache import ImageCache
+from data.llava import LlavaRow, LlavaRows
 from processing_mllama import IMAGE_TOKEN
 
 IGNORE = -100  # torch's label for "not counted"
@@ -19,7 +20,7 @@ IGNORE = -100  # torch's label for "not counted"
 LEAST_ASKED, MOST_ANSWERS, MOST_COMMON = 100, 50, 200
 
 
-def questions_of(row: Row) -> list[tuple[str, str]]:
+def questions_of(row: LlavaRow) -> list[tuple[str, str]]:
     """(question, answer) of all turns of a row with one image; of others none."""
     if len(row.images) != 1:
         return []
@@ -43,7 +44,7 @@ class CommonAnswers:
     answers' numbers, or IGNORE where a question was not asked."""
 
     def __init__(
-        self, rows: LlavaRows, common: dict[str, dict[str, int]], images: PictureCache, batch_size: int, seed: int,
+        self, rows: LlavaRows, common: dict[str, dict[str, int]], images: ImageCache, batch_size: int, seed: int,
         grad_accum: int = 1, workers: int = 1, rank: int = 0, world_size: int = 1, all_ranks: Callable[[bool], bool] = bool,
     ):  # fmt: skip
         self.images, self.grad_accum, self.workers, self.all_ranks = images, grad_accum, workers, all_ranks
@@ -61,7 +62,7 @@ class CommonAnswers:
                 return [self.part(rows[k :: self.grad_accum]) for k in range(self.grad_accum)]
         raise ValueError(f"no batch is left: {len(self.images.unreadable)} images cannot be read")
 
-    def part(self, rows: list[tuple[Row, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    def part(self, rows: list[tuple[LlavaRow, torch.Tensor]]) -> dict[str, torch.Tensor]:
         answers = torch.full((len(rows), len(self.common)), IGNORE)
         for number, (row, _) in enumerate(rows):
             for question, said in questions_of(row):

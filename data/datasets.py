@@ -1,13 +1,13 @@
-"""Image data sets for classification: digits (come with the code), MNIST, Fashion-MNIST, CIFAR-10, folders of pictures.
+"""Image data sets for classification: digits (come with the code), MNIST, Fashion-MNIST, CIFAR-10, folders of images.
 
     train, test = load_images("digits")
     train, test = load_images("cifar10")                                    # downloaded once (170 MB), or data=DIR
     train, test = load_images("folder", data="photos.tar.gz", image_size=64)
     train.images[:64]                                                       # uint8 [64, C, H, W], for augment.py
 
-Pictures stay uint8 until the batch. A folder's pictures are decoded once and then memory-mapped from the cache folder
+Images stay uint8 until the batch. A folder's images are decoded once and then memory-mapped from the cache folder
 (~/.cache/vlm-scratch, or VLM_CACHE), so they need not fit in memory. Under torchrun let rank 0 load first.
-Axes: N pictures, C channels, H and W the picture's sides.
+Axes: N images, C channels, H and W the image's sides.
 """
 
 import gzip
@@ -26,7 +26,10 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data.folders import DAMAGED, cache_folder, height_width, load_folder, one_line, open_source, stratified_split
+from data.archives import DAMAGED, open_archive
+from data.folders import cache_folder, load_folder, stratified_split
+from data.images import height_width
+from lib.files import one_line
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,7 @@ class DatasetInfo:
     classes: tuple[str, ...] | None  # None: whatever the folder holds
     size: int | None  # side in pixels
     channels: int
-    flip: bool  # whether a mirrored picture is still one of its class
+    flip: bool  # whether a mirrored image is still one of its class
     base_url: str = ""
     files: dict[str, str] = field(default_factory=dict)  # name -> checksum
 
@@ -81,7 +84,7 @@ def evenly(count: int, most: int) -> torch.Tensor:
 
 @dataclass
 class ImageDataset:
-    images: torch.Tensor  # uint8 [N, C, H, W]; read-only where it is memory-mapped (a folder's pictures)
+    images: torch.Tensor  # uint8 [N, C, H, W]; read-only where it is memory-mapped (a folder's images)
     labels: torch.Tensor  # int64 [N]
     classes: list[str]
     name: str
@@ -93,7 +96,7 @@ class ImageDataset:
         return len(self.labels)
 
     def mean_std(self, limit: int = 8192) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Mean and standard deviation of each channel, on the 0..1 scale, of at most `limit` evenly spread pictures."""
+        """Mean and standard deviation of each channel, on the 0..1 scale, of at most `limit` evenly spread images."""
         count = min(limit, len(self))
         chosen = torch.arange(count) * len(self) // count
         counts = torch.zeros(self.images.shape[1], 256, dtype=torch.float64)
@@ -213,7 +216,7 @@ def _load_idx(name: str, data: Path | None, progress: bool) -> list[tuple[torch.
     for images, labels in pairs:
         if len(images) != len(labels) or (labels > 9).any() or not len(labels):
             raise ValueError(
-                f"{data or name}: {len(images)} pictures, {len(labels)} labels, or labels above 9: get it again"
+                f"{data or name}: {len(images)} images, {len(labels)} labels, or labels above 9: get it again"
             )
     return pairs
 
@@ -228,7 +231,7 @@ def _load_cifar10(data: Path | None, progress: bool) -> list[tuple[torch.Tensor,
     else:
         source = data if data and data.is_file() else _require("cifar10", "cifar-10-binary.tar.gz", data, progress)
         try:
-            with open_source(source) as (entries, read):
+            with open_archive(source) as (entries, read):
                 blobs = {Path(entry).name: read(entry) for entry in entries if Path(entry).name in names}
         except DAMAGED as error:
             raise ValueError(f"{source} is damaged ({one_line(error)}): get it again") from None
@@ -236,7 +239,7 @@ def _load_cifar10(data: Path | None, progress: bool) -> list[tuple[torch.Tensor,
     for name in names:
         raw = np.frombuffer(blobs.get(name, b""), dtype=np.uint8)
         if len(raw) == 0 or len(raw) % 3073 or raw[::3073].max() > 9:
-            hint = "expected CIFAR-10's binary version; a folder of pictures is --dataset folder"
+            hint = "expected CIFAR-10's binary version; a folder of images is --dataset folder"
             raise ValueError(f"{source} has no usable {name} ({len(raw):,} bytes): {hint}")
         records.append(raw.reshape(-1, 3073))
     parts = [torch.from_numpy(np.concatenate(part)) for part in (records[:5], records[5:])]
@@ -272,7 +275,7 @@ def load_images(
     """(train, test) of one of DATASETS.
 
     data: the folder with the files of mnist, fashion-mnist or cifar10 (or its archive), which are otherwise downloaded;
-    the folder or archive of pictures for "folder". image_size: side, or (height, width), in pixels; None keeps pictures
+    the folder or archive of images for "folder". image_size: side, or (height, width), in pixels; None keeps images
     as they are (a folder: see load_folder). split_seed chooses the test part where the data have none (digits, folder).
     Raises ValueError or an OSError with one line saying what is wrong.
     """
@@ -295,7 +298,8 @@ def load_images(
     else:
         parts = _load_cifar10(data, progress) if name == "cifar10" else _load_idx(name, data, progress)
     classes = list(DATASETS[name].classes)
-    resized = [_resize(images, height_width(image_size)) for images, _ in parts]
+    size = None if image_size is None else height_width(image_size)
+    resized = [_resize(images, size) for images, _ in parts]
     return tuple(
         ImageDataset(images, labels.long(), classes, name) for images, (_, labels) in zip(resized, parts, strict=True)
     )

@@ -1,6 +1,6 @@
 """What a frozen vision tower makes of each image, [N, Dv]: computed once, and kept in memory or in a file.
 
-    features = FrozenFeatures(model, images)           # images: a PictureCache; the tower must not train any more
+    features = FrozenFeatures(model, images)           # images: a ImageCache; the tower must not train any more
     features[path]                                     # [N, Dv], or None for an image that cannot be read
     features.keep(Path("features.npy"), paths)         # all of them, in a file that later runs read
 """
@@ -15,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 from data.batches import blind_pixels
-from data.llava import PictureCache
+from data.image_cache import ImageCache
 from lib.files import read_json, write_atomic, write_json
 
 
@@ -25,7 +25,7 @@ class FrozenFeatures:
     it that names them and says by which weights and settings it was made; one that was made by others is made anew.
     """
 
-    def __init__(self, model, images: PictureCache, blind: bool = False, most_bytes: int = 2**30):
+    def __init__(self, model, images: ImageCache, blind: bool = False, most_bytes: int = 2**30):
         self.model, self.images, self.blind, self.room = model, images, blind, most_bytes
         self.device = next(model.vision_tower.parameters()).device
         self._places: dict[Path, int] = {}

@@ -1,29 +1,22 @@
-"""A folder or archive of pictures, class by class, as uint8 arrays: decoded once, cached on disk, then memory-mapped.
+"""A folder or archive of images, class by class, as uint8 arrays: decoded once, cached on disk, then memory-mapped.
 
-    image = decode_image("photo.jpg")                        # any usual format -> upright RGB
     folder = load_folder("photos.tar.gz", image_size=64)     # .train and .test: images [N, 3, H, W], labels [N]
 
 Layouts: class/*.jpg, or train/class/*.jpg and test/class/*.jpg (or val, valid, validation for test), in a folder, .tar,
 .tar.gz, .tgz or .zip, with or without more folders around. Archives are read member by member, never unpacked.
-Axes: N pictures, H and W the picture's sides.
+Axes: N images, H and W the image's sides.
 """
 
 import hashlib
-import io
 import json
-import lzma
 import math
 import os
 import shutil
-import tarfile
 import tempfile
 import warnings
-import zipfile
-import zlib
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -32,130 +25,14 @@ import torch
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
+from data.archives import DAMAGED, open_archive, walk_folder
+from data.images import decode_image, height_width
 from lib.files import one_line
 
-# ---- one picture ----
-
-# EPS and other formats that start a program are left out on purpose.
-_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "ICO", "JPEG2000", "AVIF")
-_TURN = Image.Transpose
-_UPRIGHT = {  # EXIF orientation -> what undoes it; 1 is upright
-    2: _TURN.FLIP_LEFT_RIGHT, 3: _TURN.ROTATE_180, 4: _TURN.FLIP_TOP_BOTTOM,
-    5: _TURN.TRANSPOSE, 6: _TURN.ROTATE_270, 7: _TURN.TRANSVERSE, 8: _TURN.ROTATE_90,
-}  # fmt: skip
-
-
-def decode_image(source: str | Path | bytes, at_least: int | None = None) -> Image.Image:
-    """A picture file, or its bytes, as an upright RGB PIL image.
-
-    EXIF rotation is applied; transparency is composited on white; 16-bit grey is scaled, not clipped; an animation
-    gives its first frame. at_least: a JPEG may come out smaller, which is faster, while both sides keep twice as much.
-    Raises ValueError with the reason (empty, truncated, too many pixels, not a picture, ...), or an OSError for a file
-    that cannot be read.
-    """
-    data = source if isinstance(source, bytes) else Path(source).read_bytes()
-    if not data:
-        raise ValueError("the file is empty (0 bytes)")
-    try:
-        with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
-            if Image.MAX_IMAGE_PIXELS and image.width * image.height > Image.MAX_IMAGE_PIXELS:
-                raise Image.DecompressionBombError
-            if at_least:
-                image.draft(None, (2 * at_least, 2 * at_least))
-            image.load()
-            turn = _UPRIGHT.get(image.getexif().get(0x0112))
-            rgb = _to_rgb(image)
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise ValueError(f"more than {Image.MAX_IMAGE_PIXELS:,} pixels: a decompression bomb?") from None
-    except Image.UnidentifiedImageError:
-        raise ValueError("not a picture in a format that is read here") from None
-    except Exception as error:  # decoders meet damaged bytes with almost any type of exception
-        raise ValueError(f"cannot be decoded ({one_line(error)})") from error
-    return rgb.transpose(turn) if turn is not None else rgb
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I") or image.mode == "F":
-        # Deep grey: the full scale is 65535 (1.0 for floats); values outside it are stretched between their own ends.
-        values = np.asarray(image)
-        low, high = float(values.min()), float(values.max())
-        if not math.isfinite(high - low):
-            raise ValueError("holds values that are not finite")
-        full = 1.0 if image.mode == "F" else 65535.0
-        low, high = (0.0, full) if 0 <= low and high <= full else (low, high)
-        grey = np.empty(values.shape, np.uint8)
-        for row in range(0, len(values), 64):  # in strips: as float64, all of a large picture takes gigabytes
-            grey[row : row + 64] = (values[row : row + 64].astype(np.float64) - low) * (255 / max(high - low, 1e-12)) + 0.5
-        image = Image.fromarray(grey)
-    elif image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
-
-
-# ---- folders and archives: what lies in them ----
+# ---- which file is of which class and part ----
 
 _SPLITS = ("train", "test", "val", "valid", "validation")  # the first of the last four to be found is the test part
 _LARGEST_FILE = 1 << 28  # bytes; nothing larger is read into memory
-DAMAGED = (OSError, tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, RuntimeError, KeyError)
-
-
-def _walk(folder: Path) -> dict[str, tuple[int, int]]:
-    """Relative path -> (bytes, mtime in ns) of all below, sorted; folders end in "/". Links are followed, once."""
-    found, seen = {}, set()
-    for root, folders, files in os.walk(folder, followlinks=True):
-        if (real := os.path.realpath(root)) in seen:
-            folders.clear()
-            continue
-        seen.add(real)
-        relative = (Path(root).relative_to(folder).as_posix() + "/").removeprefix("./")
-        found[relative] = (0, 0)
-        for name in files:
-            try:
-                stat = os.stat(os.path.join(root, name))
-                found[relative + name] = (stat.st_size, stat.st_mtime_ns)
-            except OSError:  # a link to nowhere: reading it will say so
-                found[relative + name] = (0, 0)
-    return dict(sorted(found.items()))
-
-
-@contextmanager
-def open_source(path: Path) -> Iterator[tuple[dict[str, int], Callable[[str], bytes]]]:
-    """A folder, tar or zip as (sizes, read): relative path -> size in bytes, in stored order, and path -> content.
-
-    Folders end in "/". Raises ValueError for a file that is no archive, or a damaged one.
-    """
-    if path.is_dir():
-        yield {name: size for name, (size, _) in _walk(path).items()}, lambda name: (path / name).read_bytes()
-        return
-    zipped = zipfile.is_zipfile(path)
-    try:
-        if zipped:
-            with zipfile.ZipFile(path) as archive:
-                members = {entry.filename: entry.file_size for entry in archive.infolist()}
-        else:
-            with tarfile.open(path) as archive:
-                members = {entry.name + "/" * entry.isdir(): entry for entry in archive.getmembers()}
-    except DAMAGED as error:
-        raise ValueError(
-            f"{path} is no folder, .tar, .tar.gz, .tgz or .zip, or it is damaged ({one_line(error)})"
-        ) from None
-    if zipped:
-        with zipfile.ZipFile(path) as archive:
-            yield members, archive.read
-    else:
-        with tarfile.open(path) as archive:
-            yield (
-                {name: entry.size for name, entry in members.items()},
-                lambda name: _read_member(archive, members[name]),
-            )
-
-
-def _read_member(archive: tarfile.TarFile, entry: tarfile.TarInfo) -> bytes:
-    file = archive.extractfile(entry)
-    if file is None:
-        raise OSError("a link or a device, not a file")
-    return file.read()
 
 
 def _printable(text: str) -> str:
@@ -229,7 +106,7 @@ def stratified_split(labels: np.ndarray, test_count: int, seed: int) -> tuple[np
     counts = np.bincount(labels)
     wanted = counts * test_count / max(len(labels), 1)
     quota = wanted.astype(int)
-    # A class of one picture comes last, so that it is not left without a training picture.
+    # A class of one image comes last, so that it is not left without a training image.
     quota[np.argsort(quota - wanted + (counts < 2), kind="stable")[: test_count - quota.sum()]] += 1
     test = [random.permutation(np.flatnonzero(labels == k))[:count] for k, count in enumerate(quota)]
     test = np.sort(np.concatenate(test or [np.zeros(0, int)]))
@@ -249,7 +126,7 @@ def _split(files: list[tuple[str, str, str]], seed: int) -> list[tuple[str, str,
 # ---- decoding into the cache ----
 
 _CACHE_VERSION = 1
-_LARGEST_UNTOUCHED = 512  # pixels a side: pictures of one size are stored as they are up to here
+_LARGEST_UNTOUCHED = 512  # pixels a side: images of one size are stored as they are up to here
 _DEFAULT_SIZE = 224
 
 
@@ -260,13 +137,6 @@ class ImageFolder:
     classes: list[str]
     skipped: list[tuple[str, str]]  # (file, reason)
     notes: list[str]
-
-
-def height_width(image_size: int | tuple[int, int] | None) -> tuple[int, int] | None:
-    size = (image_size, image_size) if isinstance(image_size, int) else image_size
-    if size is not None and min(size) < 1:
-        raise ValueError(f"image_size is {image_size}: it must be at least 1 pixel")
-    return size if size is None else tuple(size)
 
 
 def cache_folder() -> Path:
@@ -280,9 +150,9 @@ def load_folder(
     progress: bool = True,
     workers: int | None = None,
 ) -> ImageFolder:
-    """Decodes the pictures below `path` (folder or archive) into the cache folder, or opens what an earlier call left.
+    """Decodes the images below `path` (folder or archive) into the cache folder, or opens what an earlier call left.
 
-    image_size: side, or (height, width), in pixels; None keeps pictures as they are if all have one size of up to 512 a
+    image_size: side, or (height, width), in pixels; None keeps images as they are if all have one size of up to 512 a
     side, else 224. split_seed chooses the 10 % test part of a folder that has none. The cache is keyed by the path, the
     files' names, sizes and times, and these settings. Files not used are listed in `skipped`, with the reason.
     Raises FileNotFoundError, ValueError (no archive, nothing usable in it), OSError (cache folder full or read-only).
@@ -290,9 +160,9 @@ def load_folder(
     path = Path(path).expanduser()
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist: name a folder of class folders, or an archive of one")
-    size = height_width(image_size)
+    size = None if image_size is None else height_width(image_size)
     stat = path.stat()
-    state = list(_walk(path).items()) if path.is_dir() else (stat.st_size, stat.st_mtime_ns)
+    state = list(walk_folder(path).items()) if path.is_dir() else (stat.st_size, stat.st_mtime_ns)
     key = json.dumps([_CACHE_VERSION, str(path.resolve()), state, size, split_seed])
     home = cache_folder() / "folders" / hashlib.sha256(key.encode()).hexdigest()[:24]
     if (cached := _open_cache(home)) is None:
@@ -300,7 +170,7 @@ def load_folder(
             _build_cache(path, home, size, split_seed, progress, workers)
         except OSError as error:
             reason = f"{one_line(error)}: set VLM_CACHE to a folder with room"
-            raise OSError(f"cannot write the decoded pictures of {path} to {home.parent} ({reason})") from None
+            raise OSError(f"cannot write the decoded images of {path} to {home.parent} ({reason})") from None
         cached = _open_cache(home)
     if cached is None:
         raise OSError(f"{home} was written but cannot be read back: set VLM_CACHE to another folder")
@@ -328,9 +198,9 @@ def _build_cache(path: Path, home: Path, size, split_seed: int, progress: bool, 
     home.parent.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(prefix=home.name, suffix=".part", dir=home.parent))
     try:
-        with open_source(path) as (entries, read):
+        with open_archive(path) as (entries, read):
             plan = arrange(entries, split_seed)
-            # Without a size, the pictures are taken to be of one size until one is not.
+            # Without a size, the images are taken to be of one size until one is not.
             for attempt in [size] if size else [None, (_DEFAULT_SIZE, _DEFAULT_SIZE)]:
                 skipped = list(plan.skipped)
                 labels = _decode(plan.files, entries, read, part, attempt, skipped, progress, workers)
@@ -354,16 +224,16 @@ def _write_index(folder: Path, source: Path, plan: _Plan, labels: dict[str, list
     if not counts["train"] or not counts["test"]:
         first = f" (skipped {len(skipped)} files; the first, {skipped[0][0]}: {skipped[0][1]})" if skipped else ""
         raise ValueError(
-            f"{source} gave {counts['train']} training and {counts['test']} test pictures{first}: "
+            f"{source} gave {counts['train']} training and {counts['test']} test images{first}: "
             "expected class/*.jpg, or train/class/*.jpg and test/class/*.jpg"
         )
     train, test = set(labels["train"]), set(labels["test"])
     classes = sorted(train | test)
-    used = f"used {counts['train']:,} training and {counts['test']:,} test pictures of {len(classes)} classes"
+    used = f"used {counts['train']:,} training and {counts['test']:,} test images of {len(classes)} classes"
     notes = [used, *plan.notes]
-    notes += [f"class {name!r} has no usable picture: left out" for name in sorted(plan.folders - set(classes))]
-    notes += [f"class {name!r} has no training picture" for name in sorted(test - train)]
-    notes += [f"class {name!r} has no test picture" for name in sorted(train - test)]
+    notes += [f"class {name!r} has no usable image: left out" for name in sorted(plan.folders - set(classes))]
+    notes += [f"class {name!r} has no training image" for name in sorted(test - train)]
+    notes += [f"class {name!r} has no test image" for name in sorted(train - test)]
     index = {name: i for i, name in enumerate(classes)}
     for part, names in labels.items():
         np.save(folder / f"{part}-labels.npy", np.array([index[name] for name in names], dtype=np.int64))
@@ -374,7 +244,7 @@ def _write_index(folder: Path, source: Path, plan: _Plan, labels: dict[str, list
 def _decode(files, entries, read, folder: Path, size, skipped, progress, workers) -> dict[str, list[str]] | None:
     """Decodes in threads (Pillow lets go of the interpreter lock), appending to train.npy and test.npy in `folder`.
 
-    Returns each part's class names in that order, and adds to `skipped`; None if size is None and the pictures do not
+    Returns each part's class names in that order, and adds to `skipped`; None if size is None and the images do not
     share one.
     """
     labels: dict[str, list[str]] = {"train": [], "test": []}
@@ -387,7 +257,7 @@ def _decode(files, entries, read, folder: Path, size, skipped, progress, workers
         warnings.catch_warnings(),
         open(folder / "train.npy", "wb") as train,
         open(folder / "test.npy", "wb") as test,
-        tqdm(total=len(files), desc="decoding", unit=" pictures", disable=not progress) as bar,
+        tqdm(total=len(files), desc="decoding", unit=" images", disable=not progress) as bar,
     ):
         warnings.simplefilter("ignore")  # of Pillow, about odd but readable files
         outputs = {"train": train, "test": test}

@@ -15,9 +15,11 @@ import torch
 
 from data.batches import Batches, blind_pixels
 from data.features import FrozenFeatures
-from data.llava import LlavaRows, PictureCache, Row, isolated_turns
+from data.image_cache import ImageCache
+from data.llava import LlavaRow, LlavaRows, isolated_turns
 from data.packing import Sample, encode_sample, pack
-from data.shards import Shards, ShardStream
+from data.shard_stream import ShardStream
+from data.shards import Shards
 from processing_mllama import IMAGE_TOKEN
 
 
@@ -33,7 +35,7 @@ class LlavaBatches:
     """
 
     def __init__(
-        self, rows: LlavaRows, processor, images: PictureCache, batch_size: int, seed: int, length: int,
+        self, rows: LlavaRows, processor, images: ImageCache, batch_size: int, seed: int, length: int,
         isolated: bool = False, grad_accum: int = 1, blind: bool = False, workers: int = 1,
         features: FrozenFeatures | None = None, rank: int = 0, world_size: int = 1, context: int | None = None,
         all_ranks: Callable[[bool], bool] = bool, always_image: bool = False,
@@ -59,10 +61,10 @@ class LlavaBatches:
             f"{len(self.too_long)} rows are over {self.length} tokens: check the images, or raise --max-length"
         )
 
-    def next_rows(self) -> Sequence[Row]:
+    def next_rows(self) -> Sequence[LlavaRow]:
         return [self.rows[i] for i in next(self.indices).tolist()]
 
-    def usable(self, rows: Sequence[Row]) -> list[tuple[Sample, list[torch.Tensor]]]:
+    def usable(self, rows: Sequence[LlavaRow]) -> list[tuple[Sample, list[torch.Tensor]]]:
         """Of those of these rows that can be used, the sample and its images."""
         if not self.features:
             self.images.load([path for row in rows for path in row.images], self.workers)
@@ -85,7 +87,7 @@ class LlavaBatches:
         ids, _ = self.processor.encode([{"role": "user", "content": IMAGE_TOKEN}], 1)
         return Sample((ids, [-100] * len(ids)), []), [torch.zeros(3, *self.processor.image_size)]
 
-    def sample(self, row: Row) -> Sample | None:
+    def sample(self, row: LlavaRow) -> Sample | None:
         """The row's ids and labels, or None if it is too long."""
         conversations = isolated_turns(row.messages) if self.isolated else [row.messages]
         sample = encode_sample(self.processor, conversations, len(row.images))
@@ -94,7 +96,7 @@ class LlavaBatches:
         self.too_long.add(row.number)
         return None
 
-    def vision_input(self, row: Row) -> list[torch.Tensor] | None:
+    def vision_input(self, row: LlavaRow) -> list[torch.Tensor] | None:
         """Pixels, or a frozen tower's features, of the row's images; None if one of them cannot be read."""
         seen = [(self.features or self.images)[path] for path in row.images]
         if any(image is None for image in seen):
@@ -121,14 +123,14 @@ class LlavaBatches:
 
 
 class ShardBatches(LlavaBatches):
-    """The same of Shards, with ShardPictures: read from front to back, and never all in memory."""
+    """The same of Shards, with ShardImages: read from front to back, and never all in memory."""
 
     def __init__(self, rows: Shards, processor, images, batch_size: int, seed: int, length: int, **settings):
         super().__init__(rows, processor, images, batch_size, seed, length, **settings)
         ranks = {key: settings[key] for key in ("rank", "world_size", "workers") if key in settings}
         self.indices = ShardStream(rows, images, batch_size, seed, **ranks)
 
-    def next_rows(self) -> Sequence[Row]:
+    def next_rows(self) -> Sequence[LlavaRow]:
         return next(self.indices)
 
     @property

@@ -1,52 +1,42 @@
-"""Pictures of one to four handwritten digits in coloured ink, with questions and their true answers, made on the fly.
+"""Images of one to four handwritten digits in coloured ink, with questions and their true answers, made on the fly.
 
-    train = make_scenes("train", 20_000, seed=0)                         # uint8 pictures and what is in them
-    turns = questions(train[:64], seed=0)                                # for each picture a list of Question
+    train = make_scenes("train", 20_000, seed=0)                         # uint8 images and what is in them
+    turns = questions(train[:64], seed=0)                                # for each image a list of Question
     for scenes in SceneStream("train", batch_size=64, seed=0): ...       # fresh ones for ever; it can be resumed
 
-    python scenes.py show scenes.png                                     # a sheet to look at
-    python scenes.py export FOLDER --split test --count 200              # FOLDER/images/*.png and FOLDER/scenes.json
+    python -m data.show_scenes scenes.png                                # a sheet to look at
+    python -m data.convert scenes FOLDER --split test --count 200        # FOLDER/images/*.png and FOLDER/scenes.json
 
-The digits are the 1,797 of UCI that come with the code: split "train" writes with data.py's training samples, slightly
-turned and sheared, "test" and "compositional" with its test samples as they are. HELD_OUT names one colour a digit:
-those pairs are in no train or test scene, and in every compositional one.
+The digits are the 1,797 of UCI that come with the code (see datasets.py): split "train" writes with the training samples,
+slightly turned and sheared, "test" and "compositional" with the test samples as they are. HELD_OUT names one colour a
+digit: those pairs are in no train or test scene, and in every compositional one.
 
 A scene has 2x2 or 3x3 cells, which are not drawn, and at most one digit in each, lying anywhere inside it. Digits are
-wider than a sixth of the picture, so the middle of one tells its place whatever the layout: left below 5/12 of the
+wider than a sixth of the image, so the middle of one tells its place whatever the layout: left below 5/12 of the
 width, right above 7/12, else in the centre; so downwards. A question is asked only where exactly one answer is true.
 
 Scene k is a function of (split, seed, k, config) alone, on any machine: random numbers come from numpy's RandomState,
 whose stream is frozen, and the sums that make pixels are of whole numbers, so exact in any order.
-Axes: N scenes, M digits of all of them, SLOTS digits at most in one, S the picture's side in pixels.
+Axes: N scenes, M digits of all of them, SLOTS digits at most in one, S the image's side in pixels.
 """
 
-import argparse
 import bisect
 import functools
 import hashlib
 import itertools
-import json
 import math
-import os
 import random
 import re
-import tempfile
-import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from matplotlib.figure import Figure
-from PIL import Image
 
 from data.augment import GEOMETRY, warp
 from data.datasets import load_images
-from lib import figures
-from lib.run import not_negative_int, positive_int, run_cli
 
 INKS = {  # far apart from each other, from near-black and from near-white
     "red": (220, 25, 30), "orange": (245, 130, 10), "yellow": (235, 215, 0), "green": (25, 150, 40),
@@ -68,10 +58,10 @@ _FRAME, _POINTS = 10, 2  # a glyph is 8x8 pixels and one more all round, each of
 
 @dataclass(frozen=True)
 class SceneConfig:
-    size: int = 64  # side of the picture, pixels
+    size: int = 64  # side of the image, pixels
     layouts: tuple[int, ...] = (2, 3)  # cells a side
     digits: tuple[int, int] = (1, 4)  # fewest and most
-    side: tuple[float, float] = (0.25, 0.375)  # of a digit, fraction of the picture's; a cell may allow less than the most
+    side: tuple[float, float] = (0.25, 0.375)  # of a digit, fraction of the image's; a cell may allow less than the most
     # Of PAPERS. With both, strokes are now brighter and now darker than their ground, which a small tower learns late:
     # after some 750 steps it knew 13 % of the digits, on dark paper alone 67 %.
     papers: tuple[str, ...] = ("dark",)
@@ -100,7 +90,7 @@ class SceneConfig:
 
 @dataclass(frozen=True)
 class Scenes:
-    """Pictures and what is in them. The first `counts` slots hold digits, in reading order; the rest -1 (boxes 0)."""
+    """Images and what is in them. The first `counts` slots hold digits, in reading order; the rest -1 (boxes 0)."""
 
     images: torch.Tensor  # uint8 [N, 3, S, S]
     boxes: torch.Tensor  # float32 [N, SLOTS, 4]: x0, y0, x1, y1 in pixels, around the ink that is a quarter opaque or more
@@ -118,7 +108,7 @@ class Scenes:
         return Scenes(*(getattr(self, f.name)[rows] for f in fields(self)))
 
     def dense_labels(self, grid: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """What a vision tower can be taught to see: (digit, colour, place), int64 [N, grid, grid], for squares of the picture.
+        """What a vision tower can be taught to see: (digit, colour, place), int64 [N, grid, grid], for squares of the image.
 
         A square is a digit's if the middle of its box lies in it, or else if the digit's box covers the square's own
         middle. Squares that a box only touches are IGNORE, the others "nothing": 10 for digits, 8 for colours, and for places,
@@ -188,7 +178,7 @@ def _cut_glyphs(part: int, variants: int, rotate: float, shear: float) -> _Glyph
     return _Glyphs(ink, np.stack([x0, y0, x1, y1], axis=1) / _POINTS, starts)
 
 
-# ---- scenes: lots are drawn, then pictures ----
+# ---- scenes: lots are drawn, then images ----
 
 _BLOCK = 64  # scenes that share one random stream
 
@@ -361,7 +351,7 @@ def running_sum(digits: Sequence[int]) -> str:
 
 def found_from(kind: str, place: str, other: str, thing: str) -> str:
     """"at the top right; left of it, at the top left, a red 7": first where the digit is that the question names, then where
-    the one is that it asks for. Each step is one look at the picture; both at once a small model learns late."""
+    the one is that it asks for. Each step is one look at the image; both at once a small model learns late."""
     return f"at the {place}; {kind.replace('_', ' ')} it, at the {other}, {with_article(thing)}"
 
 
@@ -436,8 +426,8 @@ def questions(scenes: Scenes, seed: int = 0, per_scene: int = 12, mix: Mapping[s
 # ---- answers and words ----
 
 
-def normalise(answer: str) -> str:
-    """For exact match, which every kind is scored by: lower case, single blanks."""
+def normalize_answer(answer: str) -> str:
+    """For exact match, which every kind is scored by: lower case, single spaces."""
     return " ".join(answer.lower().split())
 
 
@@ -466,76 +456,3 @@ def corpus() -> list[str]:
 def vocabulary() -> list[str]:
     """All words and punctuation marks of the corpus, sorted. Nothing else comes up in a question or an answer."""
     return sorted(set(re.findall(r"\w+|[^\w\s]", "\n".join(corpus()))))
-
-
-# ---- files and command line ----
-
-
-def export(folder: str | Path, split: str, count: int, seed: int = 0, per_scene: int = 12, mix: Mapping = MIX) -> int:
-    """Writes LLaVA-style JSON (FOLDER/scenes.json) and FOLDER/images/*.png; returns the number of questions.
-
-    Each row also has "kinds", one for each question, which other readers pass over. The folder appears whole or not at
-    all. Raises FileExistsError if it holds something already.
-    """
-    folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"{folder} exists already: name a new folder")
-    scenes = make_scenes(split, count, seed)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
-        whole, rows = Path(temporary) / "whole", []
-        (whole / "images").mkdir(parents=True)
-        for number, (image, turns) in enumerate(zip(scenes.images, questions(scenes, seed, per_scene, mix), strict=True)):
-            name = f"{split}-{seed}-{number:06d}"
-            Image.fromarray(image.permute(1, 2, 0).numpy()).save(whole / "images" / f"{name}.png")
-            said = [("human" if i % 2 == 0 else "gpt", text) for turn in turns for i, text in enumerate(turn[1:3])]
-            said[0] = ("human", f"<image>\n{said[0][1]}")
-            conversation = [{"from": who, "value": text} for who, text in said]
-            kinds = [turn.kind for turn in turns]
-            rows.append({"id": name, "image": f"{name}.png", "conversations": conversation, "kinds": kinds})
-        (whole / "scenes.json").write_text(json.dumps(rows, indent=1), encoding="utf-8")
-        os.replace(whole, folder)
-    return sum(len(row["kinds"]) for row in rows)
-
-
-def show(path: str | Path, split: str, seed: int = 0, count: int = 12, per_scene: int = 3) -> None:
-    """A sheet of scenes, with some questions and their answers beside each."""
-    scenes, columns = make_scenes(split, count, seed), 4
-    figure = Figure(figsize=(4.2 * columns, 1.75 * -(-count // columns) + 0.4), layout="constrained")
-    figure.suptitle(f"{split} scenes, seed {seed}")
-    for i, turns in enumerate(questions(scenes, seed, per_scene, dict.fromkeys(KINDS, 1))):
-        axes = figure.add_subplot(-(-count // columns), columns, i + 1, anchor="W")
-        axes.imshow(scenes.images[i].permute(1, 2, 0).numpy(), interpolation="nearest")
-        axes.set_axis_off()
-        row = 0.0
-        for turn in turns:
-            for text, colour in ((turn.question, "black"), (textwrap.fill(turn.answer, 38), figures.BLUE)):
-                axes.text(1.05, 1 - row / 11, text, transform=axes.transAxes, va="top", fontsize=8, color=colour)
-                row += 1 + text.count("\n")
-            row += 0.5
-    figures.finish(figure, path)
-
-
-def main(argv=None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
-    add_export = commands.add_parser("export", help="write PNGs and LLaVA-style JSON", allow_abbrev=False)
-    add_export.add_argument("folder", metavar="FOLDER")
-    add_export.add_argument("--count", type=positive_int, default=200, help="scenes")
-    add_export.add_argument("--per-scene", type=positive_int, default=12, help="questions about each, at most")
-    add_show = commands.add_parser("show", help="draw twelve scenes with three questions each", allow_abbrev=False)
-    add_show.add_argument("file", metavar="FILE.png")
-    for command in (add_export, add_show):
-        command.add_argument("--split", choices=SPLITS, default="train")
-        command.add_argument("--seed", type=not_negative_int, default=0)
-    args = parser.parse_args(argv)
-    if args.command == "export":
-        asked = export(args.folder, args.split, args.count, args.seed, args.per_scene)
-        print(f"{args.folder}: {args.count} scenes, {asked} questions")
-    else:
-        show(args.file, args.split, args.seed)
-        print(args.file)
-
-
-if __name__ == "__main__":
-    run_cli(main)

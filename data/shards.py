@@ -1,21 +1,15 @@
-"""Conversations about pictures, too many for memory or a local disk: tar files that are read from front to back.
+"""Conversations about images, too many for memory or a local disk: tar files that are read from front to back.
 
-    python shards.py pack train.json --images DIR OUT --per-shard 1000        OUT/shard-000000.tar and so on
-    python shards.py check 'OUT/shard-*.tar'                                  reads all of it; exit code 1 if rows are lost
-    python shards.py unpack OUT/shard-000000.tar FOLDER                       FOLDER/rows.json and its pictures
-    python train_vlm.py --dataset llava --data 'OUT/shard-*.tar' --test-data test.json
+    python -m data.shards pack train.json --images DIR OUT --per-shard 1000     OUT/shard-000000.tar and so on
+    python -m data.shards check 'OUT/shard-*.tar'                               reads all of it; exit code 1 if rows are lost
+    python -m data.shards unpack OUT/shard-000000.tar FOLDER                    FOLDER/rows.json and its images
 
     shards = Shards.open("OUT/shard-*.tar")                # where each row begins: memory holds some 50 bytes a row
-    stream = ShardStream(shards, ShardPictures(224), batch_size=16, seed=0, rank=0, world_size=8)
-    rows = next(stream)                                    # llava_json.Rows, their pictures read and decoded
+    rows = shards.head(10)                                 # the usable ones of the first rows, as llava.LlavaRow
 
 WebDataset's layout (Aizman et al. 2020): members that follow one another and have all up to the first dot of the file's name in
-common, their key, are a row: KEY.json, one object of LLaVA-style JSON, and its pictures in order, KEY.0.jpg, KEY.1.png.
-
-The order of an epoch is a function of seed and epoch alone. The shards stand in random order; that sequence of rows is cut
-into lanes of equal length, and a batch takes its rows from one lane after the other. Each lane is read from front to back,
-through a buffer from which rows come in random order. Lanes are dealt to processes, and to the threads of each: all read other
-parts of the data, each row once an epoch, and one number says where all of them stand. Lost rows leave gaps in their batches.
+common, their key, are a row: KEY.json, one object of LLaVA-style JSON, and its images in order, KEY.0.jpg, KEY.1.png.
+shard_stream.py draws batches from them.
 """
 
 import argparse
@@ -28,8 +22,7 @@ import json
 import sys
 import tarfile
 import zipfile
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -37,19 +30,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from tqdm import tqdm
 
-from data.batches import Batches
-from data.folders import one_line
-from data.llava import LlavaRows, PictureCache, Row, Wrong, checked_row, new_folder, parsed, picture_groups
-from lib.files import write_atomic, write_json
+from data.image_cache import ImageCache
+from data.images import decoding_threads
+from data.llava import LlavaRow, LlavaRows, RowError, checked_row, image_groups, parsed
+from lib.files import new_folder, one_line, write_atomic, write_json
 from lib.run import positive_int, run_cli
-from processing_mllama import ROLES, fit, normalize, rescale
+from processing_mllama import ROLES, normalize, rescale, to_pixels
 
-SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "ico", "jp2", "avif", "img")  # of pictures
+SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "ico", "jp2", "avif", "img")  # of images
 LARGEST_ROW = 1 << 28  # bytes; nothing larger is read into memory
-LANES, WINDOW = 16, 128  # at least so many lanes; rows that each holds back to shuffle them
 SAYS = {role: who for who, role in ROLES.items() if who in ("human", "gpt", "system")}
 
 
@@ -111,29 +102,29 @@ def scan(path: Path) -> tuple[np.ndarray, list[str]]:
 
 
 @dataclass(eq=False)
-class Picture:
-    """A picture of a row: its file's bytes, and once it was decoded its pixels, uint8 [3, S, S], in their place."""
+class ShardImage:
+    """An image of a row: its file's bytes, and once it was decoded its pixels, uint8 [3, S, S], in their place."""
 
     name: str  # shard/member
     data: bytes
     pixels: torch.Tensor | None = None
 
 
-def row_of(data: bytes, shard: Path, number: int) -> Row:
-    """A row from its part of the shard, its pictures as Picture objects. Raises Wrong, ValueError and TarError."""
+def row_of(data: bytes, shard: Path, number: int) -> LlavaRow:
+    """A row from its part of the shard, its images as ShardImage objects. Raises RowError, ValueError and TarError."""
     with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
         plain = (member for member in tar if member.isreg() and not member.issparse())
         members = [(member.name, tar.extractfile(member).read()) for member in plain]
     raw = next((parsed(content) for name, content in members if (split_name(name) or ("", ""))[1] == "json"), None)
-    pictures = [(name, content) for name, content in members if name.rpartition(".")[2].lower() in SUFFIXES]
+    images = [(name, content) for name, content in members if name.rpartition(".")[2].lower() in SUFFIXES]
     if isinstance(raw, dict):
         named = raw.get("image") or []
         named = [named] if isinstance(named, str) else named
-        if isinstance(named, list) and len(named) > len(pictures):
-            raise Wrong("image", f"there are {len(named)} named and {len(pictures)} in the shard")
-        raw["image"] = [str(k) for k in range(len(pictures))] or None
+        if isinstance(named, list) and len(named) > len(images):
+            raise RowError("image", f"there are {len(named)} named and {len(images)} in the shard")
+        raw["image"] = [str(k) for k in range(len(images))] or None
     row = checked_row(number, raw, Path())
-    return replace(row, images=tuple(Picture(f"{shard.name}/{name}", content) for name, content in pictures))
+    return replace(row, images=tuple(ShardImage(f"{shard.name}/{name}", content) for name, content in images))
 
 
 # ---- all shards ------------------------------------------------------------------------------------------------------
@@ -188,7 +179,7 @@ class Shards:
         lines += ["{}: {}".format(*problem) for problem in self.problems[:10]]
         return "\n".join(lines + [f"and {len(self.problems) - 10:,} more"] * (len(self.problems) > 10))
 
-    def read(self, numbers: Iterable[int], lost: dict[str, str]) -> Iterator[Row | None]:
+    def read(self, numbers: Iterable[int], lost: dict[str, str]) -> Iterator[LlavaRow | None]:
         """Rows by number, from 0; None for one that is damaged, the reason in `lost`. A shard stays open for as long as one row
         after the other lies in it."""
         for shard, group in itertools.groupby(numbers, lambda number: np.searchsorted(self.starts, number, side="right") - 1):
@@ -201,11 +192,11 @@ class Shards:
                         file.seek(start)
                         row = row_of(file.read(end - start), path, number + 1)
                     except (OSError, ValueError, OverflowError, tarfile.TarError) as error:
-                        why = ": ".join(error.args) if isinstance(error, Wrong) else f"cannot be read ({one_line(error)})"
+                        why = ": ".join(error.args) if isinstance(error, RowError) else f"cannot be read ({one_line(error)})"
                         row, lost[f"{path.name} row {number - self.starts[shard] + 1}"] = None, why
                     yield row
 
-    def head(self, count: int) -> list[Row]:
+    def head(self, count: int) -> list[LlavaRow]:
         """The usable ones of the first rows."""
         return [row for row in self.read(range(min(count, len(self))), {}) if row]
 
@@ -228,134 +219,33 @@ def read_index(path: Path, facts: str):
         return None
 
 
-class ShardPictures(PictureCache):
-    """As PictureCache, of pictures that come with their rows: each is decoded once and not kept. Settings: PictureCache's."""
+class ShardImages(ImageCache):
+    """As ImageCache, of images that come with their rows: each is decoded once and not kept. Settings: ImageCache's."""
 
-    def decode(self, picture: Picture) -> None:
+    def decode(self, image: ShardImage) -> None:
         try:
-            pixels = fit(picture.data, self.image_size, self.resample, self.image_mean, self.do_pad_square)
-            picture.pixels = torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
+            image.pixels = to_pixels(image.data, self.image_size, self.resample, self.image_mean, self.do_pad_square)
         except (ValueError, OSError) as error:
-            self.unreadable[picture.name] = one_line(error)
-        picture.data = b""
+            self.unreadable[image.name] = one_line(error)
+        image.data = b""
 
-    def __getitem__(self, picture: Picture) -> torch.Tensor | None:
-        """float32 [3, S, S], normalised; None if it cannot be decoded."""
-        if picture.data:
-            self.decode(picture)
-        return None if picture.pixels is None else normalize(rescale(picture.pixels), self.image_mean, self.image_std)
+    def __getitem__(self, image: ShardImage) -> torch.Tensor | None:
+        """float32 [3, S, S], normalized; None if it cannot be decoded."""
+        if image.data:
+            self.decode(image)
+        return None if image.pixels is None else normalize(rescale(image.pixels), self.image_mean, self.image_std)
 
-    def load(self, pictures, workers: int, progress: bool = False) -> None:
+    def load(self, images, workers: int, progress: bool = False) -> None:
         """Nothing is left to do: ShardStream has decoded them."""
-
-
-# ---- the order of an epoch -------------------------------------------------------------------------------------------
-
-
-def epoch_order(starts: np.ndarray, lanes: int, window: int, random: np.random.RandomState) -> tuple[np.ndarray, np.ndarray]:
-    """(row numbers in the order of training [n], the place of each in the order of reading [n]).
-
-    Within a lane a row trains by less than `window` rows before or after its place in reading, so that no more are ever held
-    in memory; lanes take turns, and only the last round may lack some.
-    """
-    shards = random.permutation(len(starts) - 1)
-    reading = np.concatenate([np.arange(starts[s], starts[s + 1]) for s in shards])
-    places, turns, first = [], [], 0
-    for lane, part in enumerate(np.array_split(reading, lanes)):
-        moved = np.argsort(np.arange(len(part)) + random.random_sample(len(part)) * window, kind="stable")
-        places.append(first + moved)
-        turns.append(np.arange(len(part)) * lanes + lane)
-        first += len(part)
-    places = np.concatenate(places)[np.argsort(np.concatenate(turns))]
-    return reading[places], places
-
-
-class ShardStream(Batches):
-    """Endless batches of this rank's rows, batch_size of them less those that are lost: `lost` and pictures.unreadable say why.
-    Pictures are decoded by `workers` threads, a batch ahead.
-
-    State and resumption are those of Batches, exact for any number of processes. There are as many lanes as a multiple of LANES
-    needs for the processes of the first start; a number of processes that divides them has each read by one alone. window: see
-    epoch_order.
-    """
-
-    def __init__(
-        self, shards: Shards, pictures: ShardPictures, batch_size: int, seed: int, rank: int = 0, world_size: int = 1,
-        workers: int = 1, window: int = WINDOW,
-    ):  # fmt: skip
-        super().__init__(len(shards), batch_size, seed, rank=rank, world_size=world_size)
-        self.shards, self.pictures, self.window = shards, pictures, window
-        self.lanes = LANES * -(-world_size // LANES)
-        self.lost: dict[str, str] = {}
-        self._workers, self._pool, self._coming = max(1, workers), None, None
-
-    def __next__(self) -> list[Row]:
-        if self._coming is None:
-            self._pool = self._pool or ThreadPoolExecutor(self._workers)
-            self._coming = self._batches(self.epoch, self.position)
-            self._ahead = next(self._coming)
-        rows = self._ahead()
-        self._ahead = next(self._coming)
-        self.position += self.step
-        if self.position >= self.end:
-            self.epoch, self.position = self.epoch + 1, 0
-        return rows
-
-    def _batches(self, first_epoch: int, position: int) -> Iterator[Callable[[], list[Row]]]:
-        """For each batch from there on, a function that waits for its rows; the threads are at work on them already."""
-        for epoch in itertools.count(first_epoch):
-            digest = hashlib.sha256(f"{self.seed}/{epoch}".encode()).digest()
-            random = np.random.RandomState(np.frombuffer(digest[:16], dtype="<u4"))  # its stream is the same everywhere
-            rows, places = epoch_order(self.shards.starts, self.lanes, self.window, random)
-            mine = np.arange(position + self.rank, self.end, self.world_size)
-            lanes = np.array([len(part) for part in np.array_split(rows, self.lanes)]).cumsum()
-            lane_of = np.searchsorted(lanes, places[mine], side="right")
-            readers = {lane: self._read(rows[mine[lane_of == lane]], places[mine[lane_of == lane]]) for lane in set(lane_of)}
-            for batch in lane_of.reshape(-1, self.step // self.world_size):
-                taken = {lane: self._pool.submit(self._take, readers[lane], n) for lane, n in Counter(batch).items()}
-                yield partial(self._collect, batch, taken)
-            position = 0
-
-    def _read(self, rows: np.ndarray, places: np.ndarray) -> Iterator[Row | None]:
-        """These rows, in this order, though they are read in that of their places. What was read too early waits."""
-        in_order = rows[np.argsort(places)].tolist()
-        coming, waiting = zip(in_order, self.shards.read(in_order, self.lost), strict=True), {}
-        for wanted in rows.tolist():
-            while wanted not in waiting:
-                number, row = next(coming)
-                waiting[number] = row
-            yield waiting.pop(wanted)
-
-    def _take(self, reader: Iterator[Row | None], count: int) -> list[Row | None]:
-        """In a thread: the next rows of a lane, with their pictures decoded."""
-        rows = list(itertools.islice(reader, count))
-        for picture in (picture for row in rows if row for picture in row.images):
-            self.pictures.decode(picture)
-        return rows
-
-    @staticmethod
-    def _collect(batch: np.ndarray, taken: dict) -> list[Row]:
-        found = {lane: iter(rows.result()) for lane, rows in taken.items()}
-        return [row for row in (next(found[lane]) for lane in batch) if row]
-
-    def state_dict(self) -> dict:
-        return {**super().state_dict(), "lanes": self.lanes, "window": self.window, "shards": self.shards.fingerprint}
-
-    def load_state_dict(self, state: dict) -> None:
-        """Raises ValueError as Batches does, and if the state is that of other shards."""
-        if state.get("shards") != self.shards.fingerprint:
-            raise ValueError(f"cannot resume: {self.shards.source} are other shards now than when the run was started")
-        super().load_state_dict(state)
-        self.lanes, self.window, self._coming = state["lanes"], state["window"], None
 
 
 # ---- commands --------------------------------------------------------------------------------------------------------
 
 
-def pack(rows: LlavaRows, folder: Path, per_shard: int, seed: int = 0, progress: bool = False) -> str:
-    """All rows as shards in a new folder, in random order, so that any part of them is a fair sample; rows that share pictures
+def pack_shards(rows: LlavaRows, folder: Path, per_shard: int, seed: int = 0, progress: bool = False) -> str:
+    """All rows as shards in a new folder, in random order, so that any part of them is a fair sample; rows that share images
     stay together. Raises FileExistsError where the folder holds something."""
-    groups = picture_groups(rows.rows)
+    groups = image_groups(rows.rows)
     order = [groups[k] for k in np.random.RandomState(seed).permutation(len(groups))]
     count, lost, shard = 0, 0, 0
     with new_folder(folder) as whole, tqdm(total=len(rows), desc="packing", disable=not progress) as bar:
@@ -367,7 +257,7 @@ def pack(rows: LlavaRows, folder: Path, per_shard: int, seed: int = 0, progress:
                         bar.update()
                         try:
                             members = members_of(rows[i], f"{count:09d}")
-                        except OSError:  # a picture that has gone since it was checked
+                        except OSError:  # an image that has gone since it was checked
                             lost += 1
                             continue
                         for name, content in members:
@@ -376,75 +266,74 @@ def pack(rows: LlavaRows, folder: Path, per_shard: int, seed: int = 0, progress:
                             tar.addfile(about, io.BytesIO(content))
                         count += 1
             shard += 1
-    without = f"; {lost:,} rows are left out, their pictures cannot be read" if lost else ""
+    without = f"; {lost:,} rows are left out, their images cannot be read" if lost else ""
     return f"{folder} holds {count:,} rows in {shard:,} shards now{without}"
 
 
-def members_of(row: Row, key: str) -> list[tuple[str, bytes]]:
-    """(name, content) of a row's files. The JSON comes first: who reads the pictures knows what they are for."""
-    pictures = []
+def members_of(row: LlavaRow, key: str) -> list[tuple[str, bytes]]:
+    """(name, content) of a row's files. The JSON comes first: who reads the images knows what they are for."""
+    images = []
     for k, path in enumerate(row.images):
         suffix = path.suffix.lower().removeprefix(".")
-        pictures.append((f"{key}.{k}.{suffix if suffix in SUFFIXES else 'img'}", path.read_bytes()))
-    raw = json_of(row, [name for name, _ in pictures])
-    return [(f"{key}.json", json.dumps(raw, ensure_ascii=False).encode()), *pictures]
+        images.append((f"{key}.{k}.{suffix if suffix in SUFFIXES else 'img'}", path.read_bytes()))
+    raw = json_of(row, [name for name, _ in images])
+    return [(f"{key}.json", json.dumps(raw, ensure_ascii=False).encode()), *images]
 
 
-def json_of(row: Row, images: Sequence[str]) -> dict:
-    """A row as LLaVA-style JSON, with its pictures under these names."""
+def json_of(row: LlavaRow, images: Sequence[str]) -> dict:
+    """A row as LLaVA-style JSON, with its images under these names."""
     raw = {"id": row.id, "conversations": [{"from": SAYS[m["role"]], "value": m["content"]} for m in row.messages]}
     raw |= {"image": images[0] if len(images) == 1 else list(images)} if images else {}
     return raw | ({"kinds": list(row.kinds)} if row.kinds else {})
 
 
-def unpack(pattern: str, folder: Path) -> str:
-    """rows.json and the pictures of these shards, in a new folder."""
+def unpack_shards(pattern: str, folder: Path) -> str:
+    """rows.json and the images of these shards, in a new folder."""
     shards, lost, found = Shards.open(pattern), {}, []
     with new_folder(folder) as whole:
         for row in shards.read(range(len(shards)), lost):
             if row:
-                names = [Path(picture.name).name for picture in row.images]
-                for name, picture in zip(names, row.images, strict=True):
-                    (whole / name).write_bytes(picture.data)
+                names = [Path(image.name).name for image in row.images]
+                for name, image in zip(names, row.images, strict=True):
+                    (whole / name).write_bytes(image.data)
                 found.append(json_of(row, names))
         write_json(whole / "rows.json", found)
     return f"{folder}/rows.json has {len(found):,} rows now" + (f"; {len(lost):,} are damaged" if lost else "")
 
 
-def check(pattern: str, workers: int) -> tuple[str, bool]:
-    """(the report, whether all is well) after every row was read and every picture decoded."""
+def check_shards(pattern: str, workers: int) -> tuple[str, bool]:
+    """(the report, whether all is well) after every row was read and every image decoded."""
     shards, lost = Shards.open(pattern, progress=sys.stderr.isatty()), {}
-    pictures, usable = ShardPictures(32), 0
+    images, usable = ShardImages(32), 0
 
-    def look(row: Row | None) -> bool:
-        return row is not None and all(pictures[picture] is not None for picture in row.images)
+    def usable_row(row: LlavaRow | None) -> bool:
+        return row is not None and all(images[image] is not None for image in row.images)
 
-    Image.init()  # loads Pillow's format plugins once, before the threads
     bar = tqdm(total=len(shards), desc="checking", unit=" rows", disable=not sys.stderr.isatty())
-    with ThreadPoolExecutor(workers) as pool, bar:
+    with decoding_threads(workers) as pool, bar:
         rows = shards.read(range(len(shards)), lost)
         while some := list(itertools.islice(rows, 256)):
-            usable += sum(pool.map(look, some))
+            usable += sum(pool.map(usable_row, some))
             bar.update(len(some))
-    problems = shards.problems + list(lost.items()) + list(pictures.unreadable.items())
+    problems = shards.problems + list(lost.items()) + list(images.unreadable.items())
     return f"{replace(shards, problems=problems).report()}\n{usable:,} rows are usable", not problems
 
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    packing = commands.add_parser("pack", help="LLaVA-style JSON and its pictures into shards")
+    packing = commands.add_parser("pack", help="LLaVA-style JSON and its images into shards")
     packing.add_argument("file", metavar="FILE.json")
     packing.add_argument("folder", metavar="OUT", type=Path)
-    packing.add_argument("--images", metavar="DIR", help="where the pictures are; default: beside the file")
+    packing.add_argument("--images", metavar="DIR", help="where the images are; default: beside the file")
     packing.add_argument(
         "--per-shard", type=positive_int, default=1000, metavar="ROWS", help="a shard of 100 MB to 1 GB is good"
     )
     packing.add_argument("--seed", type=int, default=0, help="of the order in which rows are packed")
     checking = commands.add_parser("check", help="read everything, and say what is damaged")
     checking.add_argument("pattern", metavar="'OUT/shard-*.tar'")
-    checking.add_argument("--workers", type=positive_int, default=4, help="threads that decode pictures")
-    unpacking = commands.add_parser("unpack", help="back to JSON and pictures")
+    checking.add_argument("--workers", type=positive_int, default=4, help="threads that decode images")
+    unpacking = commands.add_parser("unpack", help="back to JSON and images")
     unpacking.add_argument("pattern", metavar="'OUT/shard-*.tar'")
     unpacking.add_argument("folder", metavar="FOLDER", type=Path)
     return parser.parse_args(argv)
@@ -455,11 +344,11 @@ def main(argv=None) -> None:
     if args.command == "pack":
         rows = LlavaRows.read(args.file, args.images, progress=sys.stderr.isatty())
         print(rows.report())
-        print(pack(rows, args.folder, args.per_shard, args.seed, sys.stderr.isatty()))
+        print(pack_shards(rows, args.folder, args.per_shard, args.seed, sys.stderr.isatty()))
     elif args.command == "unpack":
-        print(unpack(args.pattern, args.folder))
+        print(unpack_shards(args.pattern, args.folder))
     else:
-        report, good = check(args.pattern, args.workers)
+        report, good = check_shards(args.pattern, args.workers)
         print(report)
         sys.exit(0 if good else 1)
 

@@ -23,7 +23,7 @@ import torch
 import torch.nn as nn
 
 from data.augment import PRESETS as AUGMENTATIONS
-from data.augment import Augment, normalise
+from data.augment import Augment, normalize_images
 from data.batches import Batches
 from data.datasets import DATASETS, ImageDataset, evenly
 from extras.llmvit import (
@@ -350,9 +350,9 @@ def draw(folder: Path, model: LLMVIT, test: ImageDataset, probabilities, spelled
     order = (labels * len(test) + torch.arange(len(test))).argsort()  # some of each class
     shown = order[evenly(len(test), 12)]
     device = next(model.parameters()).device
-    some = normalise(part_of(test, 200).images.to(device), mean, std)
+    some = normalize_images(part_of(test, 200).images.to(device), mean, std)
     uses = model.words(some)["ids"].flatten().bincount(minlength=len(spelled))
-    read = model.words(normalise(test.images[shown].to(device), mean, std), WordList(spelled))["words"]
+    read = model.words(normalize_images(test.images[shown].to(device), mean, std), WordList(spelled))["words"]
     grids = [[[words[0].strip() for words in row] for row in grid] for grid in read]
     figures.word_grid(
         test.images[shown].cpu(), grids, pair(model.config.patch_size), [captions[i] for i in shown], folder / "words.png",

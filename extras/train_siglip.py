@@ -38,13 +38,15 @@ from data.augment import PRESETS as AUGMENTATIONS
 from data.augment import Augment
 from data.batches import Batches
 from data.datasets import evenly
-from data.llava import PictureCache, Row
+from data.image_cache import ImageCache
+from data.llava import LlavaRow
 from data.scenes import COLOURS, PLACES, SLOTS, SceneConfig, Scenes, SceneStream, corpus, make_scenes, with_article
-from data.shards import ShardPictures, ShardStream
-from generate import caption_ids
+from data.shard_stream import ShardStream
+from data.shards import ShardImages
 from lib import figures
 from lib.checkpoint import from_pretrained, save_pretrained
 from lib.files import read_json, write_json
+from lib.image_settings import write_image_settings
 from lib.run import (
     Run,
     Trainer,
@@ -58,7 +60,7 @@ from lib.run import (
     run_cli,
 )
 from lib.tokenizer import BPETokenizer
-from processing_mllama import IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD, RESAMPLE, normalize, rescale, to_bytes
+from processing_mllama import IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD, denormalize, normalize, rescale
 from siglip import SiglipConfig, SiglipTextConfig, SiglipTwoTower, SiglipVisionConfig
 from train_vit import SIZES as VIT_SIZES
 from train_vit import default_patch, load_data
@@ -308,7 +310,7 @@ class RowPairs(Shuffled):
         self.run, self.workers, self.size = run, args.workers, args.batch_size // run.world_size
         self.image_size = args.image_size, args.image_size
         self.mean, self.std = IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD
-        self.pictures = PictureCache(self.image_size)
+        self.pictures = ImageCache(self.image_size)
         self.true: dict[Path, frozenset[str]] = {}
         self.test = self.checked(test)
         self.open(rows, args.seed)
@@ -331,7 +333,7 @@ class RowPairs(Shuffled):
     def texts(self) -> list[str]:
         return [first_answer(row) for row in self.rows]
 
-    def next_rows(self) -> list[tuple[Row, torch.Tensor]]:
+    def next_rows(self) -> list[tuple[LlavaRow, torch.Tensor]]:
         """The readable ones of the next batch."""
         rows = [self.rows[i] for i in next(self.batches).tolist()]
         self.pictures.load([row.images[0] for row in rows], self.workers)
@@ -356,7 +358,7 @@ class RowPairs(Shuffled):
             raise ValueError(f"{self.test.source}: none of the test pictures can be read")
         rows = list(reversed(first.values()))
         rows = rows[:: -(-len(rows) // GALLERY)]
-        images = to_bytes(torch.stack([self.pictures[row.images[0]] for row in rows]), self.mean, self.std)
+        images = denormalize(torch.stack([self.pictures[row.images[0]] for row in rows]), self.mean, self.std)
         return {"": Test(images, [first_answer(row) for row in rows], [self.true[row.images[0]] for row in rows])}
 
     @cached_property
@@ -381,14 +383,14 @@ class ShardPairs(RowPairs):
 
     def open(self, rows, seed: int) -> None:
         self.rows, ranks = rows, (self.run.rank, self.run.world_size, self.workers)
-        self.batches = ShardStream(rows, ShardPictures(self.image_size), self.size, seed, *ranks)
+        self.batches = ShardStream(rows, ShardImages(self.image_size), self.size, seed, *ranks)
 
     def texts(self) -> list[str]:
         return [first_answer(row) for row in self.rows.head(FIRST_ROWS)]
 
-    def next_rows(self) -> list[tuple[Row, torch.Tensor]]:
+    def next_rows(self) -> list[tuple[LlavaRow, torch.Tensor]]:
         rows = [row for row in next(self.batches) if len(row.images) == 1]
-        return [(row, pixels) for row in rows if (pixels := self.batches.pictures[row.images[0]]) is not None]
+        return [(row, pixels) for row in rows if (pixels := self.batches.images[row.images[0]]) is not None]
 
 
 def first_answer(row) -> str:
@@ -527,19 +529,20 @@ def draw(folder: Path, test: Test, logits: torch.Tensor, rows: list[dict]) -> No
     figures.answer_sheet(images, likely, answers, list(map(test.own, chosen)), folder / "samples.png", title, good=good)
 
 
+def caption_ids(tokenizer, captions: list[str], config) -> torch.Tensor:
+    """[captions, T], cut off or filled with padding to the T tokens that a text tower of this SiglipTextConfig reads, as the
+    published ones were trained."""
+    length = {"max_length": config.max_position_embeddings, "truncation": True}
+    return tokenizer(captions, padding="max_length", return_tensors="pt", **length)["input_ids"]
+
+
 def save_run(folder: Path, model: SiglipTwoTower, tokenizer: BPETokenizer, pairs, args) -> None:
     """A published checkpoint folder, with what transformers' tokenizer and image processor need to know."""
     save_pretrained(model, folder)
     tokenizer.save_pretrained(folder)
     about = read_json(folder / "tokenizer_config.json")
     write_json(folder / "tokenizer_config.json", about | {"model_input_names": ["input_ids"]})  # padding is read, not masked
-    size = dict(zip(("height", "width"), pairs.image_size, strict=True))
-    processor = {
-        **{"image_processor_type": "SiglipImageProcessor", "do_convert_rgb": True, "do_resize": True, "size": size},
-        **{"resample": RESAMPLE["bicubic"], "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True},
-        **{"image_mean": pairs.mean, "image_std": pairs.std},
-    }
-    write_json(folder / "preprocessor_config.json", processor)
+    write_image_settings(folder, pairs.image_size, pairs.mean, pairs.std)
     write_json(folder / "settings.json", vars(args))
     from_pretrained(folder)  # what was written can be read
 

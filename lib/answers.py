@@ -23,8 +23,7 @@ from typing import NamedTuple
 import torch
 
 from data.batches import blind_pixels
-from data.llava import count_images
-from data.llava import questions as questions_of_row
+from data.llava import count_images, questions_of_row
 from data.scene_batches import about_image
 from data.scenes import make_scenes, questions
 from gpt import KVCache, left_pad

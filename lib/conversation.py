@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 import torch
 
 from lib.chat import stop_tokens
-from processing_mllama import IMAGE_TOKEN, MllamaImageProcessor, to_bytes
+from processing_mllama import IMAGE_TOKEN, MllamaImageProcessor, denormalize
 
 
 def stream_text(
@@ -60,7 +60,7 @@ class Conversation:
         weight = next(self.model.parameters())
         features = self.model.image_features(pixels.to(weight.device, weight.dtype))
         self.features = features if self.features is None else torch.cat([self.features, features])
-        self.images.append(to_bytes(pixels[0], self.processor.image_mean, self.processor.image_std))
+        self.images.append(denormalize(pixels[0], self.processor.image_mean, self.processor.image_std))
         self.unasked += 1
 
     def ask(self, question: str) -> Iterator[str]:

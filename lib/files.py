@@ -3,7 +3,8 @@
 import json
 import os
 import re
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -30,6 +31,20 @@ def writing(path: Path, temporary: Path | None = None):
         if error.errno is None or error.filename not in (None, str(temporary)):
             raise
         raise OSError(f"{path} cannot be written ({error.strerror})") from None
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A folder to write to, which takes its name when all is written. Raises FileExistsError if it holds something already."""
+    folder = folder.absolute()
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"{folder} exists already: name a new folder")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
+        whole = Path(temporary) / "whole"
+        whole.mkdir()
+        yield whole
+        os.replace(whole, folder)
 
 
 def sweep(folder: Path) -> None:

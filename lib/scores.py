@@ -11,7 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 
-from data.scenes import normalise
+from data.scenes import normalize_answer
 
 # ---- exact match -------------------------------------------------------------------------------------------------------
 
@@ -31,11 +31,11 @@ def wilson(right: int, n: int, z: float = 1.96) -> tuple[float, float]:
 
 def score(items: Sequence, said: Sequence[str]) -> dict:
     """{"n", "right", "exact_match", "low", "high"} of all answers, and "by_kind": the same for each kind of question, in the
-    order in which they first come. An answer is right if it is the true one but for case and spaces (scenes.normalise). items:
-    with `answer` and `kind`, as those of lib/answers.py."""
+    order in which they first come. An answer is right if it is the true one but for case and spaces (scenes.normalize_answer).
+    items: with `answer` and `kind`, as those of lib/answers.py."""
     marks: dict[str, list[bool]] = {}
     for item, text in zip(items, said, strict=True):
-        marks.setdefault(item.kind, []).append(normalise(text) == normalise(item.answer))
+        marks.setdefault(item.kind, []).append(normalize_answer(text) == normalize_answer(item.answer))
 
     def figures(right: int, n: int) -> dict:
         low, high = wilson(right, n)

@@ -19,7 +19,7 @@ from data.augment import (
     crop_and_flip,
     cutout,
     mix,
-    normalise,
+    normalize_images,
     rand_augment,
     warp,
 )
@@ -59,7 +59,7 @@ def test_every_preset_keeps_shape_and_input_and_repeats_with_its_generator(name,
 
 def test_without_augmentation_it_is_normalise_and_that_gives_mean_0_and_deviation_1():
     train, _ = load_images("digits")
-    x = normalise(train.images, *train.mean_std())
+    x = normalize_images(train.images, *train.mean_std())
     assert x.mean().abs() < 1e-5 and (x.std() - 1).abs() < 1e-3
     assert torch.equal(Augment(PRESETS["none"], *train.mean_std())(train.images, rng()), x)
 
@@ -72,7 +72,7 @@ def test_only_data_sets_that_allow_it_are_mirrored():
 
 @pytest.mark.parametrize("wrong", [torch.zeros(2, 3, 4, 4), torch.zeros(3, 4, 4, dtype=torch.uint8)])
 def test_wrong_pictures_are_refused(wrong):
-    for call in (lambda: normalise(wrong, **PLAIN), lambda: Augment(PRESETS["none"], **PLAIN)(wrong, rng())):
+    for call in (lambda: normalize_images(wrong, **PLAIN), lambda: Augment(PRESETS["none"], **PLAIN)(wrong, rng())):
         with pytest.raises(ValueError, match=r"expected torch.uint8 \[B"):
             call()
 

@@ -112,7 +112,7 @@ def test_idx_files_are_found_packed_or_not(tmp_path, name, spelling):
         ("train-images-idx3-ubyte.gz", lambda raw: raw, "damaged"),
         ("train-images-idx3-ubyte", lambda raw: b"<html>" + raw, "no idx file"),
         ("train-images-idx3-ubyte", lambda raw: raw[:-1], "its header says"),
-        ("t10k-labels-idx1-ubyte", lambda raw: idx(np.arange(4).astype(np.uint8)), "5 pictures, 4 labels"),
+        ("t10k-labels-idx1-ubyte", lambda raw: idx(np.arange(4).astype(np.uint8)), "5 images, 4 labels"),
         ("t10k-labels-idx1-ubyte", lambda raw: idx(np.full(5, 10, np.uint8)), "labels above 9"),
         ("t10k-labels-idx1-ubyte", None, "holds no t10k-labels-idx1-ubyte"),
     ],

@@ -318,7 +318,7 @@ def test_a_dropped_picture_an_answer_that_streams_and_where_it_looked(page):
 @pytest.mark.parametrize(
     "name, content, message",
     [
-        ("notes.png", b"a text, renamed", "notes.png is refused: not a picture in a format that is read here"),
+        ("notes.png", b"a text, renamed", "notes.png is refused: not an image in a format that is read here"),
         ("cut.png", (ROOT / "assets" / "scene.png").read_bytes()[:900], "cut.png is refused: cannot be decoded"),
         ("notes.txt", b"a text", "Invalid file type"),
         ("large.png", b"\x89PNG" + bytes(demo.LARGEST << 20), "exceed the maximum allowed size of 10"),

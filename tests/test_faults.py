@@ -29,17 +29,17 @@ from PIL import Image
 import train_vit
 from calls import refused
 from data import scenes
-from data.folders import decode_image
+from data.images import decode_image
 from lib import checkpoint, run_state
 from lib.answers import scene_items
 from lib.checkpoint import save_pretrained
 from lib.files import sweep
+from lib.image_settings import image_settings
 from lib.run import Metrics, Trainer, run_cli
 from lib.run_state import load_state
 from lib.tokenizer import BPETokenizer
 from lib.tokenizer_files import split_by
 from model import Llama3ForCausalLM, LLAMA32Config
-from processing_mllama import image_settings
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
 

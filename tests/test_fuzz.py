@@ -36,8 +36,9 @@ import train_vit
 import train_vlm
 from bench import peers as bench
 from data import llava as llava_json
-from data.folders import decode_image
-from data.llava import LlavaRows, PictureCache
+from data.image_cache import ImageCache
+from data.images import decode_image
+from data.llava import LlavaRows
 from extras import train_llmvit, train_siglip
 from gpt import GPT, GPTConfig
 from lib import convert
@@ -47,7 +48,7 @@ from lib.run import run_cli
 from lib.run_state import load_state, save_state
 from lib.tokenizer import BPETokenizer
 from model import Llama3ForCausalLM, LLAMA32Config, MLLAMAConfig, MllamaForConditionalGeneration
-from processing_mllama import IDEFICS3_AROUND, IMAGE_TOKEN, MllamaImageProcessor, to_picture
+from processing_mllama import IDEFICS3_AROUND, IMAGE_TOKEN, MllamaImageProcessor, to_image
 from siglip import SiglipConfig, SiglipModel, SiglipTwoTower, SiglipVisionConfig
 from vit_scratch import ViTConfig, ViTModel
 
@@ -266,7 +267,7 @@ def test_a_few_bytes_that_promise_a_huge_picture_are_refused(kind, width, height
 @pytest.mark.filterwarnings("ignore")
 def test_an_array_is_a_picture_or_refused(dtype, shape, as_tensor, value):
     array = np.full(shape, value).astype(dtype)
-    found = read_or_refused(to_picture, torch.from_numpy(array) if as_tensor else array)
+    found = read_or_refused(to_image, torch.from_numpy(array) if as_tensor else array)
     assert found is REFUSED or (is_rgb(found) and 0 not in found.size)
 
 
@@ -311,7 +312,7 @@ def test_rows_of_a_llava_file_are_usable_or_named(photos, data):
     rows = read_or_refused(LlavaRows.read, photos / "rows.json", photos / "images")
     if rows is not REFUSED:
         rows.report().encode()
-        processor, cache = small_processor(), PictureCache(16)
+        processor, cache = small_processor(), ImageCache(16)
         for row in rows:
             ids, answers = processor.encode(row.messages, len(row.images))
             assert any(answers) and ids.count(processor.image_token_id) == 4 * len(row.images)

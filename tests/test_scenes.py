@@ -12,7 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
+from data import convert, show_scenes
 from data import scenes as module
+from data.convert import convert_scenes
 from data.datasets import ImageDataset, load_images
 from data.scenes import (
     COLOURS,
@@ -30,11 +32,9 @@ from data.scenes import (
     Scenes,
     SceneStream,
     corpus,
-    export,
     final_number,
-    main,
     make_scenes,
-    normalise,
+    normalize_answer,
     questions,
     vocabulary,
 )
@@ -393,7 +393,7 @@ def test_words_are_few_and_a_tokenizer_trained_on_them_gives_every_answer_back(m
 
 
 def test_normalise_and_final_number():
-    assert normalise("  A Red\n 7 ") == normalise("a red 7") == "a red 7" != normalise("a red 8")
+    assert normalize_answer("  A Red\n 7 ") == normalize_answer("a red 7") == "a red 7" != normalize_answer("a red 8")
     assert final_number("3 plus 7 is 10 plus 2 is 12") == 12 and final_number("5") == 5 and final_number("none") is None
 
 
@@ -402,7 +402,7 @@ def test_normalise_and_final_number():
 
 def test_export_is_llava_json_with_the_very_pictures(tmp_path):
     folder = tmp_path / "deep" / "out"
-    main(["export", str(folder), "--split", "test", "--count", "5", "--seed", "3", "--per-scene", "4"])
+    convert.main(["scenes", str(folder), "--split", "test", "--count", "5", "--seed", "3", "--per-scene", "4"])
     scenes = make_scenes("test", 5, 3)
     rows = json.loads((folder / "scenes.json").read_text())
     assert [path.name for path in sorted(folder.iterdir())] == ["images", "scenes.json"]
@@ -420,33 +420,34 @@ def test_export_is_llava_json_with_the_very_pictures(tmp_path):
 
 def test_an_export_that_fails_leaves_nothing_and_an_old_one_is_not_touched(tmp_path, monkeypatch):
     folder = tmp_path / "out"
-    export(folder, "train", 2)
+    convert_scenes(folder, "train", 2)
     before = sorted((path.name, path.stat().st_mtime_ns) for path in folder.rglob("*"))
     with pytest.raises(FileExistsError, match="exists already"):
-        export(folder, "train", 2)
+        convert_scenes(folder, "train", 2)
     assert sorted((path.name, path.stat().st_mtime_ns) for path in folder.rglob("*")) == before
 
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(module.json, "dumps", full)
+    monkeypatch.setattr(convert, "write_rows", full)
     with pytest.raises(OSError, match="No space left"):
-        export(tmp_path / "other", "train", 2)
+        convert_scenes(tmp_path / "other", "train", 2)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_show_draws_a_sheet(tmp_path):
-    main(["show", str(tmp_path / "sheet.png"), "--split", "compositional", "--seed", "1"])
+    show_scenes.main([str(tmp_path / "sheet.png"), "--split", "compositional", "--seed", "1"])
     with Image.open(tmp_path / "sheet.png") as picture:
         assert picture.width > 1000 and picture.height > 500 and len(picture.convert("RGB").getcolors(1 << 24)) > 1000
 
 
 def test_a_wrong_command_is_one_line_and_exit_code_2(tmp_path, capsys):
     (tmp_path / "kept").write_text("")
-    wrong = f"export {tmp_path}|show {tmp_path}/kept/a.png|export x --split val|export x --count 0|draw".split("|")
-    for argv in map(str.split, wrong):
+    exports = (f"scenes {tmp_path}", "scenes x --split val", "scenes x --count 0", "draw")
+    wrong = [(convert.main, words.split()) for words in exports] + [(show_scenes.main, [f"{tmp_path}/kept/a.png"])]
+    for main, argv in wrong:
         with pytest.raises(SystemExit) as stop:
-            run_cli(lambda argv=argv: main(argv))
+            run_cli(lambda main=main, argv=argv: main(argv))
         assert stop.value.code == 2
         assert capsys.readouterr().err.strip().splitlines()[-1].count("error: ") == 1
 

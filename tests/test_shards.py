@@ -14,8 +14,10 @@ from PIL import Image
 
 import train_vlm
 from calls import refused
-from data.llava import LlavaRows, PictureCache
-from data.shards import LANES, ShardPictures, Shards, ShardStream, check, epoch_order, main, pack, scan, unpack
+from data.image_cache import ImageCache
+from data.llava import LlavaRows
+from data.shard_stream import LANES, ShardStream, epoch_order
+from data.shards import ShardImages, Shards, check_shards, main, pack_shards, scan, unpack_shards
 from extras import train_siglip
 from lib import run as training
 
@@ -40,7 +42,7 @@ def write_rows(folder, count=ROWS):
 def packed(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
     rows = write_rows(folder)
-    pack(rows, folder / "out", PER_SHARD)
+    pack_shards(rows, folder / "out", PER_SHARD)
     return rows, folder / "out"
 
 
@@ -53,7 +55,7 @@ def out(packed, tmp_path):
 
 
 def stream(folder, batch_size=4, **settings):
-    return ShardStream(Shards.open(folder / "shard-*.tar"), ShardPictures(8), batch_size, seed=5, **settings)
+    return ShardStream(Shards.open(folder / "shard-*.tar"), ShardImages(8), batch_size, seed=5, **settings)
 
 
 def numbers(rows) -> list[int]:
@@ -75,7 +77,7 @@ def test_what_is_packed_is_read_again(packed, tmp_path):
     for row in rows:
         assert (found[row.id].messages, found[row.id].kinds) == (row.messages, row.kinds)
         assert [picture.data for picture in found[row.id].images] == [path.read_bytes() for path in row.images]
-    unpack(folder / "shard-*.tar", tmp_path / "back")
+    unpack_shards(folder / "shard-*.tar", tmp_path / "back")
     back = LlavaRows.read(tmp_path / "back" / "rows.json")
     assert sorted((row.id, str(row.messages), row.kinds) for row in back) == sorted(
         (row.id, str(row.messages), row.kinds) for row in rows
@@ -87,17 +89,17 @@ def test_rows_that_share_a_picture_share_a_shard(tmp_path):
     turns = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "It."}]
     rows = [{"image": "a.png", "conversations": turns} if k % 3 else {"conversations": turns} for k in range(12)]
     (tmp_path / "train.json").write_text(json.dumps(rows))
-    pack(LlavaRows.read(tmp_path / "train.json"), tmp_path / "out", 2)
+    pack_shards(LlavaRows.read(tmp_path / "train.json"), tmp_path / "out", 2)
     with_picture = [any(row.images for row in Shards.open(path).head(99)) for path in (tmp_path / "out").iterdir()]
     assert sum(with_picture) == 1
 
 
 def test_pixels_are_those_of_the_files(packed):
     rows, folder = packed
-    pictures, whole = ShardPictures(8), {row.id: row for row in rows}
+    pictures, whole = ShardImages(8), {row.id: row for row in rows}
     for row in Shards.open(folder / "shard-*.tar").head(9):
         for path, picture in zip(whole[row.id].images, row.images, strict=True):
-            assert torch.equal(pictures[picture], PictureCache(8)[path])
+            assert torch.equal(pictures[picture], ImageCache(8)[path])
 
 
 def test_other_tools_archives_are_read(tmp_path):
@@ -231,7 +233,7 @@ def test_damage_costs_the_rows_that_it_hits_and_is_counted(packed, out, name):
     assert len(found) == len(set(found)) == ROWS - lost and set(range(ROWS)) - set(found) <= inside
     said = str(batches.shards.problems) + str(batches.lost)
     assert words in said and "shard-000001" in said
-    report, good = check(out / "shard-*.tar", 2)
+    report, good = check_shards(out / "shard-*.tar", 2)
     assert not good and words in report and f"{ROWS - lost} rows are usable" in report
 
 
@@ -243,8 +245,8 @@ def test_a_damaged_picture_costs_its_row(out):
     path.write_bytes(data[: member.offset_data + 30] + b"\0" * 20 + data[member.offset_data + 50 :])
     batches = stream(out, batch_size=1)
     rows = [row for _ in range(ROWS) for row in next(batches)]
-    bad = [row for row in rows if any(batches.pictures[picture] is None for picture in row.images)]
-    assert len(rows) == ROWS and len(bad) == 1 and list(batches.pictures.unreadable) == [f"{path.name}/{member.name}"]
+    bad = [row for row in rows if any(batches.images[picture] is None for picture in row.images)]
+    assert len(rows) == ROWS and len(bad) == 1 and list(batches.images.unreadable) == [f"{path.name}/{member.name}"]
 
 
 def test_a_shard_that_has_gone_costs_its_rows(out):

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from calls import printed, refused
 from data import augment
-from data.augment import mix, normalise
+from data.augment import mix, normalize_images
 from data.datasets import load_images
 from extras import train_llmvit
 from extras.llmvit import LanguageClassifier
@@ -95,7 +95,7 @@ def test_every_combination_trains_and_comes_back_from_its_folder(name, language_
     model, config = train_llmvit.from_run(tmp_path)
     _, test = load_images("digits", image_size=16)
     with torch.no_grad():
-        said = model(normalise(test.images, config["image_mean"], config["image_std"]))["logits"].argmax(dim=1)
+        said = model(normalize_images(test.images, config["image_mean"], config["image_std"]))["logits"].argmax(dim=1)
     assert (said == test.labels).float().mean().item() == pytest.approx(result["test_accuracy"], abs=1e-4)
     assert not model.training and config["classes"][3] == "3"
 

@@ -13,7 +13,8 @@ from PIL import Image
 from data import features as data_features
 from data.common import CommonAnswers, common_questions, questions_of
 from data.features import FrozenFeatures
-from data.llava import LlavaRows, PictureCache, isolated_turns
+from data.image_cache import ImageCache
+from data.llava import LlavaRows, isolated_turns
 from data.llava_batches import LlavaBatches
 from data.packing import AttentionBlocks, encode_conversation
 from data.scene_batches import SceneBatches
@@ -82,7 +83,7 @@ def numbered(folder: Path, count: int = 12) -> LlavaRows:
 
 
 def batches_of(rows, processor, batch_size=3, length=200, seed=0, **options) -> LlavaBatches:
-    return LlavaBatches(rows, processor, PictureCache(32), batch_size, seed, length, **options)
+    return LlavaBatches(rows, processor, ImageCache(32), batch_size, seed, length, **options)
 
 
 def answers_in(processor, batch) -> list[str]:
@@ -239,7 +240,7 @@ def looks(monkeypatch):
 
 
 def kept(model, file, paths, blind=False, **settings) -> FrozenFeatures:
-    features = FrozenFeatures(model, PictureCache(32, **settings), blind)
+    features = FrozenFeatures(model, ImageCache(32, **settings), blind)
     features.keep(file, paths)
     return features
 
@@ -256,7 +257,7 @@ def test_kept_features_are_those_that_are_looked_at(tmp_path, processor, picture
     first = kept(model, tmp_path / "f.npy", pictures[:10] + pictures[:2])
     assert len(looks) == 9 and first[pictures[3]] is None
     looks.clear()
-    again, fresh = kept(model, tmp_path / "f.npy", pictures[:10]), FrozenFeatures(model, PictureCache(32))
+    again, fresh = kept(model, tmp_path / "f.npy", pictures[:10]), FrozenFeatures(model, ImageCache(32))
     for features in (first, again):
         assert all(torch.equal(features[path], fresh[path]) for path in pictures[:10] if path != pictures[3])
     assert len(looks) == 9  # fresh ones, and they stay in memory
@@ -292,7 +293,7 @@ def test_a_file_made_by_others_is_made_anew(tmp_path, processor, pictures, looks
     features = kept(model, tmp_path / "f.npy", pictures, **settings)
     assert len(looks) == len(pictures)
     blind = settings.pop("blind", False)
-    fresh = FrozenFeatures(model, PictureCache(32, **settings), blind)
+    fresh = FrozenFeatures(model, ImageCache(32, **settings), blind)
     assert all(torch.equal(features[path], fresh[path]) for path in pictures)
     assert torch.equal(features[pictures[0]], features[pictures[1]]) == blind
 
@@ -310,7 +311,7 @@ def test_a_death_between_the_file_and_what_describes_it_does_not_mix_two_models(
         patch.setattr(data_features, "write_json", die)
         with pytest.raises(KeyboardInterrupt):
             kept(two, file, pictures)
-    features, fresh = kept(one, file, pictures), FrozenFeatures(one, PictureCache(32))
+    features, fresh = kept(one, file, pictures), FrozenFeatures(one, ImageCache(32))
     assert all(torch.equal(features[path], fresh[path]) for path in pictures)
 
 
@@ -442,7 +443,7 @@ def test_common_questions_are_those_that_many_ask_and_few_answers_settle(closed)
 
 
 def test_each_picture_comes_with_its_answers_once_an_epoch(closed):
-    pictures, common = PictureCache(32), common_questions(closed, 4, 4)
+    pictures, common = ImageCache(32), common_questions(closed, 4, 4)
     batches = CommonAnswers(closed, common, pictures, 4, seed=0, grad_accum=2)
     found = {}
     for _ in range(3):
@@ -464,11 +465,11 @@ def test_each_picture_comes_with_its_answers_once_an_epoch(closed):
 def test_pictures_that_cannot_be_read_are_left_out_of_the_common_questions(closed):
     for row in closed[:11]:
         row.images[0].unlink()
-    batches = CommonAnswers(closed, common_questions(closed, 4, 4), PictureCache(32), 6, seed=0)
+    batches = CommonAnswers(closed, common_questions(closed, 4, 4), ImageCache(32), 6, seed=0)
     (part,) = next(batches)
     assert part["answers"].tolist() == [[1, 2]]
     closed[11].images[0].unlink()
-    batches = CommonAnswers(closed, common_questions(closed, 4, 4), PictureCache(32), 6, seed=0)
+    batches = CommonAnswers(closed, common_questions(closed, 4, 4), ImageCache(32), 6, seed=0)
     with pytest.raises(ValueError, match="12 images cannot be read"):
         next(batches)
 

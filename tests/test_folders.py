@@ -1,22 +1,20 @@
-"""Laws of image_folder.py: every picture is decoded rightly or named with a reason, and a folder is decoded once."""
+"""Laws of data/folders.py: what is used and what is not, and why; a folder is decoded once."""
 
 import io
 import os
-import struct
-import subprocess
-import sys
 import tarfile
+import warnings
 import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 
-from data import folders as image_folder
+from data import folders
 from data.datasets import load_images
-from data.folders import decode_image, load_folder
+from data.folders import load_folder
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
@@ -36,139 +34,6 @@ def encoded(image: Image.Image, kind: str = "PNG", **options) -> bytes:
 def noise(width: int = 12, height: int = 8, mode: str = "RGB", seed: int = 0) -> Image.Image:
     values = np.random.RandomState(seed).randint(0, 256, (height, width, 3)).astype(np.uint8)
     return Image.fromarray(values).convert(mode)
-
-
-# ---- one picture ----
-
-
-def palette_with_a_hole() -> bytes:
-    image = Image.new("P", (4, 4), 1)
-    image.putpalette([255, 0, 0, 0, 0, 255])
-    return encoded(image, transparency=1)
-
-
-GOOD = {
-    "rgb": (encoded(Image.new("RGB", (4, 4), (10, 20, 30))), (10, 20, 30)),
-    "black and white": (encoded(Image.new("1", (4, 4), 1)), (255, 255, 255)),
-    "grey": (encoded(Image.new("L", (4, 4), 77)), (77, 77, 77)),
-    "palette": (encoded(Image.new("RGB", (4, 4), (10, 20, 30)).quantize()), (10, 20, 30)),
-    "palette with a transparent colour": (palette_with_a_hole(), (255, 255, 255)),
-    "clear": (encoded(Image.new("RGBA", (4, 4), (10, 20, 30, 0))), (255, 255, 255)),
-    "half clear": (encoded(Image.new("RGBA", (4, 4), (0, 0, 0, 128))), (127, 127, 127)),
-    "grey, clear": (encoded(Image.new("LA", (4, 4), (0, 0))), (255, 255, 255)),
-    "cmyk": (encoded(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG", quality=100), (254, 0, 0)),
-    "16-bit grey png": (encoded(Image.fromarray(np.full((4, 4), 0x8000, np.uint16))), (128, 128, 128)),
-    "16-bit grey tiff": (encoded(Image.fromarray(np.full((4, 4), 0xFFFF, np.uint16)), "TIFF"), (255, 255, 255)),
-    "16-bit grey, dim": (encoded(Image.fromarray(np.full((4, 4), 2570, np.uint16))), (10, 10, 10)),
-    "32-bit float tiff": (encoded(Image.fromarray(np.full((4, 4), 0.5, np.float32)), "TIFF"), (128, 128, 128)),
-    "animation": (
-        encoded(
-            Image.new("RGB", (4, 4), "red"), "GIF", save_all=True, append_images=[Image.new("RGB", (4, 4), "blue")]
-        ),
-        (255, 0, 0),
-    ),
-    "webp": (encoded(Image.new("RGB", (4, 4), (10, 20, 30)), "WEBP", lossless=True), (10, 20, 30)),
-    "bmp": (encoded(Image.new("RGB", (4, 4), (10, 20, 30)), "BMP"), (10, 20, 30)),
-}
-
-
-@pytest.mark.parametrize("kind", GOOD)
-def test_every_usual_kind_of_picture_becomes_rgb(kind):
-    data, colour = GOOD[kind]
-    image = decode_image(data)
-    assert image.mode == "RGB"
-    assert np.abs(np.asarray(image).astype(int) - colour).max() <= 1
-
-
-def test_deep_grey_keeps_its_gradations():
-    ramp = np.linspace(0, 65535, 256).astype(np.uint16)[None].repeat(2, 0)
-    assert np.abs(np.asarray(decode_image(encoded(Image.fromarray(ramp))))[0, :, 0] - np.arange(256.0)).max() <= 1
-
-
-@pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_rotation_is_applied(orientation):
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    data = encoded(noise(16, 8), "JPEG", exif=exif)
-    wanted = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
-    assert np.array_equal(np.asarray(decode_image(data)), np.asarray(wanted))
-    assert decode_image(data).size == ((16, 8) if orientation < 5 else (8, 16))
-
-
-def test_a_path_works_as_bytes_do(tmp_path):
-    (tmp_path / "x.png").write_bytes(encoded(noise()))
-    assert (
-        decode_image(tmp_path / "x.png").tobytes()
-        == decode_image(str(tmp_path / "x.png")).tobytes()
-        == noise().tobytes()
-    )
-    with pytest.raises(FileNotFoundError):
-        decode_image(tmp_path / "y.png")
-
-
-def test_a_large_jpeg_may_decode_smaller_but_never_below_twice_the_need():
-    data = encoded(noise(1024, 512), "JPEG")
-    assert decode_image(data).size == (1024, 512)
-    assert decode_image(data, at_least=64).size == (256, 128)
-
-
-def broken_png() -> bytes:
-    data = bytearray(encoded(noise()))
-    data[60] ^= 255
-    return bytes(data)
-
-
-BAD = {
-    "empty": (b"", "0 bytes"),
-    "text": (b"hello, I am no picture", "not a picture"),
-    "web page": (b"<!DOCTYPE html><html>404</html>", "not a picture"),
-    "cut jpeg": (encoded(noise(64, 64), "JPEG")[:-500], "cannot be decoded.*truncated"),
-    "only a jpeg's head": (encoded(noise(64, 64), "JPEG")[:30], "not a picture|cannot be decoded"),
-    "cut png": (encoded(noise(64, 64))[:-3000], "cannot be decoded"),
-    "flipped bits": (broken_png(), "cannot be decoded"),
-    "not a number": (encoded(Image.fromarray(np.full((4, 4), np.nan, np.float32)), "TIFF"), "not finite"),
-    "postscript, which a program would have to run": (encoded(noise(), "EPS"), "not a picture"),
-}
-
-
-@pytest.mark.parametrize("kind", BAD)
-def test_every_bad_picture_is_a_value_error_with_the_reason(kind):
-    data, words = BAD[kind]
-    with pytest.raises(ValueError, match=words) as error:
-        decode_image(data)
-    assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize("error", [IndexError("x"), KeyError("x"), SyntaxError("x"), MemoryError(), struct.error("x")])
-def test_whatever_a_decoder_raises_is_a_value_error(monkeypatch, error):
-    monkeypatch.setattr(image_folder, "_to_rgb", lambda image: (_ for _ in ()).throw(error))
-    with pytest.raises(ValueError, match="cannot be decoded"):
-        decode_image(encoded(noise()))
-
-
-@pytest.mark.parametrize("limit", [64, 40], ids=["above the limit", "above twice the limit"])
-@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-def test_a_decompression_bomb_is_named(monkeypatch, limit):
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
-    with pytest.raises(ValueError, match=f"more than {limit} pixels"):
-        decode_image(encoded(noise(12, 8)))
-
-
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP", "PPM", "JPEG2000", "ICO"])
-@pytest.mark.filterwarnings("ignore")
-def test_no_damage_raises_anything_but_value_error(kind):
-    """Forty files a format with random bytes changed or cut off: decoded, or a ValueError."""
-    random = np.random.RandomState(0)
-    whole = encoded(noise(32, 32), kind)
-    for _ in range(40):
-        data = bytearray(whole)
-        for place in random.randint(0, len(data), 6):
-            data[place] = random.randint(256)
-        data = bytes(data[: random.randint(8, len(data) + 1)])
-        try:
-            assert decode_image(data).mode == "RGB"
-        except ValueError:
-            continue
 
 
 # ---- folders and archives ----
@@ -197,7 +62,7 @@ def pack(tree: dict[str, bytes], where: Path, container: str = "folder") -> Path
     return path
 
 
-def pictures(prefix: str, count: int, width: int = 12, height: int = 8) -> dict[str, bytes]:
+def image_files(prefix: str, count: int, width: int = 12, height: int = 8) -> dict[str, bytes]:
     return {f"{prefix}/{i:02}.png": encoded(noise(width, height, seed=i)) for i in range(count)}
 
 
@@ -219,7 +84,7 @@ def load(path: Path, size=None, **options):
     ids=["classes", "train and test", "train and valid", "train alone", "a class called train"],
 )
 def test_layouts(tmp_path, container, wrapping, parts, counts):
-    tree = {f"{wrapping}{name}": content for part, n in parts.items() for name, content in pictures(part, n).items()}
+    tree = {f"{wrapping}{name}": content for part, n in parts.items() for name, content in image_files(part, n).items()}
     found = load(pack(tree, tmp_path, container))
     assert (len(found.train[0]), len(found.test[0])) == counts
     assert found.classes == (["car", "train"] if "train" in parts else ["cat", "dog"])
@@ -252,15 +117,15 @@ def test_the_split_goes_by_file_and_seed_not_by_order(tmp_path):
 
 
 def test_sizes(tmp_path):
-    path = pack(pictures("cat", 2) | pictures("dog", 2), tmp_path)
+    path = pack(image_files("cat", 2) | image_files("dog", 2), tmp_path)
     assert load(path).train[0].shape[1:] == (3, 8, 12)  # all of one size: untouched
     assert noise(seed=0).tobytes() in {image.permute(1, 2, 0).numpy().tobytes() for image in load(path).train[0]}
     assert load(path, 6).train[0].shape[1:] == (3, 6, 6)
     assert load(path, (6, 10)).train[0].shape[1:] == (3, 6, 10)
-    pack(pictures("dog", 1, width=13), tmp_path)
+    pack(image_files("dog", 1, width=13), tmp_path)
     assert load(path).train[0].shape[1:] == (3, 224, 224)  # no longer
     (tmp_path / "large").mkdir()
-    assert load(pack(pictures("cat", 2, width=600), tmp_path / "large")).train[0].shape[1:] == (3, 224, 224)
+    assert load(pack(image_files("cat", 2, width=600), tmp_path / "large")).train[0].shape[1:] == (3, 224, 224)
 
 
 def test_resizing_keeps_the_centre_and_the_proportions(tmp_path):
@@ -274,11 +139,11 @@ def test_resizing_keeps_the_centre_and_the_proportions(tmp_path):
 
 def messy() -> dict[str, bytes]:
     return {
-        **pictures("train/cat", 4),
-        **pictures("test/cat", 2),
-        **pictures("train/dog", 3),
-        **pictures("test/owl", 1),
-        **pictures("val/cat", 2),
+        **image_files("train/cat", 4),
+        **image_files("test/cat", 2),
+        **image_files("train/dog", 3),
+        **image_files("test/owl", 1),
+        **image_files("val/cat", 2),
         "train/ant/": b"",
         "train/bee/x.jpg": b"",
         "train/cat/.DS_Store": b"x",
@@ -296,12 +161,12 @@ def messy() -> dict[str, bytes]:
 def test_what_is_not_used_is_told_with_the_reason(tmp_path, container):
     train, test = load_images("folder", pack(messy(), tmp_path, container), progress=False)
     assert (len(train), len(test)) == (7, 3) and train.classes == test.classes == ["cat", "dog", "owl"]
-    reasons = {"train/bee/x.jpg": "0 bytes", "train/cat/notes.txt": "not a picture", "train/cat/cut.jpg": "truncated",
+    reasons = {"train/bee/x.jpg": "0 bytes", "train/cat/notes.txt": "not an image", "train/cat/cut.jpg": "truncated",
                "train/loose.png": "not in a class folder", "README.md": "not in a class folder"}  # fmt: skip
     assert sorted(name for name, _ in train.skipped) == sorted(reasons)
     assert all(reasons[name] in reason for name, reason in train.skipped) and test.skipped == []
     told = train.describe_skipped()
-    assert "used 7 training and 3 test pictures of 3 classes" in told and "skipped 5 files" in told
+    assert "used 7 training and 3 test images of 3 classes" in told and "skipped 5 files" in told
     for note in (
         "'ant' has no usable",
         "'bee' has no usable",
@@ -316,7 +181,7 @@ def test_what_is_not_used_is_told_with_the_reason(tmp_path, container):
 
 
 def test_odd_names_do_not_break_the_report(tmp_path):
-    path = pack({**pictures("c\u00e4t", 3), "c\u00e4t/li\nne.txt": b"x"}, tmp_path)
+    path = pack({**image_files("c\u00e4t", 3), "c\u00e4t/li\nne.txt": b"x"}, tmp_path)
     with open(os.fsencode(path) + b"/c\xc3\xa4t/\xff.txt", "wb") as file:
         file.write(b"x")
     train, _ = load_images("folder", path, progress=False)
@@ -326,7 +191,7 @@ def test_odd_names_do_not_break_the_report(tmp_path):
 
 
 def test_links_that_loop_or_lead_nowhere_do_no_harm(tmp_path):
-    path = pack(pictures("cat", 3), tmp_path)
+    path = pack(image_files("cat", 3), tmp_path)
     (path / "cat" / "again").symlink_to(path)
     (path / "cat" / "gone.png").symlink_to(path / "nowhere.png")
     found = load(path)
@@ -336,7 +201,7 @@ def test_links_that_loop_or_lead_nowhere_do_no_harm(tmp_path):
 
 def test_an_archive_writes_nowhere(tmp_path):
     """Members that would leave the folder when unpacked are only read."""
-    tree = {**pictures("../../evil", 2), **{"/tmp/evil/" + k[-6:]: v for k, v in pictures("x", 2).items()}}
+    tree = {**image_files("../../evil", 2), **{"/tmp/evil/" + k[-6:]: v for k, v in image_files("x", 2).items()}}
     path = pack(tree, tmp_path, "tar")
     with tarfile.open(path, "a") as archive:
         link = tarfile.TarInfo("evil/passwd")
@@ -354,14 +219,14 @@ def test_an_archive_writes_nowhere(tmp_path):
     [
         ({}, "0 training and 0 test"),
         ({"a.png": encoded(noise())}, "skipped 1 files; the first, a.png: not in a class folder"),
-        ({"cat/a.txt": b"x"}, "not a picture"),
+        ({"cat/a.txt": b"x"}, "not an image"),
         ({"cat/a.png": encoded(noise())}, "1 training and 0 test"),
-        ({**pictures("train/cat", 2), "test/cat/x.png": b"x"}, "2 training and 0 test"),
+        ({**image_files("train/cat", 2), "test/cat/x.png": b"x"}, "2 training and 0 test"),
         (
-            {**pictures("Cat", 2), **pictures("cat", 2)},
+            {**image_files("Cat", 2), **image_files("cat", 2)},
             "'cat' and 'Cat' differ only in case|'Cat' and 'cat' differ only",
         ),
-        ({**pictures("train/Cat", 2), **pictures("test/cat", 2)}, "differ only in case"),
+        ({**image_files("train/Cat", 2), **image_files("test/cat", 2)}, "differ only in case"),
     ],
 )
 def test_unusable_folders_are_one_clear_line(tmp_path, cache, tree, words):
@@ -373,7 +238,7 @@ def test_unusable_folders_are_one_clear_line(tmp_path, cache, tree, words):
 
 @pytest.mark.parametrize("container", ["tar", "tar.gz", "zip"])
 def test_a_cut_or_foreign_archive_is_one_clear_line(tmp_path, container):
-    path = pack(pictures("cat", 30, 40, 40), tmp_path, container)
+    path = pack(image_files("cat", 30, 40, 40), tmp_path, container)
     whole = path.read_bytes()
     for content in (whole[: len(whole) // 2], b"", b"no archive at all" * 100):
         path.write_bytes(content)
@@ -383,7 +248,7 @@ def test_a_cut_or_foreign_archive_is_one_clear_line(tmp_path, container):
 
 
 def test_a_damaged_member_is_named_and_the_others_are_used(tmp_path):
-    path = pack(pictures("cat", 6, 40, 40), tmp_path, "zip")
+    path = pack(image_files("cat", 6, 40, 40), tmp_path, "zip")
     content = bytearray(path.read_bytes())
     content[content.index(b"cat/03.png") + 200] ^= 255
     path.write_bytes(content)
@@ -396,16 +261,16 @@ def test_a_damaged_member_is_named_and_the_others_are_used(tmp_path):
 
 @pytest.fixture
 def decodes(monkeypatch):
-    """Counts the pictures decoded."""
+    """Counts the images decoded."""
     seen = []
-    original = image_folder.decode_image
-    monkeypatch.setattr(image_folder, "decode_image", lambda *a, **k: seen.append(1) or original(*a, **k))
+    original = folders.decode_image
+    monkeypatch.setattr(folders, "decode_image", lambda *a, **k: seen.append(1) or original(*a, **k))
     return seen
 
 
 @pytest.mark.parametrize("container", ["folder", "tar.gz"])
 def test_a_second_run_decodes_nothing_until_something_changes(tmp_path, decodes, container):
-    tree = pictures("cat", 5)
+    tree = image_files("cat", 5)
     path = pack(tree, tmp_path, container)
     first, second = load(path), load(path)
     assert len(decodes) == 5
@@ -413,31 +278,33 @@ def test_a_second_run_decodes_nothing_until_something_changes(tmp_path, decodes,
     load(path, 6)
     load(path, split_seed=1)
     assert len(decodes) == 15  # other settings, another cache
-    pack(tree | pictures("cat", 6), tmp_path, container)
+    pack(tree | image_files("cat", 6), tmp_path, container)
     assert len(load(path).train[0]) == 5 and len(decodes) == 21
 
 
 def test_torch_does_not_warn_of_the_read_only_file(tmp_path):
-    code = "import sys; from image_folder import load_folder; load_folder(sys.argv[1], progress=False)"
-    path, home = pack(pictures("cat", 5), tmp_path), Path(image_folder.__file__).parent
-    # In a process of its own: torch warns once.
-    done = subprocess.run([sys.executable, "-c", code, path], cwd=home, capture_output=True, text=True, timeout=60)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    torch.set_warn_always(True)  # else only the first time
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            load(pack(image_files("cat", 5), tmp_path))
+    finally:
+        torch.set_warn_always(False)
 
 
-def test_pictures_are_read_from_the_file_when_used(tmp_path, cache):
-    images = load(pack(pictures("cat", 5), tmp_path)).train[0]
+def test_images_are_read_from_the_file_when_used(tmp_path, cache):
+    images = load(pack(image_files("cat", 5), tmp_path)).train[0]
     with open(next(cache.iterdir()) / "train.npy", "r+b") as file:
         file.seek(128)  # the first pixel, after the header
         file.write(bytes([images[0, 0, 0, 0] ^ 255]))
-    assert images[0, 0, 0, 0] == image_folder.np.load(next(cache.iterdir()) / "train.npy")[0, 0, 0, 0]
+    assert images[0, 0, 0, 0] == folders.np.load(next(cache.iterdir()) / "train.npy")[0, 0, 0, 0]
 
 
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, MemoryError])
 def test_an_interrupted_decoding_leaves_nothing_that_is_used(tmp_path, cache, monkeypatch, stop):
-    path = pack(pictures("cat", 5), tmp_path)
+    path = pack(image_files("cat", 5), tmp_path)
     with monkeypatch.context() as patch, pytest.raises(stop):
-        patch.setattr(image_folder.np, "save", lambda *a: (_ for _ in ()).throw(stop()))
+        patch.setattr(folders.np, "save", lambda *a: (_ for _ in ()).throw(stop()))
         load(path)
     assert list(cache.iterdir()) == []
     assert len(load(path).train[0]) == 4
@@ -446,7 +313,7 @@ def test_an_interrupted_decoding_leaves_nothing_that_is_used(tmp_path, cache, mo
 @pytest.mark.parametrize("file", ["train.npy", "test.npy", "train-labels.npy", "about.json"])
 @pytest.mark.parametrize("damage", ["cut", "gone"])
 def test_a_damaged_cache_is_made_again(tmp_path, cache, file, damage):
-    path = pack(pictures("cat", 5), tmp_path)
+    path = pack(image_files("cat", 5), tmp_path)
     before = load(path).train[0].clone()
     target = next(cache.iterdir()) / file
     content = target.read_bytes()
@@ -457,24 +324,24 @@ def test_a_damaged_cache_is_made_again(tmp_path, cache, file, damage):
 
 
 def test_a_cache_of_another_process_made_meanwhile_is_used(tmp_path, cache, monkeypatch):
-    path = pack(pictures("cat", 5), tmp_path)
-    original = image_folder._write_index
+    path = pack(image_files("cat", 5), tmp_path)
+    original = folders._write_index
 
     def and_another_is_faster(*arguments):
         original(*arguments)
         if len(list(cache.iterdir())) == 1:
             load(path)
 
-    monkeypatch.setattr(image_folder, "_write_index", and_another_is_faster)
+    monkeypatch.setattr(folders, "_write_index", and_another_is_faster)
     assert len(load(path).train[0]) == 4
     assert [p.suffix for p in cache.iterdir()] == [""]
 
 
 def test_a_cache_folder_that_cannot_be_written_is_one_clear_line(tmp_path, monkeypatch):
-    path = pack(pictures("cat", 5), tmp_path)
+    path = pack(image_files("cat", 5), tmp_path)
     (tmp_path / "file").write_bytes(b"")
     monkeypatch.setenv("VLM_CACHE", str(tmp_path / "file"))
-    with pytest.raises(OSError, match="cannot write the decoded pictures.*VLM_CACHE") as error:
+    with pytest.raises(OSError, match="cannot write the decoded images.*VLM_CACHE") as error:
         load(path)
     assert "\n" not in str(error.value)
 
