@@ -17,7 +17,7 @@ from lib.files import find_source, read_json, write_json
 from lib.layouts.common import Layout, renamed, with_defaults
 from lib.lora import lora_layers, merge_lora, merged_weight
 from lib.quant import Linear4bit
-from lib.weights import naming, shorten, write_tensors
+from lib.weights import empty_model, naming, shorten, write_tensors
 from model import convert_linears_to_lora
 
 # What else PEFT can put into an adapter, which Linear_LORA does not compute.
@@ -129,8 +129,8 @@ def read_adapter(model: nn.Module, layout: Layout, file: Path) -> dict[str, tupl
     """{name of our layer: (A, B)}, whichever spelling the file has."""
     if not file.exists():
         raise FileNotFoundError(f"there is no {file}: save the adapter as safetensors")
-    with torch.device("meta"):
-        ours = {name.theirs[0]: name.ours for name in layout.names(layout.build(model.config)) if name.repeat is None}
+    names = layout.names(empty_model(layout.build, model.config))
+    ours = {name.theirs[0]: name.ours for name in names if name.repeat is None}
     with naming(file):
         tensors = load_file(file)
     found: dict[str, dict[str, torch.Tensor]] = {}

@@ -20,7 +20,7 @@ import torch.nn as nn
 from lib.files import find_source, read_json, write_json
 from lib.layouts import find_layout, layouts_of
 from lib.layouts.common import TOKEN_IDS, Layout
-from lib.weights import load_tensors, published_tensors, read_safetensors, write_safetensors
+from lib.weights import empty_model, load_tensors, published_tensors, read_safetensors, write_safetensors
 
 
 def from_pretrained(
@@ -40,8 +40,7 @@ def from_pretrained(
     published, read_tensors = open_source(path)
     layout, config = understand(path, published)
     try:
-        with torch.device("meta"):
-            model = layout.build(config)
+        model = empty_model(layout.build, config)
     except (RuntimeError, TypeError, ArithmeticError) as error:  # torch's ways to say that a size exceeds what it can hold
         reason = str(error).splitlines()[0]
         raise ValueError(f"{path} does not describe a {published['model_type']}: {reason}") from None
@@ -181,8 +180,7 @@ def save_pretrained(
         state |= weights
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with torch.device("meta"):
-        names = chosen.names(chosen.build(model.config))
+    names = chosen.names(empty_model(chosen.build, model.config))
     tensors = published_tensors(state, names, dtype)
     stored = next(tensor.dtype for tensor in tensors.values() if tensor.is_floating_point())
     config = {"model_type": kind, **chosen.write_config(model.config), "dtype": str(stored).removeprefix("torch."), **more}

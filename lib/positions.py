@@ -6,6 +6,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from lib.weights import empty_model
+
 
 def resize_positions(positions: torch.Tensor, old: tuple[int, int], new: tuple[int, int]) -> torch.Tensor:
     """Position embeddings [N, D] of a grid `old` -> [N', D] of a grid `new`, bicubic as in the published code."""
@@ -18,8 +20,7 @@ def resize_positions(positions: torch.Tensor, old: tuple[int, int], new: tuple[i
 def resized_tower(tower: nn.Module, image_size: int | tuple[int, int]) -> nn.Module:
     """A SiglipModel, its vision transformer or a ViTModel for images of image_size pixels, with the weights of `tower`."""
     config = replace(tower.config, image_size=image_size)
-    with torch.device("meta"):
-        new = type(tower)(config)
+    new = empty_model(type(tower), config)
     state = tower.state_dict()
     (name,) = (name for name in state if "embeddings.position_embedding" in name)
     positions = state[name]

@@ -4,13 +4,15 @@ Loading is a name map plus set algebra: each of our parameters says which publis
 shape is checked, and a tensor that is missing, left over or of another shape is an error that names it.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+import torch.nn as nn
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+from torch.overrides import TorchFunctionMode
 
 from lib.files import read_json, write_atomic, write_json
 from lib.layouts.common import Name
@@ -101,6 +103,22 @@ def list_safetensors(folder: Path) -> list[tuple[str, tuple[int, ...], str]]:
 
 
 # ---- parameters ------------------------------------------------------------------------------------------------------
+
+
+class WithoutValues(TorchFunctionMode):
+    """Inside the block, initialising a tensor does nothing. (On the meta device there is nothing to initialise, but torch
+    imports its compiler to find that out, which takes longer than reading a small model.)"""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function.__name__ in ("normal_", "uniform_", "trunc_normal_"):
+            return args[0] if args else kwargs["tensor"]
+        return function(*args, **(kwargs or {}))
+
+
+def empty_model(build: Callable[[object], nn.Module], config) -> nn.Module:
+    """build(config) with parameters that have shapes and no values."""
+    with torch.device("meta"), WithoutValues():
+        return build(config)
 
 
 def load_tensors(

@@ -9,7 +9,6 @@ from safetensors.torch import load_file, save_file
 from gpt import GPTConfig
 from lib.checkpoint import from_pretrained, save_pretrained
 from lib.files import write_atomic
-from lib.positions import resized_tower
 from lib.run_state import load_state, save_state
 from vit_scratch import ViTConfig, ViTModel
 
@@ -77,7 +76,13 @@ def test_positions_resize_as_theirs_do(tmp_path):
     theirs = vit().eval()
     theirs.save_pretrained(tmp_path)
     x = torch.randn(1, 3, 48, 72)
-    close(resized_tower(from_pretrained(tmp_path), (48, 72))(x), theirs(x, interpolate_pos_encoding=True).logits)
+    ours = from_pretrained(tmp_path, image_size=(48, 72))
+    close(ours(x), theirs(x, interpolate_pos_encoding=True).logits)
+    save_pretrained(ours, tmp_path / "larger")
+    close(from_pretrained(tmp_path / "larger")(x), ours(x))
+    gpt2().save_pretrained(tmp_path / "gpt2")
+    with pytest.raises(ValueError, match="a GPT reads no images"):
+        from_pretrained(tmp_path / "gpt2", image_size=64)
 
 
 @torch.no_grad()

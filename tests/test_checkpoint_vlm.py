@@ -2,9 +2,8 @@
 every spelling; what has no published layout is refused with the reason and comes back as our own; adapters are PEFT's."""
 
 import json
-import subprocess
+import runpy
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from extras.cross_attention import CrossAttentionConfig, CrossAttentionVLM
-from lib import adapters, checkpoint, convert, files, weights
+from lib import adapters, convert, files, weights
 from lib.adapters import load_lora, save_lora
 from lib.checkpoint import from_pretrained, save_pretrained
 from lib.convert import show
@@ -20,6 +19,7 @@ from lib.layouts import llama as llama_layout
 from lib.layouts import siglip as siglip_layout
 from lib.layouts import vlm as vlm_layout
 from lib.layouts.common import TOKEN_IDS
+from lib.positions import resized_tower
 from model import (
     Linear_LORA,
     Llama3ForCausalLM,
@@ -828,6 +828,18 @@ def run_main(monkeypatch, *args):
     convert.main()
 
 
+@torch.no_grad()
+def test_a_vlm_may_be_loaded_for_images_of_another_size(tmp_path):
+    save_pretrained(our_vlm(**FITS["llava"]), tmp_path)
+    plain, larger = from_pretrained(tmp_path), from_pretrained(tmp_path, image_size=(48, 64))
+    (rows, columns), before = larger.vision_tower.grid, plain.config.text_config.num_image_tokens
+    assert larger.config.text_config.num_image_tokens == rows * columns != before and larger.vision_tower.image_size == (48, 64)
+    x = torch.randn(1, 3, 48, 64)
+    assert torch.equal(larger.vision_tower(x), resized_tower(plain.vision_tower, (48, 64))(x))
+    ids = torch.tensor([[1, *[larger.config.image_token_id] * rows * columns, 2]])
+    assert larger(ids, x).logits.isfinite().all()
+
+
 def test_convert_rewrites_with_everything_that_belongs_to_it(tmp_path, monkeypatch, capsys):
     theirs = lively(llama(bos_token_id=3, eos_token_id=[4, 5], tie_word_embeddings=True))
     theirs.save_pretrained(tmp_path / "theirs")
@@ -857,11 +869,14 @@ def test_an_old_vlm_is_brought_up_to_date(tmp_path, monkeypatch):
         assert "vision_tower.vision_model.embeddings.patch_embedding.weight" in file.keys()  # noqa: SIM118
 
 
-def test_a_mistake_is_one_line_and_exit_code_2(tmp_path):
-    command = [sys.executable, "-m", "lib.checkpoint", "show", tmp_path / "nowhere"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(checkpoint.__file__).parents[1])
-    assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.startswith("error: there is no folder") and done.stderr.count("\n") == 1
+def test_a_mistake_is_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["checkpoint.py", "show", str(tmp_path / "nowhere")])
+    monkeypatch.delitem(sys.modules, "lib.checkpoint")  # as python -m lib.checkpoint finds it
+    with pytest.raises(SystemExit) as done:
+        runpy.run_module("lib.checkpoint", run_name="__main__")
+    printed = capsys.readouterr()
+    assert done.value.code == 2 and printed.out == ""
+    assert printed.err.startswith("error: there is no folder") and printed.err.count("\n") == 1
 
 
 def test_labels_and_notes_stay_with_a_converted_model(tmp_path, monkeypatch):
