@@ -33,8 +33,9 @@ from lib.answers import (
     row_items,
     scene_items,
 )
+from lib.cli import HelpFormatter, not_negative_int, positive_int, run_cli
+from lib.devices import find_device
 from lib.files import find_source, read_json, write_json
-from lib.run import HelpFormatter, find_device, not_negative_int, positive_int, run_cli
 from lib.scores import bleu4, cider_d, score
 from model import MllamaForConditionalGeneration
 from processing_mllama import MllamaImageProcessor

@@ -27,10 +27,11 @@ from pathlib import Path
 import torch
 
 from lib.checkpoint import check_vocabulary, from_pretrained, load_processor
+from lib.cli import not_negative_float, not_negative_int, positive_float, positive_int, run_cli
 from lib.conversation import Conversation, stream_text
+from lib.devices import find_device
 from lib.fast_decode import fast_step
 from lib.files import find_source
-from lib.run import find_device, not_negative_float, not_negative_int, positive_float, positive_int, run_cli
 from lib.tokenizer import BPETokenizer, load_tokenizer
 from lib.weights import DTYPES
 from model import MllamaForConditionalGeneration

@@ -1,4 +1,4 @@
-"""Train a Vision Transformer (vit_scratch.py) to classify pictures: the block of a language model, learning to see.
+"""Train a Vision Transformer (vit_scratch.py) to classify images: the block of a language model, learning to see.
 
     python train_vit.py                                              handwritten digits, two minutes on a laptop CPU
     python train_vit.py --dataset mnist --data DIR
@@ -12,25 +12,24 @@ metrics.jsonl, curves.png, samples.png, mistakes.png, confusion.png, filters.png
 """
 
 import json
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
 from data.augment import PRESETS as AUGMENTATIONS
-from data.augment import Augment, normalize_images
+from data.augment import Augment
 from data.batches import Batches
-from data.datasets import DATASETS, ImageDataset, evenly, load_images
+from data.datasets import DATASETS
 from lib import figures
-from lib.checkpoint import from_pretrained, save_pretrained
-from lib.files import write_json
-from lib.image_settings import write_image_settings
-from lib.run import Run, Trainer, argument_parser, fraction, not_negative_int, parameter_groups, positive_int, run_cli
+from lib.classification import accuracy, default_patch, draw_answers, load_data, predict, save_classifier
+from lib.cli import argument_parser, fraction, not_negative_int, positive_int, run_cli
+from lib.optim import cosine_schedule, make_optimizers, parameter_groups, set_learning_rate
+from lib.run import Run
 from vit_scratch import ViTConfig, ViTModel, pair
 
 # ---- settings --------------------------------------------------------------------------------------------------------
 
-# Per data set: what its pictures ask of the model and of the schedule. Every value has a flag that replaces it.
+# Per data set: what its images ask of the model and of the schedule. Every value has a flag that replaces it.
 RECIPES = {
     "digits": {"image_size": 16, "patch_size": 4, "epochs": 60, "lr": 1e-3},  # 8x8 pixels, enlarged once
     "mnist": {"image_size": 28, "patch_size": 7, "epochs": 4, "lr": 1e-3},
@@ -58,7 +57,7 @@ def parse_args(argv=None):
     add("--layers", type=positive_int, dest="num_hidden_layers", help="in place of --size's")
     add("--heads", type=positive_int, dest="num_attention_heads", help="in place of --size's")
     add("--dropout", type=fraction, default=0.0)
-    add("--drop-path", type=fraction, default=0.1, help="chance to skip a branch of the last block")
+    add("--drop-path", type=fraction, default=0.1, help="chance to skip one half of the last block")
     add("--pooling", choices=["cls", "mean"], default="mean", help="what the classifier reads")
     add("--split-seed", type=not_negative_int, default=0, help="another test part, where the data come without one")
     add("--augment", choices=list(AUGMENTATIONS), help="default: made for the data set")
@@ -71,73 +70,18 @@ def parse_args(argv=None):
     return args
 
 
-# ---- data ------------------------------------------------------------------------------------------------------------
-
-
-def load_data(args, run: Run) -> tuple[ImageDataset, ImageDataset]:
-    with run.main_first():  # what it downloads and decodes
-        train, test = load_images(args.dataset, args.data, args.image_size, args.split_seed, run.is_main, args.workers)
-    if words := train.describe_skipped():
-        run.print(words)
-    if train.images.nbytes + test.images.nbytes < 2**30:  # then a GPU can hold them, and no batch need be copied to it
-        for part in (train, test):
-            part.images, part.labels = part.images.to(run.device), part.labels.to(run.device)
-    return train, test
-
-
-# ---- evaluation --------------------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def predict(model: ViTModel, dataset: ImageDataset, mean, std, run: Run) -> torch.Tensor:
-    """Probabilities [N, K] for every picture of a data set."""
-    rows = []
-    for images in dataset.images.split(500):
-        with run.autocast():
-            logits = model(normalize_images(images.to(run.device), mean, std))
-        rows.append(logits.float().softmax(dim=-1).cpu())
-    return torch.cat(rows)
-
-
-def accuracy(probabilities: torch.Tensor, labels: torch.Tensor) -> float:
-    return (probabilities.argmax(dim=1) == labels.cpu()).float().mean().item()
-
-
-def draw(folder: Path, model: ViTModel, test: ImageDataset, probabilities: torch.Tensor, rows: list[dict]) -> None:
-    """The pictures of a finished run."""
-    labels, images = test.labels.cpu(), test.images.cpu()
-    confidence, said = probabilities.max(dim=1)
-    right = said == labels
-
-    def sheet(chosen: torch.Tensor, name: str, title: str) -> None:
-        captions = [
-            f"{test.classes[said[i]]} {confidence[i]:.0%}" + ("" if right[i] else f"\nis {test.classes[labels[i]]}")
-            for i in chosen.tolist()
-        ]
-        figures.sheet(images[chosen], captions, folder / name, title, good=right[chosen].tolist())
-
-    sheet(evenly(len(test), 32), "samples.png", "what it saw, what it said")
-    wrong = (~right).nonzero()[:, 0]
-    sheet(wrong[confidence[wrong].argsort(descending=True)][:32], "mistakes.png", "the most confident mistakes")
-    K = len(test.classes)
-    matrix = torch.bincount(labels * K + said, minlength=K * K).view(K, K)
-    figures.confusion(matrix, test.classes, folder / "confusion.png")
-    figures.patch_filters(model.embeddings.projection.weight, folder / "filters.png")
-    figures.curves(rows, folder / "curves.png")
-
-
-# ---- the recipe --------------------------------------------------------------------------------------------------------
-
-
 def main(argv=None) -> None:
     args = parse_args(argv)
     run = Run(args)
+
+    # ---- data ----
     train, test = load_data(args, run)
     mean, std = train.mean_std()
     augment = Augment(AUGMENTATIONS[args.augment], mean, std)
-    K = len(train.classes)
+    batches = Batches(len(train), args.batch_size // run.world_size, args.seed, rank=run.rank, world_size=run.world_size)
 
-    size = tuple(train.images.shape[-2:])
+    # ---- model ----
+    size, K = tuple(train.images.shape[-2:]), len(train.classes)
     config = ViTConfig(
         image_size=size[0] if size[0] == size[1] else size,
         patch_size=args.patch_size or default_patch(size),
@@ -148,66 +92,52 @@ def main(argv=None) -> None:
     )
     torch.manual_seed(args.seed)
     model = run.place(ViTModel(config))
-
-    batches = Batches(len(train), args.batch_size // run.world_size, args.seed, rank=run.rank, world_size=run.world_size)
-    total_steps = max(1, round(args.epochs * len(batches)))
-    trainer = Trainer(run, model, total_steps, parameter_groups(model, args.weight_decay, args.lr), batches)
     parameters = sum(p.numel() for p in model.parameters())
+
+    # ---- optimiser ----
+    optimizers = make_optimizers(parameter_groups(model, args.weight_decay, args.lr))
+    total_steps = max(1, round(args.epochs * len(batches)))
+
     run.print(
-        f"{args.dataset}: {len(train):,} training and {len(test):,} test pictures of {size[0]}x{size[1]}, {K} classes\n"
+        f"{args.dataset}: {len(train):,} training and {len(test):,} test images of {size[0]}x{size[1]}, {K} classes\n"
         f"ViT: {parameters:,} parameters, {config.grid[0]}x{config.grid[1]} patches of {pair(config.patch_size)[0]} pixels\n"
-        f"{total_steps:,} steps of {args.batch_size} pictures, learning rate {args.lr:g}, {run}"
+        f"{total_steps:,} steps of {args.batch_size} images, learning rate {args.lr:g}, {run}"
     )
 
-    def losses(step: int):
+    # ---- loop ----
+    for step in run.steps("", total_steps, batches, optimizers):
+        if run.evaluates(step):
+            with run.evaluation() as eval_model:
+                run.log(test_accuracy=accuracy(predict(eval_model, test, mean, std, run), test.labels))
+        set_learning_rate(optimizers, cosine_schedule(run.progress, args.warmup))
         generator = run.seed_step(step)
-        for images, targets in augment.parts(train, next(batches), args.grad_accum, generator):
+        for images, targets in run.parts(augment.parts(train, next(batches), args.grad_accum, generator)):
             with run.autocast():
-                yield F.cross_entropy(trainer.model(images), targets)
+                loss = F.cross_entropy(run.model(images), targets) / args.grad_accum
+            run.scaler.scale(loss).backward()
+            run.loss += loss.detach()
+        run.clip_and_step(optimizers, args.clip)
 
-    model.train()
-    while not trainer.done():
-        trainer.step(losses(trainer.steps_done))
-        if trainer.evaluates():
-            with trainer.evaluation() as whole:
-                trainer.log(test_accuracy=accuracy(predict(whole, test, mean, std, run), test.labels))
-    trainer.close()
-
-    # ---- what the run leaves ----
+    # ---- evaluation, and what the run leaves ----
     if run.is_main and not args.dry_run:
-        with trainer.evaluation() as whole:
-            probabilities = predict(whole, test, mean, std, run)
+        with run.evaluation() as eval_model:
+            probabilities = predict(eval_model, test, mean, std, run)
             test_accuracy = accuracy(probabilities, test.labels)
-            trainer.log(test_accuracy=test_accuracy)
-            save_run(run.folder, whole, train, mean, std, args)
-            draw(run.folder, whole, test, probabilities, trainer.metrics.read())
-        images_seen = trainer.steps_done * args.batch_size
+            run.log(test_accuracy=test_accuracy)
+            save_classifier(run.folder, eval_model, train.classes, mean, std, vars(args))
+            draw_answers(run.folder, test, probabilities, run.metrics.read())
+            figures.patch_filters(eval_model.embeddings.projection.weight, run.folder / "filters.png")
         result = {
             "test_accuracy": round(test_accuracy, 4),
-            "seconds": round(trainer.seconds, 1),
-            "images_per_second": round(images_seen / trainer.seconds, 1),
+            "seconds": round(run.seconds, 1),
+            "images_per_second": round(run.steps_done * args.batch_size / run.seconds, 1),
             "parameters": parameters,
-            "steps": trainer.steps_done,
+            "steps": run.steps_done,
             "seed": args.seed,
             "run": str(run.folder),
         }
         print(json.dumps(result))
     run.barrier()
-
-
-def default_patch(size: tuple[int, int]) -> int:
-    """The largest published patch that cuts the picture into at least 8x8 pieces; else the largest that divides at all."""
-    fits = [p for p in (32, 16, 14, 8, 7, 4, 2, 1) if size[0] % p == 0 and size[1] % p == 0]
-    return next((p for p in fits if min(size) // p >= 8), fits[-1])
-
-
-def save_run(folder: Path, model: ViTModel, train: ImageDataset, mean, std, args) -> None:
-    """The model as a published checkpoint folder, with what transformers' image processor needs to know."""
-    labels = {str(i): name for i, name in enumerate(train.classes)}
-    save_pretrained(model, folder, id2label=labels, label2id={name: int(i) for i, name in labels.items()})
-    write_image_settings(folder, pair(model.config.image_size), mean, std, image_processor_type="ViTImageProcessor")
-    write_json(folder / "settings.json", vars(args))
-    from_pretrained(folder)  # what was written can be read
 
 
 if __name__ == "__main__":

@@ -55,8 +55,7 @@ from lib.chat import stop_tokens
 from lib.checkpoint import from_pretrained, save_pretrained
 from lib.files import find_source, read_json, write_json
 from lib.image_settings import read_image_settings
-from lib.quant import Linear4bit, quantize_
-from lib.run import (
+from lib.old_trainer import (
     Run,
     Trainer,
     argument_parser,
@@ -68,6 +67,7 @@ from lib.run import (
     positive_int,
     run_cli,
 )
+from lib.quant import Linear4bit, quantize_
 from lib.scores import score
 from lib.tokenizer import BPETokenizer
 from lib.vocabulary import resize_token_embeddings

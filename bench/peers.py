@@ -43,12 +43,13 @@ from data import scenes
 from data.scene_batches import SceneBatches, scene_pixels
 from lib import figures
 from lib.checkpoint import from_pretrained, save_pretrained
+from lib.cli import not_negative_int, positive_int, run_cli
+from lib.devices import find_device, find_dtype
 from lib.fast_decode import fast_step
 from lib.int8 import quantize_8bit_
 from lib.loss import chunked_cross_entropy
 from lib.memory import peak_bytes
 from lib.quant import Linear4bit, bytes_of, quantised_memory, quantize_
-from lib.run import find_device, find_dtype, not_negative_int, positive_int, run_cli
 from lib.tokenizer import BPETokenizer
 from lib.vocabulary import resize_token_embeddings
 from lib.weights import DTYPES

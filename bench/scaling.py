@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from lib.run import positive_float, positive_int, run_cli
+from lib.cli import positive_float, positive_int, run_cli
 from model import LLAMA32Config, MLLAMAConfig, MllamaForConditionalGeneration
 from siglip import SiglipVisionConfig
 

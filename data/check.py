@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from data.llava import LlavaRows
-from lib.run import run_cli
+from lib.cli import run_cli
 
 
 def parse_args(argv=None) -> argparse.Namespace:

@@ -23,8 +23,8 @@ from data.archives import DAMAGED, open_archive
 from data.folders import arrange
 from data.llava import kind_of, parsed
 from data.scenes import MIX, SPLITS, make_scenes, questions
+from lib.cli import not_negative_int, positive_int, run_cli
 from lib.files import new_folder, one_line, write_json
-from lib.run import not_negative_int, positive_int, run_cli
 from processing_mllama import IMAGE_TOKEN
 
 

@@ -35,8 +35,8 @@ from tqdm import tqdm
 from data.image_cache import ImageCache
 from data.images import decoding_threads
 from data.llava import LlavaRow, LlavaRows, RowError, checked_row, image_groups, parsed
+from lib.cli import positive_int, run_cli
 from lib.files import new_folder, one_line, write_atomic, write_json
-from lib.run import positive_int, run_cli
 from processing_mllama import ROLES, normalize, rescale, to_pixels
 
 SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "ico", "jp2", "avif", "img")  # of images

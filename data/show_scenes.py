@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from data.scenes import KINDS, SPLITS, make_scenes, questions
 from lib import figures
-from lib.run import not_negative_int, run_cli
+from lib.cli import not_negative_int, run_cli
 
 
 def show_scenes(path: str | Path, split: str, seed: int = 0, count: int = 12, per_scene: int = 3) -> None:

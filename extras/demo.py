@@ -24,10 +24,11 @@ from data.scenes import INKS, PAPERS, SceneConfig
 from extras.attention_maps import group_into_words, where_it_looks
 from lib import figures
 from lib.checkpoint import load_vlm
+from lib.cli import positive_int, run_cli
 from lib.conversation import Conversation
+from lib.devices import find_device
 from lib.fast_decode import fast_step
 from lib.files import one_line
-from lib.run import find_device, positive_int, run_cli
 
 HOST, LARGEST, SHOWN = "127.0.0.1", 10, 384  # MiB of one upload; pixels a side of pictures on the page
 

@@ -39,8 +39,9 @@ from extras.llmvit import (
 from gpt import GPT, GPTConfig
 from lib import figures
 from lib.checkpoint import from_pretrained
+from lib.classification import accuracy, default_patch, load_data, predict
 from lib.files import read_json, write_json
-from lib.run import (
+from lib.old_trainer import (
     Run,
     Trainer,
     argument_parser,
@@ -54,7 +55,6 @@ from lib.run import (
 from lib.tokenizer import BPETokenizer
 from lib.weights import naming, read_safetensors, write_tensors
 from model import Llama3ForCausalLM, LLAMA32Config, convert_linears_to_lora
-from train_vit import accuracy, default_patch, load_data, predict
 from vit_scratch import pair
 
 # ---- settings --------------------------------------------------------------------------------------------------------

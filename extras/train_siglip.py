@@ -45,9 +45,10 @@ from data.shard_stream import ShardStream
 from data.shards import ShardImages
 from lib import figures
 from lib.checkpoint import from_pretrained, save_pretrained
+from lib.classification import default_patch, load_data
 from lib.files import read_json, write_json
 from lib.image_settings import write_image_settings
-from lib.run import (
+from lib.old_trainer import (
     Run,
     Trainer,
     argument_parser,
@@ -63,7 +64,6 @@ from lib.tokenizer import BPETokenizer
 from processing_mllama import IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD, denormalize, normalize, rescale
 from siglip import SiglipConfig, SiglipTextConfig, SiglipTwoTower, SiglipVisionConfig
 from train_vit import SIZES as VIT_SIZES
-from train_vit import default_patch, load_data
 from train_vlm import FIRST_ROWS, is_sharded_data, load_rows
 from vit_scratch import sincos_positions
 

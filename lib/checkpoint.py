@@ -218,7 +218,7 @@ def choose_layout(model: nn.Module, wanted: str | None) -> tuple[str, Layout]:
 
 
 if __name__ == "__main__":
+    from lib.cli import run_cli
     from lib.convert import main
-    from lib.run import run_cli  # stands below this file, and is needed by this one line alone
 
     run_cli(main)

@@ -1,23 +1,54 @@
-"""How much memory a step of training takes: measured, and foretold by `--dry-run` on every training script.
+"""How much memory a step of training takes: measured, and estimated by `--dry-run` on every training script.
 
-What is foretold comes from the run's own first batches: a few of their samples go forward and backward on the device they are
-meant for, one and then several at once, and what autograd keeps for them grows along a straight line from there.
-Weights, gradients and the optimiser's averages are counted, which needs no trying.
+The estimate comes from the run's own first batches: a few of their samples go forward and backward on the device they are
+meant for, one and then several at once, and what autograd keeps for them grows along a straight line from there. Weights,
+gradients and the optimiser's averages are counted. `recompute_blocks` is --grad-checkpoint.
 """
 
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from itertools import islice
 
 import torch
 import torch.nn as nn
+from torch.utils.checkpoint import checkpoint
 
-from lib.quant import bytes_of
+from gpt import KVCache
 
 MOST_TRIED = 4  # parts of a step
+
+
+def recompute_blocks(model: nn.Module) -> None:
+    """In training, keep only the input of every block of an nn.ModuleList and compute the rest again in the backward pass: less
+    memory, a third more time (Chen et al. 2016)."""
+    for blocks in model.modules():
+        if isinstance(blocks, nn.ModuleList):
+            for block in blocks:
+                block.forward = recomputed(block.forward)
+
+
+def recomputed(forward: Callable) -> Callable:
+    """The same function, recomputed in the backward pass; not where no gradient is asked for, nor with a cache, which must not
+    be written twice."""
+
+    def run(*args, **options):
+        has_cache = any(isinstance(value, KVCache) for value in (*args, *options.values()))
+        if has_cache or not torch.is_grad_enabled():
+            return forward(*args, **options)
+        return checkpoint(forward, *args, use_reentrant=False, **options)
+
+    return run
+
+
+# ---- measuring -------------------------------------------------------------------------------------------------------
+
+
+def bytes_of(tensors: Iterable[torch.Tensor]) -> int:
+    """The memory behind tensors; what several share is counted once."""
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t.numel()}
+    return sum(storages.values())
 
 
 @contextmanager
@@ -34,24 +65,42 @@ def silent():
         os.close(stderr)
 
 
-def peak_bytes(step: Callable[[], object], device: torch.device) -> int:
-    """The most memory that tensors made during step() take up at once."""
+@contextmanager
+def peak_memory(device: torch.device) -> Iterator[list[int]]:
+    """After the block, the list holds the most bytes that tensors made inside it took up at once."""
+    found: list[int] = []
     if device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        step()
+        yield found
         torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
-    cpu = [torch.profiler.ProfilerActivity.CPU]
-    with silent(), torch.profiler.profile(activities=cpu, profile_memory=True) as profile:
-        step()
+        found.append(torch.cuda.max_memory_allocated() - before)
+        return
+    profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
+    with silent():
+        profile.start()
+    try:
+        yield found
+    finally:
+        with silent():
+            profile.stop()
     events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
     now = peak = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
         now += event.nbytes()
         peak = max(peak, now)
-    return peak
+    found.append(peak)
+
+
+def peak_bytes(step: Callable[[], object], device: torch.device) -> int:
+    """The most bytes that tensors made during step() take up at once."""
+    with peak_memory(device) as peak:
+        step()
+    return peak[0]
+
+
+# ---- estimating ------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -66,7 +115,7 @@ class StepMemory:
 
     @property
     def peak(self) -> int:
-        """Going backward, gradients take the room that activations leave: the peak is where it begins or where it ends."""
+        """Going backward, gradients take the space that activations leave: the peak is where it begins or where it ends."""
         both = self.gradients + self.activations if self.gradients_wait else max(self.gradients, self.activations)
         return self.weights + self.optimizer + both
 
@@ -79,34 +128,51 @@ def mib(count: int) -> str:
     return f"{count / 2**20:,.1f}"
 
 
-def activation_bytes(model: nn.Module, losses: Iterable[torch.Tensor], device: torch.device) -> float:
-    """The most memory that a forward and a backward pass take beside weights and gradients: the mean over some of these losses,
-    each computed as it is asked for. The model keeps no gradients."""
-    dropping = [
-        p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None)) for p in model.parameters() if p.requires_grad
-    ]
-    losses = iter(losses)
-    try:
-        next(losses).backward()  # what is made once and for all is not counted
-        found = []
-        for _ in range(MOST_TRIED):
-            loss = []
+class DryRun:
+    """Steps that are measured and not taken: the first in parts of one sample, the second in parts of several."""
 
-            def forward_and_backward(loss=loss):
-                loss.extend(islice(losses, 1))
-                if loss:
-                    loss[0].backward()
+    def __init__(self, args, device: torch.device):
+        self.args, self.device = args, device
+        self.asked_parts = args.grad_accum
+        args.grad_accum = args.batch_size
 
-            peak = peak_bytes(forward_and_backward, device)
-            if not loss:
-                break
-            found.append(peak)
-    finally:
-        for hook in dropping:
+    def begin(self, model: nn.Module) -> None:
+        """Before the first step of a stage. The model keeps no gradients from now on."""
+        self.model, self.tried, self.peaks = model, {}, []  # tried: bytes of activations by the number of samples
+        trained = [p for p in model.parameters() if p.requires_grad]
+        self.hooks = [p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None)) for p in trained]
+
+    def parts(self, parts: Iterable) -> Iterator:
+        """The first few parts of a batch. Measured is what is allocated from where one is asked for to where its backward pass
+        has ended; not for the first, in which things are made once and for all."""
+        parts = iter(parts)
+        for number in range(MOST_TRIED + 1):
+            with peak_memory(self.device) as peak:
+                part = next(parts, None)
+                if part is None:
+                    return
+                yield part
+            if number:
+                self.peaks.append(peak[0])
+
+    def step(self, batches, optimizers: Iterable[torch.optim.Optimizer], averaged: bool) -> "StepMemory | None":
+        """After the parts of a step: what a step takes, or None where another one has to be measured first. averaged: there is
+        a second copy of the weights. Raises ValueError for a batch of one sample."""
+        args, batch = self.args, self.args.batch_size
+        if not self.peaks:
+            raise ValueError("--dry-run compares several samples: give it a --batch-size of 2 or more")
+        self.tried[batch // args.grad_accum] = sum(self.peaks) / len(self.peaks)
+        self.peaks = []
+        count = batch // self.asked_parts
+        several = max(n for n in range(1, 9) if batch % n == 0 and n <= count and (n == 1 or n <= batch // 2))
+        found = several in self.tried
+        args.grad_accum = batches.grad_accum = batch if found else batch // several  # some batches come in parts
+        if not found:
+            return None
+        for hook in self.hooks:
             hook.remove()
-    if not found:
-        raise ValueError("--dry-run compares several samples: give it a --batch-size of 2 or more")
-    return sum(found) / len(found)
+        activations = along_a_line(self.tried, count)
+        return step_memory(self.model, optimizers, activations, 2 if averaged else 1, wait=self.asked_parts > 1)
 
 
 def along_a_line(known: dict[int, float], count: float) -> int:

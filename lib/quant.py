@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from lib.lora import find_linears
+from lib.memory import bytes_of
 
 BLOCK, NESTED_BLOCK = 64, 256  # weights that share an absmax, absmax that share one
 NF4 = (
@@ -232,12 +233,6 @@ def replace_linears(module: nn.Module, names: list[str], kind: type[QuantisedLin
 
 
 # ---- memory ------------------------------------------------------------------------------------------------------------
-
-
-def bytes_of(tensors) -> int:
-    """Of the memory behind tensors, each piece counted once."""
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t.numel()}
-    return sum(storages.values())
 
 
 def quantised_memory(module: nn.Module) -> dict[str, float]:

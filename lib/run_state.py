@@ -1,5 +1,6 @@
 """Everything that a training run needs to continue exactly where it stopped, in one file: run/state.pt."""
 
+import argparse
 import pickle
 import zipfile
 import zlib
@@ -45,3 +46,22 @@ def load_state(run: str | Path) -> dict:
     if not isinstance(state, dict):
         raise ValueError(f"{path} is no state of a run: start again without --resume")
     return state
+
+
+def check_settings(args: argparse.Namespace, saved: dict | None) -> None:
+    """Raises ValueError where the saved run was started with other settings."""
+    if not isinstance(saved, dict):
+        raise ValueError(f"{Path(args.out) / 'state.pt'} is no state of a run: start again without --resume")
+    for key, value in comparable_settings(args).items():
+        if saved.get(key) != value:
+            raise ValueError(
+                f"--{key.replace('_', '-')} is {value!r}, the run in {args.out} was started with {saved.get(key)!r}: "
+                "resume with the same settings, or choose another --out"
+            )
+
+
+def comparable_settings(args: argparse.Namespace) -> dict:
+    """The settings that must not change between a run and its resumption: all but those that say where or how often."""
+    free = {"resume", "out", "data", "images", "test_data", "device", "workers", "compile", "fsdp", "max_seconds"}
+    free |= {"eval_every", "save_every"}
+    return {key: value for key, value in vars(args).items() if key not in free}

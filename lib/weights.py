@@ -14,10 +14,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch.overrides import TorchFunctionMode
 
+from lib.devices import DTYPES  # noqa: F401  -- convert.py, generate.py and the bench take it from here
 from lib.files import read_json, write_atomic, write_json
 from lib.layouts.common import Name
-
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 # ---- files -----------------------------------------------------------------------------------------------------------
 

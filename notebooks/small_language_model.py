@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from lib.checkpoint import from_pretrained
-from lib.run import cosine_schedule, make_optimizers, parameter_groups
+from lib.optim import cosine_schedule, make_optimizers, parameter_groups
 from lib.tokenizer import BPETokenizer
 from model import Llama3ForCausalLM, LLAMA32Config
 

@@ -5,7 +5,7 @@ import io
 
 import pytest
 
-from lib.run import run_cli
+from lib.cli import run_cli
 
 
 def printed(main, *flags) -> list[str]:

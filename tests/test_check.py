@@ -5,7 +5,7 @@ import json
 import pytest
 
 from data.check import main
-from lib.run import run_cli
+from lib.cli import run_cli
 from samples import image_bytes
 
 GOOD = {"image": "a.png", "conversations": [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "A thing."}]}

@@ -13,7 +13,7 @@ from data import convert
 from data.convert import easy_vqa_kind, main
 from data.image_cache import ImageCache
 from data.llava import LlavaRows, questions_of_row
-from lib.run import run_cli
+from lib.cli import run_cli
 from processing_mllama import process_images
 from samples import image_bytes
 

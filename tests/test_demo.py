@@ -20,8 +20,8 @@ from PIL import Image
 from data.scenes import INKS, PAPERS
 from extras import demo
 from lib.checkpoint import from_pretrained, load_vlm, save_pretrained
+from lib.cli import run_cli
 from lib.conversation import Conversation
-from lib.run import run_cli
 from lib.tokenizer import BPETokenizer
 from model import MLLAMAConfig, MllamaForConditionalGeneration
 from processing_mllama import MllamaImageProcessor

@@ -25,7 +25,7 @@ from data import shards  # noqa: E402
 from data.llava import LlavaRows  # noqa: E402
 from data.scenes import make_scenes  # noqa: E402
 from extras import train_siglip  # noqa: E402
-from lib import run as training  # noqa: E402
+from lib import old_trainer as training  # noqa: E402
 from lib.checkpoint import from_pretrained  # noqa: E402
 
 TINY = (

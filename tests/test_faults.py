@@ -35,7 +35,7 @@ from lib.answers import scene_items
 from lib.checkpoint import save_pretrained
 from lib.files import sweep
 from lib.image_settings import image_settings
-from lib.run import Metrics, Trainer, run_cli
+from lib.old_trainer import Metrics, Trainer, run_cli
 from lib.run_state import load_state
 from lib.tokenizer import BPETokenizer
 from lib.tokenizer_files import split_by

@@ -44,7 +44,7 @@ from gpt import GPT, GPTConfig
 from lib import convert
 from lib.chat import stop_tokens
 from lib.checkpoint import from_pretrained, save_pretrained
-from lib.run import run_cli
+from lib.cli import run_cli
 from lib.run_state import load_state, save_state
 from lib.tokenizer import BPETokenizer
 from model import Llama3ForCausalLM, LLAMA32Config, MLLAMAConfig, MllamaForConditionalGeneration

@@ -20,11 +20,11 @@ from gpt import GPT, GPTConfig
 from lib import convert, figures
 from lib.adapters import lora_layers, put_adapter, save_lora
 from lib.checkpoint import from_pretrained, save_pretrained
+from lib.cli import run_cli
 from lib.conversation import Conversation
 from lib.fast_decode import fast_step
 from lib.int8 import Linear8bit, quantize_8bit_
 from lib.quant import Linear4bit, quantize_
-from lib.run import run_cli
 from lib.tokenizer import BPETokenizer
 from model import (
     Llama3ForCausalLM,

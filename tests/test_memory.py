@@ -9,9 +9,8 @@ import torch
 import train_vit
 import train_vlm
 from extras import train_llmvit, train_siglip
-from lib import run as training
-from lib.memory import StepMemory, peak_bytes
-from lib.quant import bytes_of
+from lib import old_trainer as training
+from lib.memory import StepMemory, bytes_of, peak_bytes
 
 VLM = [train_vlm, "--dataset", "scenes", "--eval-count", "5"]
 SCRIPTS = {

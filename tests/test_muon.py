@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn as nn
 
-from lib.run import Muon, make_optimizers, orthogonal, parameter_groups
+from lib.optim import Muon, make_optimizers, orthogonal, parameter_groups
 
 SHAPES = [(16, 16), (48, 16), (16, 48), (128, 384), (1, 20), (20, 1), (3, 64)]
 

@@ -38,7 +38,7 @@ from data.scenes import (
     questions,
     vocabulary,
 )
-from lib.run import run_cli
+from lib.cli import run_cli
 from lib.tokenizer import BPETokenizer
 
 GOLDEN = ["fb03d454e4e022ed", "e36f66af19e1c7b3", "9576766df32d39c1"]  # sha256 of pictures, boxes, questions

@@ -19,7 +19,7 @@ from data.llava import LlavaRows
 from data.shard_stream import LANES, ShardStream, epoch_order
 from data.shards import ShardImages, Shards, check_shards, main, pack_shards, scan, unpack_shards
 from extras import train_siglip
-from lib import run as training
+from lib import old_trainer as training
 
 ROWS, PER_SHARD = 60, 7
 

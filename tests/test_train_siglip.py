@@ -20,7 +20,7 @@ from data.scenes import COLOURS, PLACES, make_scenes
 from extras import train_siglip
 from extras.train_siglip import Test, losses, measure, pair_loss, parse_args, scene_captions
 from lib.checkpoint import from_pretrained
-from lib.run import Trainer
+from lib.old_trainer import Trainer
 from siglip import SiglipConfig, SiglipTwoTower, sigmoid_loss
 
 Test.__test__ = False  # no test of pytest's

@@ -25,8 +25,8 @@ from data import scenes
 from lib import run_state, weights
 from lib.answers import answer, scene_items
 from lib.checkpoint import from_pretrained, save_pretrained
+from lib.old_trainer import Metrics, Trainer
 from lib.quant import Linear4bit, quantize_nf4
-from lib.run import Metrics, Trainer
 from lib.tokenizer import BPETokenizer
 from model import Llama3ForCausalLM, LLAMA32Config
 from train_vlm import Learner, Stage, build, choose_parameters, parse_args, stages

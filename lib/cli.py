@@ -1,0 +1,109 @@
+"""The command line that the scripts share: common flags, argparse types, and errors as one line."""
+
+import argparse
+import math
+import os
+import sys
+
+import torch
+from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+from tqdm import tqdm
+
+from lib.devices import DTYPES
+from lib.distributed import end_processes
+
+
+def argument_parser(doc: str, **defaults) -> argparse.ArgumentParser:
+    """The flags that all training scripts share; `defaults` replaces some of the values below. doc: the script's own."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=HelpFormatter, allow_abbrev=False)
+    add = parser.add_argument
+    add("--data", metavar="PATH", help="where the data are (a file or a folder); without it they are downloaded or built in")
+    add("--out", metavar="DIR", help="the run folder; default runs/<script>-<dataset>")
+    add("--epochs", type=positive_float, help="passes over the training data; default depends on the data set")
+    add("--max-seconds", type=positive_float, help="end the training after so long; the schedule is fitted to it")
+    add("--batch-size", type=at_most_a_million, default=64, help="samples per step, over all processes and accumulation")
+    add("--grad-accum", type=positive_int, default=1, help="split each batch into so many parts, to save memory")
+    add("--lr", type=positive_float, help="peak learning rate")
+    add("--weight-decay", type=not_negative_float, default=0.05, help="AdamW's; not for norms, biases and positions")
+    add("--warmup", type=not_negative_float, default=0.05, help="part of the run in which the learning rate rises")
+    add("--clip", type=positive_float, default=1.0, help="largest norm of the gradient")
+    add("--ema", type=fraction, default=0.0, help="decay of an averaged copy of the weights, e.g. 0.999; 0: none")
+    add("--seed", type=not_negative_int, default=0)
+    add("--device", help="cpu, cuda, cuda:1, mps; default: the best there is")
+    add("--dtype", choices=DTYPES, help="precision of the matrix products; default fp16 on CUDA, else fp32")
+    add("--compile", action="store_true", help="torch.compile the model: slower to start, faster on a GPU")
+    add("--grad-checkpoint", action="store_true", help="recompute activations in the backward pass: less memory, slower")
+    add("--fsdp", action="store_true", help="under torchrun: spread weights, gradients and averages over the processes "
+        "(FSDP2), for models that do not fit")  # fmt: skip
+    cores = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    add("--workers", type=not_negative_int, default=cores, help="processes or threads that decode images, of each process")
+    add("--eval-every", type=positive_int, default=500, metavar="STEPS", help="steps between evaluations")
+    add("--save-every", type=positive_int, default=500, metavar="STEPS", help="steps between saved states for --resume")
+    add("--resume", action="store_true", help="go on where the run in --out stopped, exactly")
+    add("--dry-run", action="store_true", help="say how much memory a step will take, and stop; nothing is written")
+    parser.set_defaults(**defaults)
+    return parser
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Keeps the line breaks of the script's own words, and shows defaults where there is one."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
+
+
+def number(kind, good, what):
+    """An argparse type: kind(text) for which good(value) holds, else an error that says what it must be."""
+
+    def parse(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not good(value):
+            raise argparse.ArgumentTypeError(f"{text[:40]!r} must be {what}")
+        return value
+
+    return parse
+
+
+positive_int = number(int, lambda v: 1 <= v < 2**31, "a whole number of at least 1 and below 2^31")
+not_negative_int = number(int, lambda v: 0 <= v < 2**31, "a whole number of at least 0 and below 2^31")
+at_most_a_million = number(int, lambda v: 1 <= v <= 2**20, "a whole number of at least 1 and at most 2^20")
+positive_float = number(float, lambda v: 0 < v < math.inf, "a number above 0")
+not_negative_float = number(float, lambda v: 0 <= v < math.inf, "a number of at least 0")
+fraction = number(float, lambda v: 0 <= v < 1, "a number of at least 0 and below 1")
+
+
+OUT_OF_MEMORY = (
+    "out of memory: lower --batch-size, raise --grad-accum (the same step in smaller parts), pass --grad-checkpoint, or train "
+    "less (train_vlm.py: --lora or --qlora); --dry-run says what a step takes"
+)
+NO_MEMORY = ("DefaultCPUAllocator", "Storage size calculation overflowed")
+PEER_GONE = ("Connection closed by peer", "Connection reset by peer", "NCCL communicator was aborted", "remote process exited")
+
+
+def run_cli(main) -> None:
+    """Run a script's main(): what the user got wrong becomes one line on stderr and exit code 2, not a traceback."""
+    try:
+        main()
+    except BrokenPipeError:  # the reader of our output, such as `head`, has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (ValueError, OSError, FloatingPointError, RuntimeError, MemoryError) as error:
+        no_memory = isinstance(error, torch.OutOfMemoryError | MemoryError) or any(w in str(error) for w in NO_MEMORY)
+        no_peer = any(words in str(error) for words in PEER_GONE)
+        if os.environ.get("TRACEBACK") or (isinstance(error, RuntimeError) and not (no_memory or no_peer)):
+            raise
+        message = OUT_OF_MEMORY if no_memory else str(error) or type(error).__name__
+        if no_peer:
+            message = "another process of this job has ended: its error is above or in its own log"
+        if "TORCHELASTIC_ERROR_FILE" in os.environ:
+            message = f"process {os.environ['RANK']}: {message}"
+            if not no_peer:
+                get_error_handler().record_exception(error)  # torchrun ends with it
+        tqdm.write(f"error: {' '.join(message.split())}", file=sys.stderr)  # on a line of its own, below any progress bar
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    finally:
+        end_processes()
