@@ -43,7 +43,7 @@ from tqdm import tqdm
 from lib.files import sweep, write_atomic, writing
 from lib.memory import MOST_TRIED, along_a_line, mib, peak_bytes, step_memory
 from lib.run_state import load_state, save_state
-from lib.weights import DTYPES
+from lib.devices import DTYPES
 
 # ---- command line ----------------------------------------------------------------------------------------------------
 
