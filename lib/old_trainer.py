@@ -40,10 +40,10 @@ from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+from lib.devices import DTYPES
 from lib.files import sweep, write_atomic, writing
 from lib.memory import MOST_TRIED, along_a_line, mib, peak_bytes, step_memory
 from lib.run_state import load_state, save_state
-from lib.devices import DTYPES
 
 # ---- command line ----------------------------------------------------------------------------------------------------
 
