@@ -15,6 +15,7 @@ Axes: B batch, T new tokens, S all tokens so far (S = T without a cache), H head
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn as nn
@@ -31,11 +32,12 @@ class GPTConfig:
     num_hidden_layers: int = 12
     num_attention_heads: int = 12
     intermediate_size: int | None = None  # width inside the MLP; 4 x hidden_size unless given
-    hidden_act: str = "gelu_tanh"  # GPT-2 and SigLIP use the tanh approximation, Google's ViT the exact "gelu"
+    hidden_act: str = "gelu_tanh"  # one of ACTIVATIONS
     layer_norm_eps: float = 1e-5
     dropout: float = 0.0
     qkv_bias: bool = True
     attention: str = "sdpa"  # or "explicit": softmax(QK^T)V spelled out, the same numbers more slowly
+    num_image_tokens: int | None = None  # placeholders per image, where images stand among the words (model.py fills it in)
 
     # What differs from the defaults above, per published size.
     PRESETS = {
@@ -228,6 +230,13 @@ class MultiHeadAttention(nn.Module):
 # ---- block -----------------------------------------------------------------------------------------------------------
 
 
+ACTIVATIONS = {
+    "gelu": F.gelu,  # Google's ViT
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),  # GPT-2 and SigLIP
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),  # CLIP
+}
+
+
 class MLP(nn.Module):
     """Two linear layers, token by token: where a transformer keeps most of its weights."""
 
@@ -235,12 +244,11 @@ class MLP(nn.Module):
         super().__init__()
         self.fc = nn.Linear(config.hidden_size, config.intermediate_size)
         self.proj = nn.Linear(config.intermediate_size, config.hidden_size)
-        self.approximate = "tanh" if config.hidden_act == "gelu_tanh" else "none"
+        self.act = ACTIVATIONS[config.hidden_act]
         self.dropout = config.dropout
 
     def forward(self, x):
-        x = F.gelu(self.fc(x), approximate=self.approximate)
-        return F.dropout(self.proj(x), self.dropout, self.training)
+        return F.dropout(self.proj(self.act(self.fc(x))), self.dropout, self.training)
 
 
 class Block(nn.Module):

@@ -25,8 +25,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from gpt import Decoder, KVCache, Output, attention, collect, positions_and_mask
+from gpt import GPT, Decoder, GPTConfig, KVCache, Output, attention, collect, positions_and_mask
 from siglip import SiglipModel, SiglipVisionConfig
+from vit_scratch import ViTConfig, ViTModel
 
 # ---- configuration ---------------------------------------------------------------------------------------------------
 
@@ -52,7 +53,9 @@ class LLAMA32Config:
     rope_scaling: dict | None = None  # {"rope_type": "llama3" | "linear" | "default", ...} with the published keys
     rms_norm_eps: float = 1e-5
     tie_word_embeddings: bool = False
-    attention_bias: bool = False
+    attention_bias: bool = False  # of queries, keys and values, and of their output unless output_bias says otherwise
+    output_bias: bool | None = None  # Qwen2 has biases without this one
+    qk_norm: bool = False  # Qwen3: RMSNorm of each head's queries and keys
     mlp_bias: bool = False
     dropout: float = 0.0
     initializer_range: float = 0.02
@@ -77,6 +80,7 @@ class LLAMA32Config:
         self.n_kv_groups = self.n_kv_groups or self.n_heads
         self.head_dim = self.head_dim or self.hidden_size // self.n_heads
         self.context_length = self.context_length or self.max_position_embeddings
+        self.output_bias = self.attention_bias if self.output_bias is None else self.output_bias
         assert self.n_heads % self.n_kv_groups == 0, "n_heads must be a multiple of n_kv_groups"
         assert self.head_dim % 2 == 0, "head_dim must be even: rotary positions turn pairs of numbers"
 
@@ -87,10 +91,10 @@ class LLAMA32Config:
 
 @dataclass
 class MLLAMAConfig:
-    """Both towers, each a config or a dict of its settings (copied, never changed), and how they are joined."""
+    """Tower and decoder, each a config or a dict of SigLIP's or LLaMA's settings (copied, never changed), and their join."""
 
-    vision_config: SiglipVisionConfig | dict
-    text_config: LLAMA32Config | dict
+    vision_config: SiglipVisionConfig | ViTConfig | dict
+    text_config: LLAMA32Config | GPTConfig | dict
     projection_dim: int | None = None  # inner width of the mlp projector; the text model's width unless given
     projector_type: str = "mlp"  # LLaVA's two layers, or "linear" as in Idefics3 and PaliGemma
     projector_bias: bool | None = None  # unless given: True for the mlp, False for linear (PaliGemma's has one)
@@ -180,7 +184,10 @@ class GroupQueryAttention(nn.Module):
         self.q_proj = nn.Linear(D, config.n_heads * self.head_dim, bias=bias)
         self.k_proj = nn.Linear(D, config.n_kv_groups * self.head_dim, bias=bias)
         self.v_proj = nn.Linear(D, config.n_kv_groups * self.head_dim, bias=bias)
-        self.o_proj = nn.Linear(config.n_heads * self.head_dim, D, bias=bias)
+        self.o_proj = nn.Linear(config.n_heads * self.head_dim, D, bias=config.output_bias)
+        if config.qk_norm:
+            self.q_norm, self.k_norm = (LLAMARMSNorm(self.head_dim, config.rms_norm_eps) for _ in range(2))
+        self.qk_norm = config.qk_norm
 
     def heads(self, x: torch.Tensor) -> torch.Tensor:
         """[B, T, heads * head_dim] -> [B, heads, T, head_dim]."""
@@ -193,6 +200,8 @@ class GroupQueryAttention(nn.Module):
     def forward(self, x, rope, mask=None, cache=None, layer=0):
         """x [B, T, D] -> [B, T, D]. mask: see gpt.attention; None for the plain causal one (T = S, or T = 1)."""
         q, k, v = (self.heads(proj(x)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        if self.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
         q, k = self.rotate(q, rope, layer), self.rotate(k, rope, layer)
         if cache is not None:
             k, v = cache.write(layer, k, v)
@@ -391,18 +400,19 @@ class MllamaForConditionalGeneration(nn.Module):
     places of the text's placeholders. (extras/cross_attention.py: layers between the decoder's blocks attend to them instead.)
     """
 
-    decoder_class = Llama3ForCausalLM
+    decoders = {LLAMA32Config: Llama3ForCausalLM, GPTConfig: GPT}
+    towers = {SiglipVisionConfig: SiglipModel, ViTConfig: ViTModel}
 
     def __init__(self, config: MLLAMAConfig):
         super().__init__()
         self.config = config
         vision, text = config.vision_config, config.text_config
-        self.vision_tower = SiglipModel(vision)
+        self.vision_tower = self.towers[type(vision)](vision)
         self.multi_modal_projector = MultiModalProjector(
             vision.hidden_size, text.hidden_size, config.projection_dim, config.projector_type, config.projector_bias,
             config.pixel_shuffle,
         )  # fmt: skip
-        self.language_model = self.decoder_class(text)
+        self.language_model = self.decoders[type(text)](text)
 
     def tie_weights(self):
         self.language_model.tie_weights()

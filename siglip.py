@@ -21,7 +21,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from gpt import Output, attention
+from gpt import ACTIVATIONS, Output, attention
 from vit_scratch import pair
 
 # ---- configuration ---------------------------------------------------------------------------------------------------
@@ -187,10 +187,10 @@ class SiglipMLP(nn.Module):
         super().__init__()
         self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
         self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
-        self.approximate = "tanh" if config.hidden_act == "gelu_tanh" else "none"
+        self.act = ACTIVATIONS[config.hidden_act]
 
     def forward(self, x):
-        return self.fc2(F.gelu(self.fc1(x), approximate=self.approximate))
+        return self.fc2(self.act(self.fc1(x)))
 
 
 class SiglipEncoderLayer(nn.Module):

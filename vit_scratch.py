@@ -29,7 +29,7 @@ class ViTConfig:
     image_size: int | tuple[int, int] = 224  # pixels: one number for a square, or (height, width)
     patch_size: int | tuple[int, int] = 16
     num_channels: int = 3
-    num_labels: int = 1000
+    num_labels: int = 1000  # 0: no classifier
     hidden_size: int = 768
     num_hidden_layers: int = 12
     num_attention_heads: int = 12
@@ -39,6 +39,9 @@ class ViTConfig:
     dropout: float = 0.0
     drop_path: float = 0.0  # chance to skip a branch of the last block; earlier blocks proportionally less
     qkv_bias: bool = True
+    patch_bias: bool = True  # CLIP's patches have none
+    pre_norm: bool = False  # CLIP: a norm before the blocks
+    num_registers: int = 0  # DINOv2: learned tokens between CLS and the patches that no one reads (Darcet et al. 2024)
     attention: str = "sdpa"
     pooling: str = "cls"  # what the classifier reads: the CLS token, or the "mean" of the patches
     position_init: str = "normal"  # "sincos": learned as well, but starting from 2-D sines and cosines
@@ -102,17 +105,23 @@ class PatchEmbedding(nn.Module):
         self.image_size, self.patch_size, self.grid = pair(config.image_size), pair(config.patch_size), config.grid
         D, N = config.hidden_size, math.prod(config.grid)
         # A convolution whose stride is its kernel: one and the same linear layer for every patch.
-        self.projection = nn.Conv2d(config.num_channels, D, kernel_size=self.patch_size, stride=self.patch_size)
+        cut = {"kernel_size": self.patch_size, "stride": self.patch_size}
+        self.projection = nn.Conv2d(config.num_channels, D, **cut, bias=config.patch_bias)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, D))
         self.position_embedding = nn.Parameter(torch.zeros(1, N + 1, D))
+        if config.num_registers:
+            self.register_tokens = nn.Parameter(torch.zeros(1, config.num_registers, D))
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """[B, C, H, W] -> [B, N+1, D]. Raises ValueError for images of another size than the model's."""
+        """[B, C, H, W] -> [B, 1+R+N, D]: CLS, any registers, patches. Raises ValueError for images of another size."""
         if (expected := (self.projection.in_channels, *self.image_size)) != tuple(pixel_values.shape[1:]):
             raise ValueError(f"pixel_values is {list(pixel_values.shape)}, the model reads {['B', *expected]}: resize them")
         patches = self.projection(pixel_values).flatten(2).transpose(1, 2)  # [B, N, D]
         cls = self.cls_token.expand(len(patches), -1, -1)
-        return torch.cat([cls, patches], dim=1) + self.position_embedding
+        x = torch.cat([cls, patches], dim=1) + self.position_embedding
+        if not hasattr(self, "register_tokens"):
+            return x
+        return torch.cat([x[:, :1], self.register_tokens.expand(len(x), -1, -1), x[:, 1:]], dim=1)
 
 
 # ---- block -----------------------------------------------------------------------------------------------------------
@@ -155,9 +164,10 @@ class ViTModel(nn.Module):
         self.config = config
         depth = config.num_hidden_layers
         self.embeddings = PatchEmbedding(config)
+        self.pre_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) if config.pre_norm else nn.Identity()
         self.blocks = nn.ModuleList(ViTBlock(config, config.drop_path * i / max(1, depth - 1)) for i in range(depth))
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels) if config.num_labels else nn.Identity()
         self._init_weights()
 
     @torch.no_grad()
@@ -173,21 +183,26 @@ class ViTModel(nn.Module):
                     nn.init.zeros_(module.bias)
         projection = self.embeddings.projection
         nn.init.normal_(projection.weight, std=projection.weight[0].numel() ** -0.5)
-        nn.init.zeros_(projection.bias)
+        if projection.bias is not None:
+            nn.init.zeros_(projection.bias)
         nn.init.normal_(self.embeddings.cls_token, std=0.02)
         nn.init.normal_(self.embeddings.position_embedding, std=0.02)
         if self.config.position_init == "sincos":
             self.embeddings.position_embedding[0, 1:] = sincos_positions(self.config.grid, self.config.hidden_size)
 
     def forward(self, pixel_values: torch.Tensor, output_hidden_states: bool = False) -> torch.Tensor:
-        """pixel_values [B, C, H, W] -> logits [B, num_labels]; with output_hidden_states, the last normed [B, N+1, D]."""
-        x = self.embeddings(pixel_values)
-        for block in self.blocks:
-            x = block(x)
-        x = self.norm(x)
+        """pixel_values [B, C, H, W] -> logits [B, num_labels]; with output_hidden_states, the last normed [B, 1+R+N, D]."""
+        x = self.norm(self.run_blocks(pixel_values))
         if output_hidden_states:
             return x
-        return self.classifier(x[:, 0] if self.config.pooling == "cls" else x[:, 1:].mean(dim=1))
+        return self.classifier(x[:, 0] if self.config.pooling == "cls" else x[:, 1 + self.config.num_registers :].mean(dim=1))
+
+    def run_blocks(self, pixel_values: torch.Tensor, count: int | None = None) -> torch.Tensor:
+        """[B, C, H, W] -> [B, 1+R+N, D], after the first `count` blocks; all unless given."""
+        x = self.pre_norm(self.embeddings(pixel_values))
+        for block in self.blocks[:count]:
+            x = block(x)
+        return x
 
     # What a vision-language model asks of a tower (model.py): config.hidden_size, grid, image_size, features.
 
@@ -200,14 +215,13 @@ class ViTModel(nn.Module):
         return pair(self.config.image_size)
 
     def features(self, pixel_values: torch.Tensor, layer: int | None = None) -> torch.Tensor:
-        """[B, C, H, W] -> [B, N, D]: the patches row by row, without CLS, after the final norm. layer: a hidden state before
-        that norm instead, counted as in transformers: 0 the embeddings, 1 the first block's output, -1 the last one's."""
+        """[B, C, H, W] -> [B, N, D]: the patches row by row, without CLS and registers, after the final norm. layer: a hidden
+        state before that norm instead, counted as in transformers: 0 the embeddings, 1 the first block's output, ..."""
         if layer is None:
-            return self(pixel_values, output_hidden_states=True)[:, 1:]
-        x = self.embeddings(pixel_values)
-        for block in self.blocks[: range(len(self.blocks) + 1)[layer]]:  # later blocks are not computed
-            x = block(x)
-        return x[:, 1:]
+            x = self(pixel_values, output_hidden_states=True)
+        else:  # later blocks are not computed
+            x = self.run_blocks(pixel_values, range(len(self.blocks) + 1)[layer])
+        return x[:, 1 + self.config.num_registers :]
 
 
 class ViTAdapter(nn.Module):

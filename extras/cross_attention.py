@@ -149,7 +149,7 @@ def images_by_row(features, places, pattern=None) -> tuple[torch.Tensor, torch.T
 class CrossAttentionVLM(MllamaForConditionalGeneration):
     """vision_tower and multi_modal_projector as in model.py, and a decoder with layers that attend to their features."""
 
-    decoder_class = CrossAttentionDecoder
+    decoders = {CrossTextConfig: CrossAttentionDecoder}
 
     def hidden_states(self, image_features, input_ids, places, attention_mask=None, position_ids=None, cache=None):
         without_row = places & (input_ids >= self.config.text_config.vocab_size)

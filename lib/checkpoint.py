@@ -149,7 +149,7 @@ def understand(path: Path, published: dict) -> tuple[Layout, object]:
         raise ValueError(f"{where} does not describe a {kind}: {error}") from None
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
-    return layout, config
+    return layout.of(config, published), config
 
 
 def save_pretrained(
@@ -181,7 +181,7 @@ def save_pretrained(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     names = chosen.names(empty_model(chosen.build, model.config))
-    tensors = published_tensors(state, names, dtype)
+    tensors = chosen.finish(published_tensors(state, names, dtype))
     stored = next(tensor.dtype for tensor in tensors.values() if tensor.is_floating_point())
     config = {"model_type": kind, **chosen.write_config(model.config), "dtype": str(stored).removeprefix("torch."), **more}
     text = config.get("text_config", config) if is_published(kind) else config
@@ -211,7 +211,7 @@ def choose_layout(model: nn.Module, wanted: str | None) -> tuple[str, Layout]:
     for kind in kinds:
         reason = layouts[kind].misfit(model.config)
         if not reason:
-            return kind, layouts[kind]
+            return kind, layouts[kind].of(model.config)
         reasons.setdefault(reason, []).append(kind)
     why = "; ".join(f"{', '.join(which)}: {reason}" for reason, which in reasons.items())
     raise ValueError(f"this {type(model).__name__} does not fit the published layout ({why})")

@@ -13,13 +13,13 @@ from typing import get_args, get_origin
 AT_LEAST_ONE = (
     *("vocab_size", "context_length", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"),
     *("n_heads", "n_layers", "hidden_dim", "n_kv_groups", "head_dim", "max_position_embeddings", "projection_size"),
-    *("projection_dim", "pixel_shuffle", "cross_every", "image_size", "patch_size", "num_channels", "num_labels"),
+    *("projection_dim", "pixel_shuffle", "cross_every", "image_size", "patch_size", "num_channels"),
 )
 MOST = {"num_hidden_layers": 1000, "n_layers": 1000, "image_token_id": 2**31 - 1}  # building a billion layers would take days
 SMALL = ("layer_norm_eps", "rms_norm_eps")
 PARTS = ("dropout", "drop_path", "attention_dropout")  # of a whole
 CHOICES = {
-    "hidden_act": ("gelu", "gelu_tanh"),
+    "hidden_act": ("gelu", "gelu_tanh", "quick_gelu"),
     "attention": ("sdpa", "explicit"),
     "pooling": ("cls", "mean"),
     "position_init": ("normal", "sincos"),
@@ -74,7 +74,7 @@ def check_value(name: str, value) -> None:
             raise ValueError(f"{name} is {number}: it must be at least 0 and below 1")
         if name == "rope_base" and not 0 < number < math.inf:
             raise ValueError(f"{name} is {number}: it must be a number above 0")
-        if name == "image_token_id" and number < 0:
+        if name in ("image_token_id", "num_labels", "num_registers") and number < 0:
             raise ValueError(f"{name} is {number}: it must be at least 0")
 
 

@@ -20,12 +20,14 @@ from model import FeedForward, GroupQueryAttention, Llama3ForCausalLM
 
 def fast_step(decoder: nn.Module) -> "OneToken | None":
     """Lay out a decoder's weights in place, and what computes one more token with them. None for a decoder that does not gain:
-    one that is no LLaMA or a variant of it, on a GPU, with biases, or asked for explicit attention."""
+    one that is no LLaMA or a variant of it, on a GPU, with biases, with norms of queries and keys, or in explicit form."""
     if type(decoder) is not Llama3ForCausalLM or next(decoder.parameters()).device.type != "cpu":
+        return None
+    if decoder.config.attention != "sdpa" or decoder.config.qk_norm:
         return None
     arrange_for_decoding(decoder)
     step = OneToken(decoder)
-    return step if step.complete and decoder.config.attention == "sdpa" else None
+    return step if step.complete else None
 
 
 def read_together(module: nn.Module) -> Iterator[tuple[nn.Module, ...]]:

@@ -339,17 +339,19 @@ def unshuffled():
 
 OTHER = {"model_type": "clip_vision_model"}
 REFUSED = {
-    "CLIP's eyes": (llava, ("vision_config",), OTHER, "vision_config is a clip_vision_model: only siglip_vision_model"),
-    "eyes not named": (llava, ("vision_config",), {"model_type": "DROP"}, "vision_config is a clip_vision_model"),
-    "Qwen2's words": (llava, ("text_config",), {"model_type": "qwen2"}, "text_config is a qwen2: only llama"),
+    "CLIP with its class token": (llava, ("vision_config",), OTHER, "is 'full', with the class token: for a clip_vision_model"),
+    "tower not named": (llava, ("vision_config",), {"model_type": "DROP"}, "for a clip_vision_model only default"),
+    "another tower": (llava, ("vision_config",), {"model_type": "swin"}, "vision_config is a swin: only siglip_vision_model"),
+    "Gemma's words": (llava, ("text_config",), {"model_type": "gemma"}, "text_config is a gemma: only llama or mistral or"),
+    "biases missing": (llava, ("text_config",), {"model_type": "qwen2"}, "missing: language_model.model.layers.0"),
     "Mistral's words": (idefics3, ("text_config",), {"model_type": "mistral"}, "text_config is a mistral"),
     "CLIP in Idefics3": (idefics3, ("vision_config",), OTHER, "vision_config is a clip_vision_model"),
     "dropped patch": (llava, (), {"vision_feature_select_strategy": "default"}, "'default', which drops the first patch"),
     "strategy not named": (llava, (), {"vision_feature_select_strategy": "DROP"}, "'default', which drops the first patch"),
     "two feature layers": (llava, (), {"vision_feature_layer": [-2, -1]}, r"\[-2, -1\]: only a single layer"),
     "other projector": (llava, (), {"projector_hidden_act": "silu"}, "projector_hidden_act is 'silu'"),
-    "other MLP": (llama, (), {"hidden_act": "gelu"}, "activation 'gelu' is not implemented for a LLaMA"),
-    "other GELU": (vision, (), {"hidden_act": "quick_gelu"}, "activation 'quick_gelu' is not implemented"),
+    "other MLP": (llama, (), {"hidden_act": "gelu"}, "activation 'gelu' is not implemented for a llama"),
+    "other GELU": (vision, (), {"hidden_act": "gelu_10"}, "activation 'gelu_10' is not implemented"),
     "other rope": (llama, (), {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "rope_type 'yarn'"),
     "half a rope": (llama, (), {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary"),
     "wide head": (llama, (), {"head_dim": 8}, r"q_proj.weight is \[36, 36\], which does not make .* \[72, 36\]"),
@@ -456,7 +458,7 @@ MISFITS = {
     "placeholder unknown": ({"vision_feature_layer": -2, "image_token_id": None}, "llava: image_token_id is not set"),
     "placeholder outside": ({**AS_LLAVA, "image_token_id": 99}, "llava: image_token_id 99 is outside the vocabulary of 99"),
     "not square": ({**AS_LLAVA, "vision": {"image_size": (16, 40)}}, "llava: its images are squares"),
-    "heads that do not divide": ({**AS_LLAVA, "text": {"hidden_size": 26, "head_dim": 6}}, "llava: hidden_size 26 is no mul"),
+    "biases of no kind": ({**AS_LLAVA, "text": {"attention_bias": True, "mlp_bias": True, "qk_norm": True}}, "its qk_norm is"),
     "grid that theirs misplaces": ({**AS_IDEFICS3, "pixel_shuffle": 5, "vision": {"image_size": 200}}, "25x25 grid"),
 }
 
@@ -487,7 +489,7 @@ def test_towers_and_decoders_that_fit_none_come_back_too(tmp_path):
     for kind, model in {
         "siglip_vision_scratch": SiglipModel(SiglipVisionConfig(**oblong)),
         "siglip_scratch": SiglipTwoTower(SiglipConfig(oblong, {**CAPTION, "intermediate_size": 40})),
-        "llama_scratch": tiny_llama(hidden_size=26, head_dim=6, tie_word_embeddings=True),
+        "llama_scratch": tiny_llama(mlp_bias=True, qk_norm=True, tie_word_embeddings=True),
     }.items():
         with pytest.raises(ValueError, match="does not fit the published layout"):
             save_pretrained(model, tmp_path / kind, layout="published")
@@ -496,7 +498,7 @@ def test_towers_and_decoders_that_fit_none_come_back_too(tmp_path):
         assert again.config == model.config
         for (name, ours), theirs in zip(model.state_dict().items(), again.state_dict().values(), strict=True):
             assert torch.equal(ours, theirs), name
-    with pytest.raises(ValueError, match="is never a 'llava': choose published, llama, llama_scratch"):
+    with pytest.raises(ValueError, match="is never a 'llava': choose published, llama, mistral, qwen2, qwen3, llama_scratch"):
         save_pretrained(model, tmp_path, layout="llava")
 
 

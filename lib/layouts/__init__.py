@@ -15,11 +15,11 @@ from lib.layouts.common import Layout
 
 FAMILIES = {  # model_type: the module of this package that knows it; of several that fit a model, the first is written
     "gpt2": "gpt2",
-    **dict.fromkeys(("vit", "vit_scratch"), "vit"),
+    **dict.fromkeys(("vit", "dinov2", "dinov2_with_registers", "clip_vision_model", "clip", "vit_scratch"), "vit"),
     **dict.fromkeys(
         ("siglip", "siglip_scratch", "siglip_vision_model", "siglip_vision_scratch", "siglip_text_model"), "siglip"
     ),
-    **dict.fromkeys(("llama", "llama_scratch"), "llama"),
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "llama_scratch"), "llama"),
     **dict.fromkeys(("llava", "idefics3", "smolvlm", "mllama_scratch"), "vlm"),
 }
 CLASSES = {  # model class: its family

@@ -29,15 +29,22 @@ class Layout:
     clean: Callable[[dict], dict] = lambda tensors: tensors  # drops what is no parameter, undoes spellings
     misfit: Callable[[object], str] = lambda config: ""  # why a model of this config cannot be saved so; "" where it can
     modules: dict[str, str] | None = None  # where transformers has our modules, by prefix; None: no adapters
+    finish: Callable[[dict], dict] = lambda tensors: tensors  # adds what files have and we have not, redoes their shapes
     make: Callable[[object], nn.Module] | None = None  # from a config, where `model` alone does not do it
+
+    special: Callable[["Layout", object, dict | None], "Layout"] | None = None  # see of
+
+    def of(self, config, published: dict | None = None) -> "Layout":
+        """This layout for models of a config: as config.json, `published`, has it, or to be written."""
+        return self.special(self, config, published) if self.special else self
 
     def build(self, config) -> nn.Module:
         return (self.make or self.model)(config)
 
 
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")  # entries of config.json that our configs do not hold
-ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
-PUBLISHED_ACTIVATION = {"gelu_tanh": "gelu_pytorch_tanh", "gelu": "gelu"}
+ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "quick_gelu": "quick_gelu"}
+PUBLISHED_ACTIVATION = {"gelu_tanh": "gelu_pytorch_tanh", "gelu": "gelu", "quick_gelu": "quick_gelu"}
 
 
 def size_from_json(size):

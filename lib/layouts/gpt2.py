@@ -33,7 +33,7 @@ def write_gpt2_config(config: GPTConfig) -> dict:
         "n_layer": config.num_hidden_layers,
         "n_head": config.num_attention_heads,
         "n_inner": config.intermediate_size,
-        "activation_function": {"gelu_tanh": "gelu_new", "gelu": "gelu"}[config.hidden_act],
+        "activation_function": {"gelu_tanh": "gelu_new"}.get(config.hidden_act, config.hidden_act),
         "layer_norm_epsilon": config.layer_norm_eps,
         **{key: config.dropout for key in ("embd_pdrop", "attn_pdrop", "resid_pdrop")},
     }

@@ -1,21 +1,31 @@
-"""Vision-language models of SigLIP and LLaMA: LLaVA, and Idefics3 with SmolVLM."""
+"""Vision-language models: LLaVA, of any tower and any decoder that have layouts of their own; Idefics3 and SmolVLM, of SigLIP
+and LLaMA."""
 
-from dataclasses import asdict
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from functools import partial
 
 import torch
 
+from gpt import GPT, GPTConfig
 from lib.checks import checked
-from lib.layouts.common import NO_PARAMETER, own_settings, prefix_layout, unusual, with_defaults
+from lib.layouts.common import NO_PARAMETER, Layout, Name, own_settings, prefix_layout, respell, unusual, with_defaults
+from lib.layouts.gpt2 import LAYOUTS as GPT2_LAYOUTS
+from lib.layouts.llama import DEFAULTS as LLAMA_KINDS
+from lib.layouts.llama import LAYOUTS as LLAMA_LAYOUTS
 from lib.layouts.llama import llama_misfit, read_llama, write_llama
-from lib.layouts.siglip import SIGLIP_VISION, read_tower, read_vision, vision_misfit, write_vision
-from model import MLLAMAConfig, MllamaForConditionalGeneration
-from siglip import SiglipVisionConfig
+from lib.layouts.siglip import LAYOUTS as SIGLIP_LAYOUTS
+from lib.layouts.siglip import SIGLIP_VISION, read_tower, vision_misfit, write_vision
+from lib.layouts.vit import LAYOUTS as VIT_LAYOUTS
+from model import Llama3ForCausalLM, LLAMA32Config, MLLAMAConfig, MllamaForConditionalGeneration
+from siglip import SiglipModel, SiglipVisionConfig
+from vit_scratch import ViTConfig, ViTModel
 
-# LLaVA's files have our names. This undoes the other spellings of 4.x and of the modules in transformers.
+# In LLaVA's files the names of tower and decoder follow a prefix each; so do ours. This undoes the other spellings of 4.x and
+# of the modules in transformers.
 LLAVA_SPELLINGS = {
     r"^model\.(?=vision_tower|multi_modal_projector|language_model)": "",
-    r"^vision_tower\.(?!vision_model\.)": "vision_tower.vision_model.",
     r"^lm_head\.": "language_model.lm_head.",
     r"^language_model\.(?!model\.|lm_head\.)": "language_model.model.",
 }
@@ -31,36 +41,66 @@ IDEFICS3_PREFIXES = {
     "language_model.model.": "model.text_model.",
     "language_model.lm_head": "lm_head",
 }
-NO_VLM_PARAMETER = NO_PARAMETER + r"|^(vision_tower|model)\.vision_model\.head\."  # a VLM never asks the pooling head
+NO_VLM_PARAMETER = NO_PARAMETER + r"|^(vision_tower|model)\.(vision_model\.)?head\."  # a VLM never asks the pooling head
 
 
-def read_part(published: dict, part: str, known: tuple[str, ...], default: str) -> dict:
+def read_part(published: dict, part: str, known: Sequence[str]) -> dict:
     """vision_config or text_config. Raises ValueError where it is of a kind that is not implemented."""
     config = published.get(part) or {}
-    kind = config.get("model_type", default)
-    if kind not in known:
+    kind = config.get("model_type")
+    if kind is not None and kind not in known:
         raise ValueError(f"{part} is a {kind}: only {' or '.join(known)} is implemented")
     return config
 
 
+# What LLaVA's parts may be, by model_type; of several that a part is, the first is written.
+TOWER_KINDS = ("siglip_vision_model", "clip_vision_model", "dinov2", "vit")  # transformers' ViT has a pooler, which ours lacks
+DECODER_KINDS = (*LLAMA_KINDS, "gpt2")
+
+
+def part_layout(kind: str) -> Layout:
+    families = SIGLIP_LAYOUTS | VIT_LAYOUTS | LLAMA_LAYOUTS | GPT2_LAYOUTS
+    return families[kind]
+
+
+def fitting_part(config, kinds: Sequence[str]) -> str | None:
+    """The first of these kinds of tower or decoder that is one of this config."""
+    for kind in kinds:
+        layout = part_layout(kind)
+        if type(config) is CONFIGS[layout.model] and not layout.misfit(config):
+            return kind
+    return None
+
+
+CONFIGS = {SiglipModel: SiglipVisionConfig, ViTModel: ViTConfig, Llama3ForCausalLM: LLAMA32Config, GPT: GPTConfig}
+
+
+def bare(config):
+    """A tower's config without the parts that a vision-language model does not read."""
+    return replace(config, **({"vision_use_head": False} if isinstance(config, SiglipVisionConfig) else {"num_labels": 0}))
+
+
 def read_llava(published: dict) -> MLLAMAConfig:
     given = with_defaults(published, {"vision_feature_layer": -2, "vision_feature_select_strategy": "default"})
-    vision = read_part(given, "vision_config", ("siglip_vision_model",), default="clip_vision_model")
-    text = read_part(given, "text_config", ("llama",), default="llama")
-    if given["vision_feature_select_strategy"] != "full":
-        raise ValueError(
-            f"vision_feature_select_strategy is {given['vision_feature_select_strategy']!r}, which drops the first patch of a "
-            "tower that, like SigLIP, has no CLS token: only full is implemented"
-        )
+    tower, decoder = part_kinds(given)
+    vision, text = given.get("vision_config") or {}, given.get("text_config") or {}
+    strategy, expected = given["vision_feature_select_strategy"], "full" if tower.startswith("siglip") else "default"
+    if strategy != expected:
+        why = "which drops the first patch of a tower without a class token" if expected == "full" else "with the class token"
+        raise ValueError(f"vision_feature_select_strategy is {strategy!r}, {why}: for a {tower} only {expected} is implemented")
     if not isinstance(given["vision_feature_layer"], int):
         raise ValueError(f"vision_feature_layer is {given['vision_feature_layer']}: only a single layer is implemented")
     if given.get("projector_hidden_act", "gelu") != "gelu":
         raise ValueError(f"projector_hidden_act is {given['projector_hidden_act']!r}: only gelu is implemented")
     tied = given.get("tie_word_embeddings", False) or text.get("tie_word_embeddings", False)
+    if decoder == "gpt2":  # the law of gpt.py: one matrix, which transformers' LLaVA has twice
+        text = {key: value for key, value in text.items() if key != "tie_word_embeddings"}
+    else:
+        text = {**text, "tie_word_embeddings": tied}
     return checked(
         MLLAMAConfig,
-        vision_config=read_vision({**vision, "vision_use_head": False}),
-        text_config=read_llama({**text, "tie_word_embeddings": tied}),
+        vision_config=bare(part_layout(tower).read_config(vision)),
+        text_config=part_layout(decoder).read_config(text),
         projector_bias=given.get("multimodal_projector_bias", True),
         vision_feature_layer=given["vision_feature_layer"],
         image_token_id=given.get("image_token_index", given.get("image_token_id", 32000)),
@@ -68,18 +108,72 @@ def read_llava(published: dict) -> MLLAMAConfig:
 
 
 def write_llava(config: MLLAMAConfig) -> dict:
+    tower, decoder = fitting_part(config.vision_config, TOWER_KINDS), fitting_part(config.text_config, DECODER_KINDS)
+    head = {"vision_use_head": False} if tower.startswith("siglip") else {}
+    text = {**part_layout(decoder).write_config(config.text_config), "model_type": decoder}
+    if decoder == "gpt2":
+        text["tie_word_embeddings"] = False
     return {
         "architectures": ["LlavaForConditionalGeneration"],
-        "vision_config": {**write_vision(config.vision_config), "vision_use_head": False},
-        "text_config": write_llama(config.text_config),
+        "vision_config": {**part_layout(tower).write_config(config.vision_config), "model_type": tower, **head},
+        "text_config": text,
         "image_token_index": config.image_token_id,
         "image_seq_length": config.text_config.num_image_tokens,
         "projector_hidden_act": "gelu",
         "multimodal_projector_bias": config.projector_bias,
         "vision_feature_layer": config.vision_feature_layer,
-        "vision_feature_select_strategy": "full",
-        "tie_word_embeddings": config.text_config.tie_word_embeddings,
+        "vision_feature_select_strategy": "full" if tower.startswith("siglip") else "default",
+        "tie_word_embeddings": text.get("tie_word_embeddings", False),
     }
+
+
+def part_kinds(published: dict) -> tuple[str, str]:
+    """The model_types of tower and decoder in a LLaVA's config.json."""
+    vision, text = read_part(published, "vision_config", TOWER_KINDS), read_part(published, "text_config", DECODER_KINDS)
+    return vision.get("model_type", "clip_vision_model"), text.get("model_type", "llama")
+
+
+def llava_layout(layout: Layout, config: MLLAMAConfig, published: dict | None) -> Layout:
+    """LLaVA's layout for this pair of tower and decoder: their own layouts, after a prefix each."""
+    if published is None:
+        kinds = fitting_part(config.vision_config, TOWER_KINDS), fitting_part(config.text_config, DECODER_KINDS)
+    else:
+        kinds = part_kinds(published)
+    tower, decoder = map(part_layout, kinds)
+    parts = {"vision_tower.": tower, "language_model.": decoder}
+    is_gpt2 = kinds[1] == "gpt2"
+
+    def spelled(name: str) -> str:
+        return name.replace("language_model.transformer.", "language_model.model.") if is_gpt2 else name
+
+    def names(model: MllamaForConditionalGeneration) -> list[Name]:
+        found = [Name(name, (name,)) for name in model.state_dict() if name.startswith("multi_modal_projector.")]
+        for prefix, part in parts.items():
+            for name in part.names(model.get_submodule(prefix[:-1])):
+                theirs = tuple(spelled(prefix + each) for each in name.theirs)
+                repeat = name.repeat and prefix + name.repeat
+                found.append(replace(name, ours=prefix + name.ours, theirs=theirs, repeat=repeat))
+        return [name for name in found if not re.search(NO_VLM_PARAMETER, name.ours)]
+
+    def clean(tensors: dict) -> dict:
+        tensors = respell(tensors, LLAVA_SPELLINGS, NO_VLM_PARAMETER)
+        found = {name: tensor for name, tensor in tensors.items() if not name.startswith(tuple(parts))}
+        for prefix, part in parts.items():
+            own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+            if is_gpt2 and prefix == "language_model.":
+                own = {name.replace("model.", "transformer.", 1): tensor for name, tensor in own.items()}
+            found |= {spelled(prefix + name): tensor for name, tensor in part.clean(own).items()}
+        return found
+
+    def finish(tensors: dict) -> dict:
+        own = {name.removeprefix("vision_tower."): t for name, t in tensors.items() if name.startswith("vision_tower.")}
+        others = {name: t for name, t in tensors.items() if not name.startswith("vision_tower.")}
+        if is_gpt2:  # transformers' LLaVA cannot tie this head to its embedding
+            others["language_model.lm_head.weight"] = others["language_model.model.wte.weight"].clone()
+        return others | {f"vision_tower.{name}": tensor for name, tensor in tower.finish(own).items()}
+
+    modules = layout.modules if isinstance(config.text_config, LLAMA32Config) else None
+    return replace(layout, names=names, clean=clean, finish=finish, modules=modules)
 
 
 HANDLED = ("vision_config", "text_config", "projection_dim", "projector_type", "projector_bias", "pixel_shuffle")
@@ -96,8 +190,7 @@ def vlm_misfit(config: MLLAMAConfig) -> str:
         return f"image_token_id {token} is outside the vocabulary of {V}: make room with lib.vocabulary.resize_token_embeddings"
     if config.vision_config.grid[0] != config.vision_config.grid[1]:
         return "its images are squares"
-    parts = vision_misfit(config.vision_config), llama_misfit(config.text_config), unusual(config, HANDLED)
-    return next(filter(None, parts), "")
+    return unusual(config, HANDLED)
 
 
 def llava_misfit(config: MLLAMAConfig) -> str:
@@ -106,7 +199,13 @@ def llava_misfit(config: MLLAMAConfig) -> str:
         return f"its projector is an mlp, {width} wide inside like the text model, without pixel shuffle"
     if config.vision_feature_layer is None:
         return "it takes the tower's features from before the final norm: set vision_feature_layer, to -2 for instance"
-    return vlm_misfit(config)
+    if reason := vlm_misfit(config):
+        return reason
+    for part, kinds in ((config.vision_config, TOWER_KINDS), (config.text_config, DECODER_KINDS)):
+        if fitting_part(part, kinds) is None:
+            layouts = {kind: part_layout(kind) for kind in kinds if CONFIGS[part_layout(kind).model] is type(part)}
+            return "; ".join(f"{kind}: {layout.misfit(part)}" for kind, layout in layouts.items())
+    return ""
 
 
 IDEFICS3_VISION = {**SIGLIP_VISION, "hidden_size": 1152, "num_attention_heads": 16, "patch_size": 32, "vision_use_head": False}
@@ -115,8 +214,8 @@ IDEFICS3_KINDS = ("idefics3_vision", "idefics3", "smolvlm_vision", "smolvlm")  #
 
 
 def read_idefics3(published: dict) -> MLLAMAConfig:
-    vision = read_part(published, "vision_config", IDEFICS3_KINDS, default="idefics3_vision")
-    text = read_part(published, "text_config", ("llama",), default="llama")
+    vision = read_part(published, "vision_config", IDEFICS3_KINDS)
+    text = read_part(published, "text_config", ("llama",))
     given = with_defaults(published, {"scale_factor": 2, "image_token_id": 128257, "tie_word_embeddings": False})
     config = checked(
         MLLAMAConfig,
@@ -147,7 +246,13 @@ def idefics3_misfit(config: MLLAMAConfig) -> str:
         return "its projector is one linear layer without bias"
     if config.vision_feature_layer is not None:
         return "it takes the tower's features from after the final norm: leave vision_feature_layer unset"
-    return vlm_misfit(config) or idefics3_position_misfit(config.vision_config)
+    if type(config.vision_config) is not SiglipVisionConfig or type(config.text_config) is not LLAMA32Config:
+        return "it is made of SigLIP and LLaMA"
+    parts = (check(part) for check, part in (
+        (vlm_misfit, config), (vision_misfit, config.vision_config), (llama_misfit, config.text_config),
+        (idefics3_position_misfit, config.vision_config),
+    ))  # fmt: skip
+    return next(filter(None, parts), "")
 
 
 def idefics3_position_misfit(config: SiglipVisionConfig) -> str:
@@ -162,10 +267,21 @@ def idefics3_position_misfit(config: SiglipVisionConfig) -> str:
     return f"transformers misplaces patches on its {side}x{side} grid by rounding: choose another image_size"
 
 
+PART_CLASSES = {"vision_config": (SiglipVisionConfig, ViTConfig), "text_config": (LLAMA32Config, GPTConfig)}
+
+
 def read_own(published: dict) -> MLLAMAConfig:
     settings = own_settings(published, MLLAMAConfig)
+    for name, classes in PART_CLASSES.items():  # what a part is stands beside its settings; older files have SigLIP and LLaMA
+        part = dict(settings[name])
+        settings[name] = part = {key: value for key, value in part.items() if key != "class"}
+        kind = published[name].get("class", classes[0].__name__)
+        config_class = next(each for each in classes if each.__name__ == kind)
+        if config_class is not classes[0]:
+            settings[name] = checked(config_class, **part)
     if published.get("fusion", "early") == "early":
-        settings["text_config"] = {k: v for k, v in settings["text_config"].items() if k != "cross_every"}  # 0, in older files
+        if isinstance(settings["text_config"], dict):
+            settings["text_config"].pop("cross_every", None)  # 0, in older files
         return checked(MLLAMAConfig, **settings)
     from extras.cross_attention import CrossAttentionConfig
 
@@ -174,7 +290,11 @@ def read_own(published: dict) -> MLLAMAConfig:
 
 
 def write_own(config: MLLAMAConfig) -> dict:
-    return {**asdict(config), "fusion": "early" if type(config) is MLLAMAConfig else "cross"}
+    found = {**asdict(config), "fusion": "early" if type(config) is MLLAMAConfig else "cross"}
+    for name, classes in PART_CLASSES.items():
+        if type(part := getattr(config, name)) in classes:
+            found[name]["class"] = type(part).__name__
+    return found
 
 
 def make_own(config: MLLAMAConfig) -> MllamaForConditionalGeneration:
@@ -188,7 +308,7 @@ def make_own(config: MLLAMAConfig) -> MllamaForConditionalGeneration:
 LAYOUTS = {
     "llava": prefix_layout(
         MllamaForConditionalGeneration, read_llava, write_llava,
-        None, LLAVA_SPELLINGS, NO_VLM_PARAMETER, misfit=llava_misfit, modules=LLAVA_MODULES,
+        misfit=llava_misfit, modules=LLAVA_MODULES, special=llava_layout,
     ),
     **{
         kind: prefix_layout(
