@@ -14,16 +14,20 @@ from torch.nn.parallel import DistributedDataParallel
 def start_processes(device: torch.device) -> None:
     """Join the group of processes that torchrun started. What lies in host memory travels by gloo, so that no GPU waits for it.
     While rank 0 evaluates, the others wait long."""
+    import torch.distributed.nn  # noqa: F401  -- before there is a group: see end_processes
+
     backends = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backends, timeout=timedelta(hours=3))
 
 
 def end_processes() -> None:
-    """Leave the group, if there is one.
+    """Leave the group, if there is one, and end its threads.
 
-    torch ends gloo's threads where the last reference to the group goes, and a DistributedDataParallel, which holds one, is in
-    reference cycles. A thread that outlives the interpreter may ask for it while freeing the last collective's tensors, and is
-    then ended by force inside a destructor: "terminate called without an active exception"."""
+    Gloo's threads end with the last reference to the group. If they outlive the interpreter, one that is just freeing the
+    tensors of the last collective asks for the interpreter's lock, is ended by force inside a destructor, and the process aborts:
+    "terminate called without an active exception". Two things hold such references: a DistributedDataParallel, which is part of
+    reference cycles, and the functions of torch.distributed.nn, where this is imported after the group is made (DDP does): their
+    default argument is the group of that moment."""
     if dist.is_available() and dist.is_initialized():
         gc.collect()
         dist.destroy_process_group()
