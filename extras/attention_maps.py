@@ -1,25 +1,26 @@
-"""Where a vision-language model looks while it answers: how much each generated token attends to each part of a picture.
+"""What a vision-language model attends to while it answers: how much each generated token attends to each part of an image.
 
 The model reads prompt and answer once more, and lib/trace.py records its attention weights. The position that
 produced a token, the one before it, has a row of weights over all that stands before it; those of the image tokens are laid
-back on the picture's grid. Heads are averaged, and then layers, in one of two ways:
+back on the image's grid. Heads are averaged, and then layers, in one of two ways:
 
     mean      over all layers: the share of the attention, 0 to 1, that goes straight to each image token
     rollout   attention rollout (Abnar and Zuidema 2020): how much of each token has arrived there by way of all layers, each
               taken as half attention, half residual stream
 
 The mean is the default since it tells more: in a model of four layers, taught on the CPU to name the colour and shape in one
-of four corners, the hottest image token for the colour lay in the corner asked about in 100 of 100 pictures; by rollout in
-37, where 25 is chance: the lower layers' broad looks drown the later ones' narrow ones.
+of four corners, the hottest image token for the colour lay in the corner asked about in 100 of 100 images; by rollout in
+37, where 25 is chance: the broad attention of the lower layers outweighs the narrow one of the later layers.
 
-In a model with cross-attention the weights are those of the cross-attention layers, whose rows sum to 1 over the pictures.
+In a model with cross-attention the weights are those of the cross-attention layers, whose rows sum to 1 over the images.
 
     maps = where_it_looks(model, answer_ids, **processor(["What is this? <image>"], ["photo.jpg"]))
     words, maps = group_into_words(answer_ids, maps, tokenizer.decode)
-    figures.attention_overlay([picture], words, maps, "attention.png")
+    figures.attention_overlay([image], words, maps, "attention.png")
 
 Attention is where information may come from, not why an answer was given (Jain and Wallace 2019).
-Axes: A answer tokens, H heads, S all tokens, I images, h and w the picture's grid of image tokens (after pixel shuffle).
+Axes: A answer tokens, S all tokens, I images, h and w the image's grid of image tokens (after pixel shuffle), or 1 and their
+number for a projector whose tokens are no places in the image.
 """
 
 from collections.abc import Callable, Sequence
@@ -43,7 +44,7 @@ def where_it_looks(
     image_features: torch.Tensor | None = None,
     method: str = "mean",
 ) -> torch.Tensor:
-    """The attention of each answer token to each part of each picture, [A, I, h, w], on the CPU.
+    """The attention of each answer token to each part of each image, [A, I, h, w], on the CPU.
 
     input_ids [1, T]: the prompt, without padding; pixel_values [I, 3, height, width] or image_features [I, N', D]: its images.
     method: see above. Raises ValueError for more than one row, no image, no answer, or a model in training mode.
@@ -59,7 +60,7 @@ def where_it_looks(
     if model.training:
         raise ValueError("the model is in training mode, where dropout blurs attention: call model.eval() first")
     if image_features is None and pixel_values is None:
-        raise ValueError("there is no picture to look at: give pixel_values or image_features")
+        raise ValueError("there is no image to attend to: give pixel_values or image_features")
     if image_features is None:
         image_features = model.image_features(pixel_values.to(device))
     I, N = image_features.shape[:2]
@@ -93,7 +94,7 @@ def roll_out(layers: Sequence[torch.Tensor]) -> torch.Tensor:
 def group_into_words(
     token_ids: Sequence[int], maps: torch.Tensor, decode: Callable[[list[int]], str]
 ) -> tuple[list[str], torch.Tensor]:
-    """Tokens as words, parted where there is a blank; a word's map is the mean of its tokens'. maps [A, I, h, w] -> the words
+    """Tokens as words, parted where there is a space; a word's map is the mean of its tokens'. maps [A, I, h, w] -> the words
     and [words, I, h, w]. decode: ids to text; special tokens it leaves out go with the word before."""
     groups: list[list[int]] = []  # of places in the answer
     text = ""

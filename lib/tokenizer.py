@@ -61,7 +61,7 @@ from lib.tokenizer_files import (
 )
 
 PROBE = "".join(map(chr, range(32, 127))) + "\n\t  a 12 \u00e9 \u4e2d \U0001f600\r\n"  # some of each kind of character
-LONG_RUN = 50_000  # characters; on a million blanks in a row the regex engine inside tiktoken panics, its stack full
+LONG_RUN = 50_000  # characters; on a million spaces in a row the regex engine inside tiktoken panics, its stack full
 
 
 def last_parts(token: str, rank_of: dict[tuple[str, str], int]) -> tuple[str, ...]:
@@ -307,7 +307,7 @@ class BPETokenizer:
         return self.unk_token_id if known is None else known
 
     def convert_ids_to_tokens(self, ids: int | Iterable[int]):
-        """Tokens as vocabulary files spell them (a blank is `Ġ`), None for ids without one."""
+        """Tokens as vocabulary files spell them (a space is `Ġ`), None for ids without one."""
         return self._token_of.get(ids) if isinstance(ids, int) else [self._token_of.get(i) for i in _to_ints(ids)]
 
     # --- text to ids ---

@@ -9,7 +9,7 @@ from pathlib import Path
 from lib.files import need, read_json, read_text
 
 GPT2_REGEX = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-# Digits apart, then GPT-2's on what lies between: blanks before a digit end their part, so they stay together.
+# Digits apart, then GPT-2's on what lies between: spaces before a digit end their part, so they stay together.
 DIGITS_REGEX = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
 LLAMA3_REGEX = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"

@@ -1,6 +1,7 @@
 """Laws of generate.py: what it prints is what the model says, streamed or tabled, of texts and pictures, or how well captions
 fit, as in transformers; an adapter takes the place of a run's own; a wrong pair is one line."""
 
+import functools
 import io
 import json
 import os
@@ -19,7 +20,7 @@ from extras.cross_attention import CrossAttentionConfig, CrossAttentionVLM
 from gpt import GPT, GPTConfig
 from lib import convert, figures
 from lib.adapters import lora_layers, put_adapter, save_lora
-from lib.checkpoint import from_pretrained, save_pretrained
+from lib.checkpoint import from_pretrained, load_vlm, save_pretrained
 from lib.cli import run_cli
 from lib.conversation import Conversation
 from lib.fast_decode import fast_step
@@ -193,9 +194,12 @@ def photos(tmp_path_factory):
     return paths
 
 
-def expected(folder, messages, images, count: int) -> str:
+loaded = functools.cache(load_vlm)
+
+
+def expected(folder, messages, images, count: int, model=None) -> str:
     """What the model says by the plain way: one batch of the processor, generate."""
-    model, processor = from_pretrained(folder), MllamaImageProcessor.from_pretrained(folder)
+    model, processor = model or loaded(folder)[0], loaded(folder)[1]
     batch = processor.conversation(messages, [str(path) for path in images] or None, add_generation_prompt=True)
     end = processor.tokenizer.convert_tokens_to_ids("<|im_end|>")
     return processor.decode(model.generate(**batch, max_new_tokens=count, stop_tokens=[end])[0])
@@ -267,9 +271,8 @@ def test_int8_puts_the_words_in_8_bits_and_says_what_that_model_says(vlms, photo
     assert (fast_step(model.language_model) is not None) == (kind != "cross")
     plain = from_pretrained(vlms[kind])
     quantize_8bit_(plain)
-    printed = call(capsys, *argv)
-    monkeypatch.setattr(sys.modules[__name__], "from_pretrained", lambda folder: plain)
-    assert printed == expected(vlms[kind], [{"role": "user", "content": f"<image>\n{QUESTION}"}], photos[:1], 9) + "\n" != "\n"
+    messages = [{"role": "user", "content": f"<image>\n{QUESTION}"}]
+    assert call(capsys, *argv) == expected(vlms[kind], messages, photos[:1], 9, plain) + "\n" != "\n"
 
 
 def test_int8_continues_and_tables_a_text(run, tmp_path, capsys):
@@ -302,7 +305,8 @@ def test_attention_draws_the_words_of_the_answer(vlms, photos, tmp_path, capsys,
     monkeypatch.setattr(figures, "attention_overlay", lambda *args, **rest: drawn.append((args, rest)) or draw(*args, **rest))
     file, words = tmp_path / "map.png", ["--max-new-tokens", 9]
     printed = call(capsys, vlms[kind], *flags(photos[:2]), QUESTION, *words, "--attention", file)
-    assert printed == call(capsys, vlms[kind], *flags(photos[:2]), QUESTION, *words)
+    messages = [{"role": "user", "content": f"<image>\n<image>\n{QUESTION}"}]
+    assert printed == expected(vlms[kind], messages, photos[:2], 9) + "\n"
     [((pictures, said, maps, path), rest)] = drawn
     assert "".join(said).split() == "".join(printed.split()).split() and rest["title"] == QUESTION
     assert path == str(file) and Image.open(file).format == "PNG" and os.listdir(tmp_path) == ["map.png"]
@@ -319,7 +323,7 @@ def test_attention_draws_the_words_of_the_answer(vlms, photos, tmp_path, capsys,
         (["RUN", "x", "--image", "PHOTO"], "holds a GPT, which reads no images"),
         (["RUN", "--attention", "FOLDER/a.png"], "holds a GPT, which reads no images"),
         (["VLM", "x", "--image", "FOLDER/no.png"], "No such file"),
-        (["VLM", "x", "--image", "VLM/config.json"], "config.json): not a picture"),
+        (["VLM", "x", "--image", "VLM/config.json"], "config.json): not an image"),
         (["VLM", "<image> x"], "says <image> 1 times and has 0 images"),
         (["VLM", "<image> x", *["--image", "PHOTO"] * 2], "says <image> 1 times and has 2 images"),
         (["VLM", "x", *["--image", "PHOTO"] * 60], "the model's context is 160"),

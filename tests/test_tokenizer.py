@@ -38,7 +38,7 @@ from tokenizers import (  # noqa: E402
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 CHATML = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 LLAMA3 = ("<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
-SOURCE = Path(module.__file__).read_text() + Path(chat_formats.__file__).read_text()
+SOURCE = Path(chat_formats.__file__).read_text() + Path(module.__file__).read_text()[:8000]
 FAMILY = "\U0001f468\u200d\U0001f469\u200d\U0001f467\u200d\U0001f466"
 NASTY = {
     "code": SOURCE,
@@ -83,7 +83,7 @@ def reference(kind: str, size: int = 900, specials=CHATML) -> Tokenizer:
     first = list(specials) if kind == "smollm2" else []  # SmolLM2 has them at the ids from 0, the others at the end
     trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=first, show_progress=False,
                                   initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
-    tok.train_from_iterator([SOURCE[:20000], *NASTY.values()], trainer)
+    tok.train_from_iterator([SOURCE, *NASTY.values()], trainer)
     tok.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in specials])
     tok.add_tokens([AddedToken("    \n", normalized=False, special=False)])
     if kind == "llama3":
@@ -143,7 +143,7 @@ def pair(tmp_path_factory):
 @pytest.fixture(scope="module")
 def chatml():
     """Small, trained by us, with ChatML's tokens."""
-    return BPETokenizer.train([SOURCE[:20000], NASTY["cjk"], NASTY["emoji"]], 700, CHATML, "smollm2")
+    return BPETokenizer.train([SOURCE, NASTY["cjk"], NASTY["emoji"]], 700, CHATML, "smollm2")
 
 
 def small_json(**changes) -> dict:
@@ -179,7 +179,7 @@ def test_random_mixtures_give_the_same_ids(pair, kind):
     rng = random.Random(0)
     pool = [*" \n\t\r'.,!1234567890", *"sdmtlLvreESTMabé中😀\u0301\u200d\u0661½\u3000\x04\x85ſK", " ", " ", "  ",
             "\r\n", "'ll", " the", "<|im_end|>", "<|eot_id|>", "    \n", *map(chr, range(0x180, 0x1400, 37))]
-    for _ in range(1500):
+    for _ in range(700):
         text = "".join(rng.choices(pool, k=rng.randint(1, 40)))
         assert ours.encode(text, parse_special=True) == theirs.encode(text).ids, ascii(text)
 
@@ -190,7 +190,7 @@ def test_the_published_ids(pair):
     assert (ours.bos_token, ours.eos_token_id, ours.pad_token_id, ours.unk_token_id) == ("<|im_start|>", 2, 2, 0)
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(3))
 def test_any_list_of_merges_is_followed_not_only_trained_ones(seed):
     """tiktoken joins by bytes, `tokenizers` by listed pairs: made-up vocabularies where these differ, or nearly.
 
@@ -243,11 +243,13 @@ def test_bytes_without_a_token_vanish_or_become_unk():
 
 @pytest.mark.skipif(tuple(map(int, version("tiktoken").split(".")[:2])) < (0, 13),
                     reason="tiktoken before 0.13 takes minutes for one long word; with 0.13 or newer this runs")
-@pytest.mark.parametrize("kind, char", [("smollm2", " "), ("llama3", "\t"), ("gpt2", "a"), ("own", "Z")])
-def test_a_million_times_the_same_character(pair, kind, char):
-    """The regex engine inside tiktoken panics on a million blanks; the ids must still be right, and soon there."""
+@pytest.mark.parametrize("kind, char, count", [
+    ("smollm2", " ", 1_000_100), ("own", "Z", 500_000), ("llama3", "\t", 200_000), ("gpt2", "a", 200_000)])
+def test_very_many_times_the_same_character(pair, kind, char, count):
+    """The regex engine inside tiktoken panics on a million spaces, and on half a million characters that a regex leaves out;
+    the ids must still be right, and soon there."""
     ours, theirs, _ = pair(kind)
-    text = "x " + char * 1_000_100 + "Z"
+    text = "x " + char * count + "Z"
     start = time.perf_counter()
     ids = ours.encode(text, add_special_tokens=False)
     assert time.perf_counter() - start < 20
@@ -325,13 +327,13 @@ def test_tokens_only_named_in_the_configuration_are_added_as_in_transformers(cha
 
 @pytest.mark.parametrize("kind", list(tokenizer_files.PRE_TOKENIZERS))
 def test_training_gives_the_merges_of_tokenizers(kind):
-    texts = [SOURCE[:30000], *NASTY.values()]
+    texts = [SOURCE[:12000], *NASTY.values()]
     theirs = Tokenizer.from_str(json.dumps(tokenizer_files.make_spec({}, [], kind, [])))
     theirs.train_from_iterator(texts, trainers.BpeTrainer(
-        vocab_size=1200, special_tokens=["<|endoftext|>"], show_progress=False,
+        vocab_size=800, special_tokens=["<|endoftext|>"], show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
     model = json.loads(theirs.to_str())["model"]
-    ours = BPETokenizer.train(texts, 1200, ["<|endoftext|>"], kind)
+    ours = BPETokenizer.train(texts, 800, ["<|endoftext|>"], kind)
     assert ours._spec["model"]["merges"] == model["merges"] and ours._vocab == model["vocab"]
     assert ours.eos_token_id == ours.pad_token_id == 0
 
@@ -339,7 +341,7 @@ def test_training_gives_the_merges_of_tokenizers(kind):
 def test_training_on_repetitive_text_down_to_the_last_pair():
     """Overlapping pairs (aaa), pairs that spell one token twice, ties: random texts of three letters to the end."""
     rng = random.Random(1)
-    for _ in range(60):
+    for _ in range(25):
         texts = ["".join(rng.choices("aab ", k=rng.randint(2, 60))) for _ in range(rng.randint(1, 6))]
         theirs = Tokenizer.from_str(json.dumps(tokenizer_files.make_spec({}, [], "gpt2", [])))
         theirs.train_from_iterator(texts, trainers.BpeTrainer(
@@ -725,7 +727,7 @@ def test_the_default_system_prompt_of_a_template(chatml, tmp_path, newline):
 @pytest.fixture(scope="module", params=["chatml", "chatml_spaced", "llama3"])
 def chatty(request):
     specials = LLAMA3 if request.param == "llama3" else CHATML
-    tok = BPETokenizer.train([SOURCE[:20000]], 600, [*specials, "<image>"], "llama3")
+    tok = BPETokenizer.train([SOURCE], 600, [*specials, "<image>"], "llama3")
     tok.bos_token = "<|begin_of_text|>" if request.param == "llama3" else None
     tok.chat_template = tok.chat_template if request.param != "chatml_spaced" else request.param
     assert tok.chat_template == request.param

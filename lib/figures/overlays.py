@@ -11,9 +11,14 @@ from lib.figures.common import BLUE, GREY, RED, finish, new_figure, wrapped
 
 def heat_over(image: torch.Tensor, heat: torch.Tensor) -> torch.Tensor:
     """image uint8 [3, h, w] as a dim grey, and over it heat [gh, gw] from 0 to 1: floats [h, w, 3]. The hotter, the brighter:
-    it survives a grey print, and no part of the image itself is as bright."""
+    it survives a grey print, and no part of the image itself is as bright. Heat of a single row is drawn as a strip below the
+    image, for tokens that are no places in it: floats [h + h // 4, w, 3]."""
     from matplotlib import colormaps
 
+    if len(heat) == 1 < heat.shape[1]:
+        field = torch.arange(image.shape[2]) * heat.shape[1] // image.shape[2]  # of each column of pixels
+        strip = torch.from_numpy(colormaps["inferno"](heat[0].numpy())[..., :3]).float()[field]
+        return torch.cat([heat_over(image, torch.zeros(1, 1)), strip.expand(max(1, image.shape[1] // 4), -1, -1)])
     grey = (image.float() / 255).mean(dim=0)[..., None]
     low, high = grey.min(), grey.max()
     grey = 0.1 + 0.4 * (grey - low) / (high - low).clamp(min=0.1)
@@ -21,17 +26,6 @@ def heat_over(image: torch.Tensor, heat: torch.Tensor) -> torch.Tensor:
     color = torch.from_numpy(colormaps["inferno"](heat.numpy())[..., :3]).float()
     strength = 0.7 * heat[..., None]
     return (1 - strength) * grey + strength * color
-
-
-def strip_under(image: torch.Tensor, heat: torch.Tensor) -> torch.Tensor:
-    """image uint8 [3, h, w] as a dim grey, and below it a strip with a field for each of heat [N], for image tokens that are no
-    places in the image: floats [h + h // 4, w, 3]."""
-    from matplotlib import colormaps
-
-    dim = heat_over(image, torch.zeros(1, 1))
-    field = (torch.arange(image.shape[2]) * len(heat)) // image.shape[2]  # of each column of pixels
-    colors = torch.from_numpy(colormaps["inferno"](heat.numpy())[..., :3]).float()[field]
-    return torch.cat([dim, colors.expand(max(1, image.shape[1] // 4), -1, -1)])
 
 
 def attention_overlay(
@@ -43,8 +37,7 @@ def attention_overlay(
     columns: int = 7,
     most: int = 70,
 ):
-    """What a model attended to for each word: images uint8 [3, h, w], maps [words, images, gh, gw] (attention_maps.py), or
-    [words, images, N] where image tokens are no places in the image.
+    """What a model attended to for each word: images uint8 [3, h, w], maps [words, images, gh, gw] (attention_maps.py).
 
     A panel a word, with the images one below the other and the word's share of attention that went to them; at the left
     the images as they are. A word's hottest place is white-yellow whatever its share is. No more than `most` words.
@@ -69,8 +62,7 @@ def attention_overlay(
         line, column = divmod(k, columns)
         hottest = maps[k].max().clamp(min=1e-12)
         for i, image in enumerate(images):
-            draw = heat_over if maps.ndim == 4 else strip_under
-            axes = panel(line, i, column + 1, draw(image, maps[k, i] / hottest).numpy())
+            axes = panel(line, i, column + 1, heat_over(image, maps[k, i] / hottest).numpy())
             if i == 0:
                 axes.set_title(f"{wrapped(words[k], 16, 2)}\n{float(maps[k].sum()):.0%}", fontsize=9, parse_math=False)
     return finish(figure, path)

@@ -91,7 +91,7 @@ def answer_sheet(
     """Pictures uint8 [3, h, w], under each the question, what the model said and, where that is wrong, the truth.
 
     good: which answers count as right, None for one that is not judged; by default those that equal the truth but for case
-    and blanks, and none is judged that has no truth. Right and wrong differ in colour and in the sign before the answer.
+    and spaces, and none is judged that has no truth. Right and wrong differ in colour and in the sign before the answer.
     """
     same = [None if t is None else a.lower().split() == t.lower().split() for a, t in zip(answers, truths, strict=True)]
     good = same if good is None else good
