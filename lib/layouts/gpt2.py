@@ -52,7 +52,7 @@ GPT2_BLOCK = {
 def gpt2_names(model: GPT) -> list[Name]:
     names = [
         Name("token_embedding.weight", ("transformer.wte.weight",)),
-        Name("lm_head.weight", ("transformer.wte.weight",)),
+        Name("lm_head.weight", ("transformer.wte.weight",), repeat="lm_head.weight"),
         Name("position_embedding.weight", ("transformer.wpe.weight",)),
     ]
     for i in range(model.config.num_hidden_layers):
@@ -61,11 +61,10 @@ def gpt2_names(model: GPT) -> list[Name]:
 
 
 def clean_gpt2(tensors: dict) -> dict:
-    """OpenAI's own upload has no "transformer." before its names and carries its causal masks as tensors; a tied head is
-    the token embedding once more."""
-    no_parameters = (".attn.bias", ".attn.masked_bias", "lm_head.weight")
+    """OpenAI's own upload has no "transformer." before its names and carries its causal masks as tensors."""
+    no_parameters = (".attn.bias", ".attn.masked_bias")
     return {
-        name if name.startswith("transformer.") else f"transformer.{name}": tensor
+        name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}": tensor
         for name, tensor in tensors.items()
         if not name.endswith(no_parameters)
     }
