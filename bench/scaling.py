@@ -1,7 +1,7 @@
 """What training costs, and what it will cost on more GPUs: a model of it in a page, and a measurement that can prove it wrong.
 
-    python scaling.py                     the figures and tables of docs/scaling.md: from 8 to 1,024 GPUs
-    python scaling.py measure             efficiency of two processes on this machine, one thread each (DDP and FSDP2)
+    python -m bench.scaling              the figures and tables of docs/scaling.md: from 8 to 1,024 GPUs
+    python -m bench.scaling measure      efficiency of two processes on this machine, one thread each (DDP and FSDP2)
 
 A step takes as long as its arithmetic at a part of the GPU's peak (or its memory traffic, where that takes longer), and after
 it what every process repeats for itself (Muon's Newton-Schulz steps), what of the exchange of weights and gradients does not
@@ -37,7 +37,7 @@ def shapes_of(config: MLLAMAConfig) -> dict[str, torch.Size]:
 
 @dataclass(frozen=True)
 class Work:
-    """A model in training. tokens: of a sample, picture included; answers: those with a label; batch: samples a GPU a step."""
+    """A model in training. tokens: of a sample, image included; answers: those with a label; batch: samples a GPU a step."""
 
     name: str
     config: MLLAMAConfig
@@ -129,7 +129,7 @@ class Cluster:
     room: float  # bytes
     inside: float  # bytes/s to GPUs of the same machine
     outside: float  # bytes/s to other machines
-    decode: float  # pictures/s by one GPU's share of the cores, while it computes
+    decode: float  # images/s by one GPU's share of the cores, while it computes
     pack: float  # samples/s that a process tokenises and packs, while its GPU waits
     per_machine: int = 8
     busy: float = 0.4  # of a peak that is reached
@@ -215,7 +215,7 @@ def describe(work: Work) -> str:
 
 
 def rate(n: int, batch: int, flags: list[str], seconds: float) -> float:
-    """Pictures a second of n processes with one thread each: the median over the run's lines of metrics, the first left out."""
+    """Images a second of n processes with one thread each: the median over the run's lines of metrics, the first left out."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n)] if n > 1 else []
     with tempfile.TemporaryDirectory() as folder:
         script = [str(Path(__file__).parents[1] / "train_vit.py"), *"--size small --device cpu --workers 1".split(), *flags]
@@ -233,7 +233,7 @@ def rate(n: int, batch: int, flags: list[str], seconds: float) -> float:
 
 def measure(seconds: float, batch: int) -> str:
     """Markdown: two processes against one, with as large a batch each (weak scaling) and with half of it (strong)."""
-    lines = ["| processes | batch | pictures/s | efficiency |", "|---|---|---|---|"]
+    lines = ["| processes | batch | images/s | efficiency |", "|---|---|---|---|"]
     alone = rate(1, batch, [], seconds)
     lines.append(f"| 1 | {batch} | {alone:,.0f} | |")
     for name, flags in (("DDP", []), ("FSDP", ["--fsdp"])):

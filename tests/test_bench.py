@@ -1,4 +1,4 @@
-"""Laws of `bench.py vlm` at its tiny size: both sides are the same task, and what is called a total is one."""
+"""Laws of the benchmarks at tiny sizes: both sides are the same task, and what is called a total is one."""
 
 import copy
 import json
@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from bench import peers as bench
+from bench import inputs, peers, vit, vlm
 from calls import refused
 from lib.checkpoint import save_pretrained
 from lib.tokenizer import BPETokenizer
@@ -19,49 +19,49 @@ pytest.importorskip("transformers")
 @pytest.fixture(scope="module")
 def pair():
     torch.manual_seed(0)
-    return bench.equal_vlms("tiny")
+    return vlm.equal_vlms("tiny")
 
 
 @pytest.fixture(scope="module")
 def rows(pair):
-    inputs, cpu = bench.vlm_batch(pair[0].config, 2), torch.device("cpu")
-    losses = (lambda model, **inputs: model(**inputs)["loss"], lambda model, **inputs: bench.idefics3(model, **inputs).loss)
+    inputs, cpu = vlm.vlm_batch(pair[0].config, 2), torch.device("cpu")
+    losses = (lambda model, **inputs: model(**inputs)["loss"], lambda model, **inputs: vlm.idefics3(model, **inputs).loss)
     sides = {name: side for name, *side in zip(("ours", "peer"), pair, losses, strict=True)}
     dtypes = {"ours": torch.float32, "peer": torch.float32}
-    return {mode: bench.vlm_row(mode, sides, inputs, dtypes, 1, cpu) for mode in bench.VLM_MODES[:3]}
+    return {mode: vlm.vlm_row(mode, sides, inputs, dtypes, 1, cpu) for mode in vlm.VLM_MODES[:3]}
 
 
 def test_the_text_is_as_long_as_promised_and_half_of_it_is_to_be_learned(pair):
     config = pair[0].config
-    batch = bench.vlm_batch(config, 3)
+    batch = vlm.vlm_batch(config, 3)
     assert batch["input_ids"].shape == (3, config.text_config.num_image_tokens + 64)
     assert ((batch["input_ids"] == config.image_token_id).sum(dim=1) == config.text_config.num_image_tokens).all()
     learned = batch["labels"] != -100
     assert (learned.sum(dim=1) == 32).all() and torch.equal(batch["labels"][learned], batch["input_ids"][learned])
 
 
-@pytest.mark.parametrize("mode", bench.VLM_MODES)
+@pytest.mark.parametrize("mode", vlm.VLM_MODES)
 def test_both_sides_train_as_many_parameters(pair, mode):
     pytest.importorskip("peft")
-    ours, theirs = (bench.freeze(copy.deepcopy(model), mode).parameters() for model in pair)
+    ours, theirs = (vlm.freeze(copy.deepcopy(model), mode).parameters() for model in pair)
     assert sum(p.numel() for p in ours if p.requires_grad) == sum(p.numel() for p in theirs if p.requires_grad) > 0
 
 
-def test_features_given_are_the_loss_of_the_pictures(pair):
+def test_features_given_are_the_loss_of_the_images(pair):
     ours, theirs = pair
-    batch = bench.vlm_batch(ours.config, 2)
+    batch = vlm.vlm_batch(ours.config, 2)
     given = {name: x for name, x in batch.items() if name != "pixel_values"}
     with torch.no_grad():
         given["vision_features"] = ours.vision_features(batch["pixel_values"])
         expected = ours(**batch)["loss"]
-        for loss in (ours(**given)["loss"], bench.idefics3(theirs, **given).loss, bench.idefics3(theirs, **batch).loss):
+        for loss in (ours(**given)["loss"], vlm.idefics3(theirs, **given).loss, vlm.idefics3(theirs, **batch).loss):
             torch.testing.assert_close(loss, expected, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("mode", bench.VLM_MODES[:3])
+@pytest.mark.parametrize("mode", vlm.VLM_MODES[:3])
 def test_the_total_is_weights_and_optimiser_state_and_batch_and_what_a_step_needs(pair, rows, mode):
     row = rows[mode]
-    batch = sum(x.nbytes for x in bench.vlm_batch(pair[0].config, 2).values())
+    batch = sum(x.nbytes for x in vlm.vlm_batch(pair[0].config, 2).values())
     lasting = 4 * row["parameters"] + 2 * 4 * row["trained"] + batch  # AdamW keeps two numbers a parameter
     assert row["peak_total_mib"] == pytest.approx(lasting / 2**20 + row["peak_mib"], rel=0.03)  # and the table of RoPE
 
@@ -77,17 +77,17 @@ def test_models_that_differ_are_not_compared(pair, monkeypatch):
     other = copy.deepcopy(theirs)
     with torch.no_grad():
         other.model.connector.modality_projection.proj.weight.mul_(3)
-    monkeypatch.setattr(bench, "equal_vlms", lambda size: (ours, other))
+    monkeypatch.setattr(vlm, "equal_vlms", lambda size: (ours, other))
     with pytest.raises(ValueError, match="the two models differ by .* nothing to compare"):
-        bench.main(["vlm", "--size", "tiny"])
+        peers.main(["vlm", "--size", "tiny"])
 
 
 def test_its_rows_as_json_and_a_peer_without_peft_says_so(pair, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "peft", None)
-    monkeypatch.setattr(bench, "equal_vlms", lambda size: pair)
-    bench.main("vlm --size tiny --batch 1 --rounds 1 --dtype bf16 --device cpu --json".split())
+    monkeypatch.setattr(vlm, "equal_vlms", lambda size: pair)
+    peers.main("vlm --size tiny --batch 1 --rounds 1 --dtype bf16 --device cpu --json".split())
     found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [row["what"] for row in found] == [f"VLM training step, {mode}, bfloat16" for mode in bench.VLM_MODES]
+    assert [row["what"] for row in found] == [f"VLM training step, {mode}, bfloat16" for mode in vlm.VLM_MODES]
     assert [row["peer"] for row in found if "LoRA" in row["what"]] == ["transformers, projector only (no peft)"]
     for row in found:
         assert (row["batch"], row["dtype"], row["size"]) == (1, "bfloat16", "tiny")
@@ -95,9 +95,9 @@ def test_its_rows_as_json_and_a_peer_without_peft_says_so(pair, monkeypatch, cap
 
 
 def test_each_side_has_its_precision(monkeypatch, capsys):
-    seen, plain = [], bench.training_step
-    monkeypatch.setattr(bench, "training_step", lambda *args: seen.append(args[2]) or plain(*args))
-    bench.main("vit --size tiny-digits --batch 2 --rounds 1 --device cpu --dtype bf16 --peer-dtype fp32".split())
+    seen, plain = [], vit.training_step
+    monkeypatch.setattr(vit, "training_step", lambda *args: seen.append(args[2]) or plain(*args))
+    peers.main("vit --size tiny-digits --batch 2 --rounds 1 --device cpu --dtype bf16 --peer-dtype fp32".split())
     assert seen == [torch.bfloat16, torch.float32]
     assert "ViT training step, bfloat16 / float32" in capsys.readouterr().out
 
@@ -112,24 +112,24 @@ def test_each_side_has_its_precision(monkeypatch, capsys):
     ],
 )
 def test_what_cannot_be_measured_is_one_line(flags, words, capsys):
-    assert words in refused(capsys, bench.main, *flags)
+    assert words in refused(capsys, peers.main, *flags)
 
 
-@pytest.mark.parametrize("work, rows", [("questions", 1), ("pictures", 2), ("bpe", 2)])
-def test_work_on_what_a_model_is_fed_with_gives_ratios_and_a_picture(work, rows, tmp_path, capsys):
+@pytest.mark.parametrize("work, rows", [("questions", 1), ("images", 2), ("bpe", 2)])
+def test_work_on_what_a_model_is_fed_with_gives_ratios_and_a_image(work, rows, tmp_path, capsys):
     """Each compares what both sides give before it times them, and raises where they differ."""
     text = tmp_path / "text.txt"
     text.write_text("a red 7 above a blue 3, and what is left of the green 5? " * 200 + "".join(map(chr, range(33, 2000))))
-    picture = tmp_path / "ratios.png"
-    bench.main([work, "--batch", "2", "--rounds", "1", "--json", "--text", str(text), "--picture", str(picture)])
+    chart = tmp_path / "ratios.png"
+    peers.main([work, "--batch", "2", "--rounds", "1", "--json", "--text", str(text), "--chart", str(chart)])
     found = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
     assert len(found) == rows and all(row["speed_ratio"] > 0 for row in found)
     assert all((row["memory_ratio"] is not None) == (work == "questions") for row in found)
-    assert picture.stat().st_size > 5000
+    assert chart.stat().st_size > 5000
 
 
-def test_questions_that_share_a_picture_take_less_than_half_the_memory_of_padded_rows(capsys):
-    bench.main(["questions", "--batch", "4", "--rounds", "1", "--json"])
+def test_questions_that_share_a_image_take_less_than_half_the_memory_of_padded_rows(capsys):
+    peers.main(["questions", "--batch", "4", "--rounds", "1", "--json"])
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["memory_ratio"] < 0.5
 
 
@@ -142,7 +142,7 @@ def test_decoding_in_8_bits_says_what_it_costs_and_saves(tmp_path, capsys, int8)
     BPETokenizer.train(text.read_text(), 280).save_pretrained(run)
     flags = f"decode --source {run} --text {text} --new-tokens 5 --batch 1 3 --rounds 1 --device cpu".split()
     flags += ["--int8"] if int8 else []
-    bench.main([*flags, "--json"])
+    peers.main([*flags, "--json"])
     found = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
     assert [row["batch"] for row in found] == [1, 3]
     for row in found:
@@ -150,15 +150,15 @@ def test_decoding_in_8_bits_says_what_it_costs_and_saves(tmp_path, capsys, int8)
         if int8:
             assert 0 < abs(row["perplexity"] / row["perplexity_floats"] - 1) < 0.02
             assert row["bytes_per_weight"] < 1.02 and row["weights_mib"] < 0.4 * row["weights_floats_mib"]
-    lines = [line for row in found[:1] for line in bench.notes(row)]
+    lines = [line for row in found[:1] for line in peers.notes(row)]
     assert len(lines) == (3 if int8 else 1)
 
 
 def test_8_bits_are_for_a_cpu(capsys, monkeypatch):
-    monkeypatch.setattr(bench, "find_device", lambda name: torch.device("cuda"))
-    assert "--int8 is for decoding on a CPU, not on cuda" in refused(capsys, bench.main, "decode", "--int8")
+    monkeypatch.setattr(peers, "find_device", lambda name: torch.device("cuda"))
+    assert "--int8 is for decoding on a CPU, not on cuda" in refused(capsys, peers.main, "decode", "--int8")
 
 
-@pytest.mark.parametrize("side", bench.FIRST_STEPS)
+@pytest.mark.parametrize("side", inputs.FIRST_STEPS)
 def test_the_lines_that_are_timed_from_nothing_run(side):
-    exec(bench.FIRST_STEPS[side], {})
+    exec(inputs.FIRST_STEPS[side], {})
