@@ -10,8 +10,8 @@ from collections.abc import Callable
 import torch
 import torch.nn as nn
 
+from lib.devices import find_dtype
 from lib.memory import peak_bytes
-from lib.run import find_dtype
 
 
 def transformers_class(name: str) -> type:

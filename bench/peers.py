@@ -30,7 +30,8 @@ from bench.language import bench_decode, bench_loss, bench_quant
 from bench.vit import bench_vit
 from bench.vlm import VLM_SIZES, bench_questions, bench_vlm
 from lib import figures
-from lib.run import find_device, not_negative_int, positive_int, run_cli
+from lib.cli import not_negative_int, positive_int, run_cli
+from lib.devices import find_device
 from lib.weights import DTYPES
 from vit_scratch import ViTConfig
 
@@ -68,9 +69,9 @@ def notes(row: dict) -> list[str]:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", choices=[*WORK, "all"], help="what to measure")
-    sizes = {"vit": ViTConfig.PRESETS, "vlm": VLM_SIZES, "questions": train_vlm.SIZES}
-    sizes = "; ".join(f"{work}: {', '.join(names)}" for work, names in sizes.items()) + "; default: vit-s16, 222m, tiny"
-    parser.add_argument("--size", help=sizes)
+    sizes = {"vit": list(ViTConfig.PRESETS), "vlm": list(VLM_SIZES), "questions": list(train_vlm.SIZES)}
+    choices = "; ".join(f"{work}: {', '.join(names)}" for work, names in sizes.items())
+    parser.add_argument("--size", help=f"{choices}; default: vit-s16, 222m, tiny")
     parser.add_argument("--source", help="decode, quant: a LLaMA checkpoint, decode's default: SmolLM2-135M's shape, random; "
         "images: a folder of JPEGs")  # fmt: skip
     parser.add_argument("--text", metavar="FILE", help="quant, decode --int8: what --source reads, its first 2,048 tokens, "
@@ -90,6 +91,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.int8 and args.work != "decode":
         parser.error("--int8 is for decode")
+    if args.size and args.size not in (known := sizes.get(args.work, [])):
+        parser.error(f"{args.work} has no size {args.size!r}: choose one of {', '.join(known) or 'none'}")
     device, rows = find_device(args.device), []
     for work in WORK if args.work == "all" else [args.work]:
         batch = {"vit": [8, 64], "vlm": [2], "questions": [16], "quant": [1, 256]}.get(work, [1, 16])

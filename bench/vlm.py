@@ -13,6 +13,7 @@ from bench.measure import compare, dtype_suffix, precisions, training_step, tran
 from data import scenes
 from data.scene_batches import SceneBatches, scene_pixels
 from lib.checkpoint import save_pretrained
+from lib.loss import chunked_cross_entropy
 from lib.memory import peak_bytes
 from lib.vocabulary import resize_token_embeddings
 from model import (
@@ -27,6 +28,7 @@ from vit_scratch import pair
 VLM_SIZES = {"222m": ("base-p16-224", "smollm2-135m"), "tiny": ("tiny", "tiny")}  # presets of the tower and of the decoder
 VLM_MODES = ("full", "frozen tower", "frozen tower, LoRA", "frozen tower, features given")
 TEXT_TOKENS, LORA_RANK = 64, 8
+LARGE_VOCABULARY = 2**12  # from here on the logits of all answers at once are what takes the memory
 
 
 def equal_vlms(size: str) -> tuple[nn.Module, nn.Module]:
@@ -40,6 +42,8 @@ def equal_vlms(size: str) -> tuple[nn.Module, nn.Module]:
         image_token_id=text.vocab_size - 1,
     )  # fmt: skip
     ours = MllamaForConditionalGeneration(config)
+    if text.vocab_size >= LARGE_VOCABULARY:
+        ours.language_model.token_loss = chunked_cross_entropy  # as finetune_vlm.py does
     with tempfile.TemporaryDirectory() as folder:
         save_pretrained(ours, folder, layout="idefics3")
         return ours, peer.from_pretrained(folder, attn_implementation="sdpa")
@@ -166,6 +170,7 @@ def bench_questions(args, device: torch.device) -> list[dict]:
     model, processor = train_vlm.build(train_vlm.parse_args(flags), scenes.corpus(), [0.5] * 3, [0.5] * 3)
     if args.size == "smol":
         resize_token_embeddings(model, LLAMA32Config.PRESETS["smollm2-135m"]["vocab_size"])
+        model.language_model.token_loss = chunked_cross_entropy
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         save_pretrained(model, folder, layout="idefics3")
