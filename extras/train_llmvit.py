@@ -1,4 +1,4 @@
-"""Train a language model to classify pictures (llmvit.py): an encoder learns to say what it sees in the model's own words.
+"""Train a language model to classify images (llmvit.py): an encoder learns to say what it sees in the model's own words.
 
     python train_llmvit.py                                           digits, a small language model from scratch, 2 minutes
     python train_llmvit.py --dataset mnist --data DIR --lm SmolLM2.gguf --lm-layers 2 --lora 8 --max-seconds 540
@@ -39,19 +39,11 @@ from extras.llmvit import (
 from gpt import GPT, GPTConfig
 from lib import figures
 from lib.checkpoint import from_pretrained
-from lib.classification import accuracy, default_patch, load_data, predict
+from lib.classification import accuracy, default_patch, draw_answers, load_data, predict
+from lib.cli import argument_parser, not_negative_float, not_negative_int, positive_float, positive_int, run_cli
 from lib.files import read_json, write_json
-from lib.old_trainer import (
-    Run,
-    Trainer,
-    argument_parser,
-    not_negative_float,
-    not_negative_int,
-    parameter_groups,
-    positive_float,
-    positive_int,
-    run_cli,
-)
+from lib.optim import cosine_schedule, make_optimizers, parameter_groups, set_learning_rate
+from lib.run import Run
 from lib.tokenizer import BPETokenizer
 from lib.weights import naming, read_safetensors, write_tensors
 from model import Llama3ForCausalLM, LLAMA32Config, convert_linears_to_lora
@@ -59,7 +51,7 @@ from vit_scratch import pair
 
 # ---- settings --------------------------------------------------------------------------------------------------------
 
-# What the pictures of a data set ask for. Every value has a flag that replaces it.
+# What the images of a data set ask for. Every value has a flag that replaces it.
 RECIPES = {
     "digits": {"image_size": 16, "patch_size": 4, "batch_size": 64, "epochs": 40},  # 8x8 pixels, enlarged once
     "mnist": {"image_size": 28, "patch_size": 7, "epochs": 2, "augment": "none"},  # in so few passes none is needed
@@ -89,7 +81,7 @@ def parse_args(argv=None):
     add("--dataset", choices=list(DATASETS), default="digits")
     add("--size", choices=list(SIZES), default="tiny", help="of the encoder, and of a language model from scratch")
     add("--image-size", type=positive_int, help="pixels; default the data set's own")
-    add("--patch-size", type=positive_int, help="pixels; pictures that it does not divide are padded; default as the data set")
+    add("--patch-size", type=positive_int, help="pixels; images that it does not divide are padded; default as the data set")
     add("--split-seed", type=not_negative_int, default=0, help="another test part, where the data come without one")
     add("--augment", choices=list(AUGMENTATIONS), help="default: made for the data set")
     add("--encoder", choices=list(ENCODERS), default="vit", help="vit: patches see each other; patch_embed: a linear layer")
@@ -115,7 +107,7 @@ def parse_args(argv=None):
     add("--freeze-lm", action="store_true", help="the language model never learns")
     add("--lr-lm", type=positive_float, default=1e-4, help="peak learning rate of a pretrained language model; LoRA: --lr")
     add("--muon-lr", type=not_negative_float, default=0.02, help="Muon's, for matrices that start untrained; 0: AdamW for all")
-    add("--eval-count", type=positive_int, default=1000, help="test pictures of an evaluation on the way")
+    add("--eval-count", type=positive_int, default=1000, help="test images of an evaluation on the way")
     args = parser.parse_args(argv)
     for key, value in {"augment": args.dataset, "batch_size": 32, **RECIPES[args.dataset]}.items():
         if getattr(args, key) is None:
@@ -322,7 +314,7 @@ def groups(model: LLMVIT, args) -> list[dict]:
 
 
 def part_of(dataset: ImageDataset, count: int) -> ImageDataset:
-    """So many pictures, evenly spread."""
+    """So many images, evenly spread."""
     chosen = evenly(len(dataset), count)
     return replace(dataset, images=dataset.images[chosen], labels=dataset.labels[chosen])
 
@@ -332,31 +324,23 @@ def answers(model: LLMVIT, dataset: ImageDataset, mean, std, run: Run) -> torch.
     return predict(lambda images: model(images)["logits"], dataset, mean, std, run)
 
 
-def draw(folder: Path, model: LLMVIT, test: ImageDataset, probabilities, spelled: list[str] | None, mean, std, rows) -> dict:
-    """The pictures of a finished run; how many words it uses, and which most often, over some test pictures."""
-    said = probabilities.argmax(dim=1)
-    labels = test.labels.cpu()
-    K, right = len(test.classes), said == labels
-    matrix = torch.bincount(labels * K + said, minlength=K * K).view(K, K)
-    figures.confusion(matrix, test.classes, folder / "confusion.png")
-    figures.curves(rows, folder / "curves.png")
-    captions = [test.classes[i] if ok else f"{test.classes[i]}, is {test.classes[j]}"
-                for i, j, ok in zip(said.tolist(), labels.tolist(), right.tolist(), strict=True)]  # fmt: skip
-    shown = evenly(len(test), 32)
-    images = test.images[shown].cpu()
-    figures.sheet(images, [captions[i] for i in shown], folder / "samples.png", "what it said", good=right[shown].tolist())
-    if spelled is None:
-        return {}
-    order = (labels * len(test) + torch.arange(len(test))).argsort()  # some of each class
+def draw_words(folder: Path, model: LLMVIT, test: ImageDataset, spelled: list[str], mean, std) -> dict:
+    """words.png: which word each patch of some images is nearest to. Returned: how many words are used over some test images,
+    and which most often."""
+    order = (test.labels.cpu() * len(test) + torch.arange(len(test))).argsort()  # some of each class
     shown = order[evenly(len(test), 12)]
     device = next(model.parameters()).device
     some = normalize_images(part_of(test, 200).images.to(device), mean, std)
     uses = model.words(some)["ids"].flatten().bincount(minlength=len(spelled))
-    read = model.words(normalize_images(test.images[shown].to(device), mean, std), WordList(spelled))["words"]
-    grids = [[[words[0].strip() for words in row] for row in grid] for grid in read]
+    pixels = normalize_images(test.images[shown].to(device), mean, std)
+    grids = [[[words[0].strip() for words in row] for row in grid] for grid in model.words(pixels, WordList(spelled))["words"]]
+    said = model(pixels)["logits"].argmax(dim=1).tolist()
+    good = [i == j for i, j in zip(said, test.labels[shown].tolist(), strict=True)]
+    captions = [f"{test.classes[i]}" if ok else f"{test.classes[i]}, is {test.classes[j]}"
+                for i, j, ok in zip(said, test.labels[shown].tolist(), good, strict=True)]  # fmt: skip
     figures.word_grid(
-        test.images[shown].cpu(), grids, pair(model.config.patch_size), [captions[i] for i in shown], folder / "words.png",
-        "the word that each patch is nearest to", good=right[shown].tolist(),
+        test.images[shown].cpu(), grids, pair(model.config.patch_size), captions, folder / "words.png",
+        "the word that each patch is nearest to", good=good,
     )  # fmt: skip
     most = [spelled[i].strip() for i in uses.argsort(descending=True)[:10].tolist() if uses[i]]
     return {"words_used": int((uses > 0).sum()), "most_used_words": most}
@@ -379,52 +363,58 @@ def main(argv=None) -> None:
     run = Run(args)
     if args.frozen_steps and run.world_size > 1:
         raise ValueError("--frozen-steps needs a single process: what is not trained at first is not shared between several")
+
+    # ---- data ----
     train, test = load_data(args, run)
     mean, std = train.mean_std()
     augment = Augment(AUGMENTATIONS[args.augment], mean, std)
     K, size = len(train.classes), tuple(train.images.shape[-2:])
-    model, config = build(args, train.images.shape[1], size, K)
-    model.to(run.device)
-
     batches = Batches(len(train), args.batch_size // run.world_size, args.seed, rank=run.rank, world_size=run.world_size)
-    total_steps = max(1, round(args.epochs * len(batches)))
+    quick = part_of(test, args.eval_count)
+
+    # ---- model and optimiser ----
+    model, config = build(args, train.images.shape[1], size, K)
+    model = run.place(model)
     trained = groups(model, args)
-    trainer = Trainer(run, model, total_steps, trained, batches)
+    optimizers = make_optimizers(trained)
+    total_steps = max(1, round(args.epochs * len(batches)))
     run.print(
-        f"{args.dataset}: {len(train):,} training and {len(test):,} test pictures of {size[0]}x{size[1]}, {K} classes\n"
+        f"{args.dataset}: {len(train):,} training and {len(test):,} test images of {size[0]}x{size[1]}, {K} classes\n"
         + "".join(f"{line}\n" for line in describe(model, args, config))
-        + f"{total_steps:,} steps of {args.batch_size} pictures {run}"
+        + f"{total_steps:,} steps of {args.batch_size} images {run}"
     )
 
-    def losses(step: int):
+    # ---- loop ----
+    for step in run.steps("", total_steps, batches, optimizers):
+        if run.evaluates(step):
+            with run.evaluation():
+                run.log(test_accuracy=accuracy(answers(model, quick, mean, std, run), quick.labels))
+        set_learning_rate(optimizers, cosine_schedule(run.progress, args.warmup))
         generator = run.seed_step(step)
-        for images, targets in augment.parts(train, next(batches), args.grad_accum, generator):
+        for images, targets in run.parts(augment.parts(train, next(batches), args.grad_accum, generator)):
             with run.autocast():
-                yield trainer.model(images, targets)["loss"]
+                loss = run.model(images, targets)["loss"] / args.grad_accum
+            run.scaler.scale(loss).backward()
+            run.loss += loss.detach()
+        run.clip_and_step(optimizers, args.clip)
 
-    model.train()
-    quick = part_of(test, args.eval_count)
-    while not trainer.done():
-        trainer.step(losses(trainer.steps_done))
-        if trainer.evaluates():
-            with trainer.evaluation():
-                trainer.log(test_accuracy=accuracy(answers(model, quick, mean, std, run), quick.labels))
-    trainer.close()
+    # ---- evaluation, and what the run leaves ----
     if run.is_main and not args.dry_run:
-        with trainer.evaluation():
+        with run.evaluation():
             probabilities = answers(model, test, mean, std, run)
             test_accuracy = accuracy(probabilities, test.labels)
-            trainer.log(test_accuracy=test_accuracy)
+            run.log(test_accuracy=test_accuracy)
             config |= {"classes": train.classes, "image_mean": mean, "image_std": std}
             save_run(run.folder, model, config, args)
-            words = draw(run.folder, model, test, probabilities, config["words"], mean, std, trainer.metrics.read())
+            draw_answers(run.folder, test, probabilities, run.metrics.read())
+            words = {} if args.no_lm else draw_words(run.folder, model, test, config["words"], mean, std)
         result = {
             "test_accuracy": round(test_accuracy, 4),
-            "seconds": round(trainer.seconds, 1),
-            "seconds_per_step": round(trainer.seconds / trainer.steps_done, 4),
+            "seconds": round(run.seconds, 1),
+            "seconds_per_step": round(run.seconds / run.steps_done, 4),
             "parameters": count(model),
             "trained_parameters": sum(p.numel() for group in trained for p in group["params"]),
-            "steps": trainer.steps_done,
+            "steps": run.steps_done,
             "seed": args.seed,
             **words,
             "run": str(run.folder),

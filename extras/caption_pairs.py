@@ -1,0 +1,284 @@
+"""Images and captions that are true of them, for train_siglip.py: drawn for a batch, and to test with.
+
+Of scenes of digits, which never end; of images with classes, whose caption names the class; of rows of LLaVA-style JSON, whose
+caption is the first answer; of shards of such rows. Each has draw, tests, texts and what run.steps asks of batches.
+Axes: B images of the batch; N of a test; M captions; S the image's side.
+"""
+
+import hashlib
+import itertools
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from data.augment import PRESETS as AUGMENTATIONS
+from data.augment import Augment
+from data.batches import Batches
+from data.image_cache import ImageCache
+from data.llava import LlavaRow
+from data.rows import FIRST_ROWS, load_rows
+from data.scenes import COLOURS, PLACES, SLOTS, SceneConfig, Scenes, SceneStream, corpus, make_scenes, with_article
+from data.shard_stream import ShardStream
+from data.shards import ShardImages
+from lib.classification import load_data
+from processing_mllama import IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD, denormalize, normalize, rescale
+
+GALLERY = 200  # test images that a caption has to be found among
+ALONE = 0.5  # of a run on scenes, the part with one digit an image
+SINGLES = 3  # captions of a single digit that come with each scene
+
+
+class Pairs(NamedTuple):
+    """Images, captions drawn for them, as many for each, and of each image all the captions that are true."""
+
+    pixels: torch.Tensor  # float32 [B, 3, S, S], normalised
+    captions: list[str]  # M
+    true: list[frozenset[str]]  # B
+
+
+@dataclass(frozen=True)
+class Test:
+    """Images, and captions to choose from: one each, or, with `classes`, a few for all of them."""
+
+    images: torch.Tensor  # uint8 [N, 1 or 3, h, w]
+    captions: list[str]  # M
+    true: list[frozenset[str]]  # N
+    classes: bool = False
+    words: tuple[str, ...] = ()  # what the words of a class's caption stand for, from the second on
+
+    def own(self, i: int) -> str:
+        """The caption of image i."""
+        return next(c for c in self.captions if c in self.true[i]) if self.classes else self.captions[i]
+
+
+def true_pairs(true: Sequence[frozenset[str]], captions: Sequence[str]) -> torch.Tensor:
+    """bool [N images, M captions]: which are true of which."""
+    columns: dict[str, list[int]] = {}
+    for column, caption in enumerate(captions):
+        columns.setdefault(caption, []).append(column)
+    pairs = [(row, j) for row, known in enumerate(true) for caption in known for j in columns.get(caption, ())]
+    found = torch.zeros(len(true), len(captions), dtype=torch.bool)
+    if pairs:
+        found[tuple(torch.tensor(pairs).T)] = True
+    return found
+
+
+def scene_captions(scenes: Scenes) -> list[tuple[str, str, list[str], frozenset[str]]]:
+    """Of each scene: all its digits with their places; without; each digit alone, with its colour and without; and all that is
+    true of it: any of its digits, in reading order, all with their places or all without, and each without its colour."""
+    found = []
+    columns = (getattr(scenes, name).tolist() for name in ("digits", "colours", "cells", "layouts", "counts"))
+    for digits, colours, cells, layout, count in zip(*columns, strict=True):
+        things = [with_article(f"{COLOURS[colours[i]]} {digits[i]}") for i in range(count)]
+        placed = [f"{thing} at the {PLACES[layout][cells[i]]}" for i, thing in enumerate(things)]
+        single = things + [with_article(digit) for digit in digits[:count]]
+        parts = [part for said in (things, placed) for n in range(count) for part in itertools.combinations(said, n + 1)]
+        found.append((", ".join(placed), ", ".join(things), single, frozenset([*map(", ".join, parts), *single])))
+    return found
+
+
+class ScenePairs:
+    """Fresh scenes, each with a caption of all its digits, now with their places and now without, and some of single digits.
+
+    To tell whose a long caption is, colours and places suffice, and no digit is ever read; "a 3" asks for nothing else. And
+    reading begins earlier where one digit is all there is to see: so it is in the first part of a run, ALONE of it.
+    """
+
+    def __init__(self, args, run):
+        if args.data:
+            raise ValueError(f"scenes are made on the fly and take no --data (given: {args.data})")
+        self.seed, self.count, self.size = args.seed, args.eval_count, args.image_size
+        several, alone = SceneConfig(size=self.size), SceneConfig(size=self.size, digits=(1, 1))
+        size = args.batch_size // run.world_size
+        self.streams = [SceneStream("train", size, args.seed, c, run.rank, run.world_size) for c in (alone, several)]
+        pixels = rescale(make_scenes("train", 500, args.seed, several).images)
+        self.mean, self.std = (tuple(f(pixels, dim=(0, 2, 3)).tolist()) for f in (torch.mean, torch.std))
+        self.image_size = self.size, self.size
+        self.steps = 10_000 // args.batch_size
+
+    def __len__(self) -> int:
+        """Batches an epoch; as there is no end, 10,000 scenes are called one."""
+        return self.steps
+
+    @property
+    def fraction(self) -> float:
+        return sum(stream.fraction for stream in self.streams)
+
+    def state_dict(self) -> dict:
+        return {"streams": [stream.state_dict() for stream in self.streams]}
+
+    def load_state_dict(self, state: dict) -> None:
+        for stream, saved in zip(self.streams, state["streams"], strict=True):
+            stream.load_state_dict(saved)
+
+    def texts(self) -> list[str]:
+        """To train a tokenizer on; the longest captions are among them."""
+        spots = [f"{with_article(f'{c} {d}')} at the {place}" for c in COLOURS for d in range(10) for place in PLACES[3]]
+        return corpus() + [", ".join([spot] * SLOTS) for spot in spots]
+
+    def draw(self, generator: torch.Generator, progress: float) -> Pairs:
+        """progress: of the run, 0..1."""
+        scenes, captions = next(self.streams[progress >= ALONE]), []
+        found = scene_captions(scenes)
+        for number, (placed, things, single, _) in zip(scenes.numbers.tolist(), found, strict=True):
+            pick = random.Random(f"{self.seed}/{number}/caption")
+            captions.append((placed, things)[int(2 * pick.random())])
+            captions += [single[int(len(single) * pick.random())] for _ in range(SINGLES)]
+        return Pairs(normalize(rescale(scenes.images), self.mean, self.std), captions, [true for *_, true in found])
+
+    def tests(self, quick: bool = False) -> dict[str, Test]:
+        """A gallery of whole captions; single digits with the 80 prompts "a COLOUR DIGIT", the pairs of colour and digit that
+        no training scene shows apart from the others."""
+        scenes = make_scenes("test", GALLERY, 0, SceneConfig(size=self.size))
+        said = scene_captions(scenes)
+        found = {"": Test(scenes.images, [placed for placed, *_ in said], [true for *_, true in said])}
+        prompts = [with_article(f"{colour} {digit}") for colour in COLOURS for digit in range(10)]
+        for split in ("test", "compositional"):
+            one = make_scenes(split, self.count, 0, SceneConfig(size=self.size, digits=(1, 1)))
+            true = [true for *_, true in scene_captions(one)]
+            found[f"{split}_"] = Test(one.images, prompts, true, True, ("colour", "digit"))
+        return found
+
+
+class Shuffled:
+    """What pairs from a finite data set share: `batches` of it, which know where they stand."""
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    @property
+    def fraction(self) -> float:
+        return self.batches.fraction
+
+    def state_dict(self) -> dict:
+        return self.batches.state_dict()
+
+    def load_state_dict(self, state: dict) -> None:
+        self.batches.load_state_dict(state)
+
+
+class ClassPairs(Shuffled):
+    """Images with classes, augmented; the caption says the class."""
+
+    def __init__(self, args, run):
+        self.train, self.test = load_data(args, run)
+        self.mean, self.std = (values * (3 // len(values)) for values in self.train.mean_std())  # grey becomes RGB
+        self.captions = [args.caption.format(name.replace("_", " ")) for name in self.train.classes]
+        self.image_size = tuple(self.train.images.shape[-2:])
+        self.batches = Batches(len(self.train), args.batch_size // run.world_size, args.seed, True, run.rank, run.world_size)
+        self.augment = Augment(AUGMENTATIONS[args.augment], self.mean, self.std)
+
+    def texts(self) -> list[str]:
+        return self.captions
+
+    def draw(self, generator: torch.Generator, progress: float) -> Pairs:
+        chosen = next(self.batches).to(self.train.images.device)
+        images = self.train.images[chosen].to(generator.device).expand(-1, 3, -1, -1)
+        captions = [self.captions[label] for label in self.train.labels[chosen].tolist()]
+        return Pairs(self.augment(images, generator), captions, [frozenset([caption]) for caption in captions])
+
+    def tests(self, quick: bool = False) -> dict[str, Test]:
+        every = max(1, len(self.test) // 1000) if quick else 1
+        true = [frozenset([self.captions[label]]) for label in self.test.labels[::every].tolist()]
+        return {"test_": Test(self.test.images[::every], self.captions, true, classes=True)}
+
+
+class RowPairs(Shuffled):
+    """Rows of LLaVA-style JSON with one image each; the caption is the first answer, and true of the image wherever that
+    comes again."""
+
+    def __init__(self, args, run):
+        rows, test = load_rows(args, run)
+        self.run, self.workers, self.size = run, args.workers, args.batch_size // run.world_size
+        self.image_size = args.image_size, args.image_size
+        self.mean, self.std = IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD
+        self.images = ImageCache(self.image_size)
+        self.true: dict[Path, frozenset[str]] = {}
+        self.test = self.checked(test)
+        self.open(rows, args.seed)
+
+    def checked(self, rows):
+        """Those with one image. Raises ValueError where there are none."""
+        found = rows.subset(i for i, row in enumerate(rows) if len(row.images) == 1)
+        if not len(found):
+            raise ValueError(f"{rows.source}: none of {len(rows)} rows has exactly one image")
+        if left_out := len(rows) - len(found):
+            self.run.print(f"{left_out} rows are left out: a pair is one image and its caption")
+        for row in found:
+            self.true[row.images[0]] = self.true.get(row.images[0], frozenset()) | {first_answer(row)}
+        return found
+
+    def open(self, rows, seed: int) -> None:
+        self.rows = self.checked(rows)
+        self.batches = Batches(len(self.rows), self.size, seed, True, self.run.rank, self.run.world_size)
+
+    def texts(self) -> list[str]:
+        return [first_answer(row) for row in self.rows]
+
+    def next_rows(self) -> list[tuple[LlavaRow, torch.Tensor]]:
+        """The readable ones of the next batch."""
+        rows = [self.rows[i] for i in next(self.batches).tolist()]
+        self.images.load([row.images[0] for row in rows], self.workers)
+        return [(row, pixels) for row in rows if (pixels := self.images[row.images[0]]) is not None]
+
+    def draw(self, generator: torch.Generator, progress: float) -> Pairs:
+        """An image that cannot be read is replaced by another one of the batch: so batches keep their size. Raises ValueError
+        where none can be read in a whole epoch."""
+        for _ in range(len(self) + 1):
+            good = self.next_rows()
+            if self.run.all(bool(good)):  # to stay together
+                chosen = [good[k % len(good)] for k in range(self.size)]
+                captions = [first_answer(row) for row, _ in chosen]
+                true = [self.true.get(row.images[0], frozenset([first_answer(row)])) for row, _ in chosen]
+                return Pairs(torch.stack([pixels for _, pixels in chosen]), captions, true)
+        raise ValueError(f"{self.rows.source}: none of its images can be read")
+
+    def tests(self, quick: bool = False) -> dict[str, Test]:
+        """A gallery of test images, each with the caption of its first row."""
+        first = {row.images[0]: row for row in reversed(self.test) if self.images[row.images[0]] is not None}
+        if not first:
+            raise ValueError(f"{self.test.source}: none of the test images can be read")
+        rows = list(reversed(first.values()))
+        rows = rows[:: -(-len(rows) // GALLERY)]
+        images = denormalize(torch.stack([self.images[row.images[0]] for row in rows]), self.mean, self.std)
+        return {"": Test(images, [first_answer(row) for row in rows], [self.true[row.images[0]] for row in rows])}
+
+    @cached_property
+    def _rows_hash(self) -> str:
+        rows = [(row.images[0].name, first_answer(row)) for row in self.rows]
+        return hashlib.sha256(repr(rows).encode()).hexdigest()
+
+    def state_dict(self) -> dict:
+        return {"rows": self._rows_hash, **super().state_dict()}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Raises ValueError if the state is that of other rows."""
+        if state["rows"] != self._rows_hash:
+            raise ValueError(f"cannot resume: {self.rows.source} holds other rows now than when the run was started")
+        super().load_state_dict(state)
+
+
+class ShardPairs(RowPairs):
+    """The same of shards (shards.py). Whether an image comes again with another caption is not known there."""
+
+    state_dict, load_state_dict = Shuffled.state_dict, Shuffled.load_state_dict  # a ShardStream knows whose rows it has
+
+    def open(self, rows, seed: int) -> None:
+        self.rows, ranks = rows, (self.run.rank, self.run.world_size, self.workers)
+        self.batches = ShardStream(rows, ShardImages(self.image_size), self.size, seed, *ranks)
+
+    def texts(self) -> list[str]:
+        return [first_answer(row) for row in self.rows.head(FIRST_ROWS)]
+
+    def next_rows(self) -> list[tuple[LlavaRow, torch.Tensor]]:
+        rows = [row for row in next(self.batches) if len(row.images) == 1]
+        return [(row, pixels) for row in rows if (pixels := self.batches.images[row.images[0]]) is not None]
+
+
+def first_answer(row) -> str:
+    return " ".join(next(message["content"] for message in row.messages if message["role"] == "assistant").split())
