@@ -24,7 +24,6 @@ import json
 
 import torch
 
-import train_vlm
 from bench.inputs import bench_bpe, bench_images, bench_start
 from bench.language import bench_decode, bench_loss, bench_quant
 from bench.vit import bench_vit
@@ -32,6 +31,7 @@ from bench.vlm import VLM_SIZES, bench_questions, bench_vlm
 from lib import figures
 from lib.cli import not_negative_int, positive_int, run_cli
 from lib.devices import find_device
+from lib.vlm_parts import SIZES
 from lib.weights import DTYPES
 from vit_scratch import ViTConfig
 
@@ -69,9 +69,9 @@ def notes(row: dict) -> list[str]:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", choices=[*WORK, "all"], help="what to measure")
-    sizes = {"vit": list(ViTConfig.PRESETS), "vlm": list(VLM_SIZES), "questions": list(train_vlm.SIZES)}
+    sizes = {"vit": list(ViTConfig.PRESETS), "vlm": list(VLM_SIZES), "questions": list(SIZES)}
     choices = "; ".join(f"{work}: {', '.join(names)}" for work, names in sizes.items())
-    parser.add_argument("--size", help=f"{choices}; default: vit-s16, 222m, tiny")
+    parser.add_argument("--size", help=f"{choices}; default: vit-s16, 222m, small")
     parser.add_argument("--source", help="decode, quant: a LLaMA checkpoint, decode's default: SmolLM2-135M's shape, random; "
         "images: a folder of JPEGs")  # fmt: skip
     parser.add_argument("--text", metavar="FILE", help="quant, decode --int8: what --source reads, its first 2,048 tokens, "
@@ -96,7 +96,7 @@ def main(argv: list[str] | None = None) -> None:
     device, rows = find_device(args.device), []
     for work in WORK if args.work == "all" else [args.work]:
         batch = {"vit": [8, 64], "vlm": [2], "questions": [16], "quant": [1, 256]}.get(work, [1, 16])
-        size = {"vit": "vit-s16", "vlm": "222m", "questions": "tiny"}.get(work)
+        size = {"vit": "vit-s16", "vlm": "222m", "questions": "small"}.get(work)
         chosen = {**vars(args), "batch": args.batch or batch, "size": args.size or size}
         rows += WORK[work](argparse.Namespace(**chosen), device)
     where = {"device": str(device), "threads": torch.get_num_threads(), "torch": torch.__version__, "seed": args.seed}

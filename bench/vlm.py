@@ -8,13 +8,13 @@ from functools import partial
 import torch
 import torch.nn as nn
 
-import train_vlm
 from bench.measure import compare, dtype_suffix, precisions, training_step, transformers_class
 from data import scenes
 from data.scene_batches import SceneBatches, scene_pixels
 from lib.checkpoint import save_pretrained
 from lib.loss import chunked_cross_entropy
 from lib.memory import peak_bytes
+from lib.vlm_parts import SIZES, assemble, train_tokenizer
 from lib.vocabulary import resize_token_embeddings
 from model import (
     LLAMA32Config,
@@ -166,8 +166,10 @@ def bench_questions(args, device: torch.device) -> list[dict]:
     """A step of train_vlm.py's language stage, scenes with twelve questions each: packed rows, in which the questions share the
     image, against transformers' Idefics3 with a padded row and the image for each. Same weights, answers and loss. --size
     smol: 2x2 pixel shuffle, as in bench_vlm, and as many words as SmolLM2 has."""
-    flags = ["--seed", str(args.seed), "--size", args.size, "--pixel-shuffle", "2" if args.size == "smol" else "1"]
-    model, processor = train_vlm.build(train_vlm.parse_args(flags), scenes.corpus(), [0.5] * 3, [0.5] * 3)
+    vision, text, vocabulary = SIZES[args.size]
+    vision, text, tokenizer = SiglipVisionConfig(**vision), LLAMA32Config(**text), train_tokenizer(scenes.corpus(), vocabulary)
+    join = {"projector_type": "linear", "pixel_shuffle": 2 if args.size == "smol" else 1}
+    model, processor = assemble(vision, text, tokenizer, {}, args.seed, **join)
     if args.size == "smol":
         resize_token_embeddings(model, LLAMA32Config.PRESETS["smollm2-135m"]["vocab_size"])
         model.language_model.token_loss = chunked_cross_entropy

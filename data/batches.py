@@ -1,4 +1,5 @@
-"""What batches of all data sets share: a shuffled order that can stop anywhere and go on, and what a blind model gets.
+"""What batches of all data sets share: a shuffled order that can stop anywhere and go on, what a blind model gets, and how much
+each part of a batch counts.
 
     batches = Batches(len(train), batch_size=64, seed=0)
     images = train.images[next(batches)]                      # uint8 [B, C, H, W]
@@ -8,6 +9,8 @@
 import hashlib
 
 import torch
+
+IGNORE = -100  # torch's label for "not counted"
 
 
 class Batches:
@@ -71,3 +74,22 @@ class Batches:
 def blind_pixels(pixel_values: torch.Tensor) -> torch.Tensor:
     """The same number of images of nothing but the mean colour: 0 everywhere, after normalisation."""
     return torch.zeros_like(pixel_values)
+
+
+def with_shares(run, parts: list[dict]) -> list[dict]:
+    """The parts of a batch, each with what its losses are to be multiplied by: "share", fp32 [kinds].
+
+    A loss is the mean over the answers of a part, and parts have unequal numbers of them. Multiplied by these shares and added
+    up over the parts, then averaged over the processes (as DDP does with gradients), it is the mean over the whole batch. A
+    part has one kind of answers (labels, or answers to common questions), or the three of patch_labels.
+    """
+    counts = torch.stack([count_answers(**part) for part in parts])  # [parts, kinds]
+    shares = counts * run.world_size / run.sum(counts.sum(dim=0)).clamp(min=1)
+    return [part | {"share": share} for part, share in zip(parts, shares, strict=True)]
+
+
+def count_answers(labels=None, patch_labels=None, answers=None, **batch) -> torch.Tensor:
+    """How many answers a part of a batch has, int64 [kinds]."""
+    if patch_labels is not None:
+        return (patch_labels != IGNORE).sum(dim=(0, 2))
+    return ((labels if answers is None else answers) != IGNORE).sum()[None]

@@ -10,12 +10,11 @@ from collections.abc import Callable
 
 import torch
 
-from data.batches import Batches
+from data.batches import IGNORE, Batches
 from data.image_cache import ImageCache
 from data.llava import LlavaRow, LlavaRows
 from processing_mllama import IMAGE_TOKEN
 
-IGNORE = -100  # torch's label for "not counted"
 # What makes a question common: how many rows ask it, and how many different answers they give. At most so many questions.
 LEAST_ASKED, MOST_ANSWERS, MOST_COMMON = 100, 50, 200
 

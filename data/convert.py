@@ -113,7 +113,7 @@ def convert_coco_captions(
     source: Path, folder: Path, test_photos: int = 16, seed: int = 0, row_per: str = "caption"
 ) -> str:
     """COCO 2017 photos (Lin et al. 2014), those whose licences let them be passed on, split by photo: one row per caption; with
-    row_per "photo" a training row has all captions of its photo, as turns for train_vlm.py --isolated, which then reads the
+    row_per "photo" a training row has all captions of its photo, as turns for finetune_vlm.py --isolated, which then reads the
     photo once for all of them.
 
     FOLDER/credits.json has the licence and the origin of each photo.
@@ -224,7 +224,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     scenes.add_argument("--seed", type=not_negative_int, default=0)
     coco.add_argument("--test-photos", type=positive_int, default=16, help="photos held out (default 16)")
     coco.add_argument("--seed", type=not_negative_int, default=0, help="which (default 0)")
-    rows = "of training rows; photo: all its captions as turns, for train_vlm.py --isolated (default: caption)"
+    rows = "of training rows; photo: all its captions as turns, for finetune_vlm.py --isolated (default: caption)"
     coco.add_argument("--row-per", choices=("caption", "photo"), default="caption", help=rows)
     classes.add_argument("--per-class", type=positive_int, help="most images of a class, in each part; default: all")
     classes.add_argument("--question", default="Describe the picture.")

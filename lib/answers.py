@@ -15,7 +15,7 @@ Axes: B rows of a batch, P different prefixes in it, I images, T text tokens.
 import contextlib
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -272,14 +272,15 @@ def longest_row(model, rows: Sequence[Row], room: int) -> int:
 
 
 def answer(
-    model, processor, items: Sequence[Item], batch_size: int | None = None, max_new_tokens: int = MOST_NEW_TOKENS, blind=False
-) -> list[str]:
+    model, processor, items: Sequence[Item], batch_size: int | None = None, max_new_tokens: int = MOST_NEW_TOKENS, blind=False,
+    between: Callable[[], None] = lambda: None,
+) -> list[str]:  # fmt: skip
     """What the model says to each item, by greedy decoding with a KV cache; the items' answers are not used.
 
     batch_size: rows; unless given, what CACHE_BYTES hold. max_new_tokens: of an answer, or less where the context is full
-    before. blind: every image is one of the mean colour (blind_pixels), and the real ones are not even opened. Works where
-    the model is, and leaves it training or not as it was. Raises ValueError for prompts that fill the context, for images
-    and <image>s that differ in number, for images that cannot be read.
+    before. blind: every image is one of the mean colour (blind_pixels), and the real ones are not even opened. between: called
+    before each batch. Works where the model is, and leaves it training or not as it was. Raises ValueError for prompts that
+    fill the context, for images and <image>s that differ in number, for images that cannot be read.
     """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens is {max_new_tokens}: it must be at least 1")
@@ -289,6 +290,7 @@ def answer(
     said, stop = [""] * len(items), stop_tokens(processor.tokenizer)
     with eval_mode(model):
         for batch in row_batches(rows, batch_size):
+            between()
             cache, prefixes = prefill(model, processor, items, batch, blind, max_new_tokens)
             cache = cache.select(prefixes)
             out = model.language_model(**own_parts(batch, cache), cache=cache, logits_to_keep=1)
@@ -310,14 +312,16 @@ def own_loss(model, batch: list[Row], cache: KVCache) -> tuple[float, int]:
 
 
 def mean_answer_loss(
-    model, processor, items: Sequence[Item], batch_size: int | None = None, blind: bool = False
-) -> tuple[float, int]:
+    model, processor, items: Sequence[Item], batch_size: int | None = None, blind: bool = False,
+    between: Callable[[], None] = lambda: None,
+) -> tuple[float, int]:  # fmt: skip
     """Mean negative log-likelihood of a token of the true answers, each with its end of turn, and how many tokens these are:
     (nan, 0) without items. Perplexity is exp of it. Other arguments and errors as `answer`."""
     rows, total, count = prompt_rows(processor, items, blind, answered=True), 0.0, 0
     batch_size = batch_size or fitting_rows(model, longest_row(model, rows, 0))
     with eval_mode(model):
         for batch in row_batches(rows, batch_size):
+            between()
             cache, prefixes = prefill(model, processor, items, batch, blind, 0)
             order = sorted(range(len(batch)), key=lambda k: len(batch[k].own))  # answers differ in length: little padding
             for part in (order[k : k + LOSS_ROWS] for k in range(0, len(order), LOSS_ROWS)):

@@ -112,7 +112,7 @@ fraction = number(float, lambda v: 0 <= v < 1, "a number of at least 0 and below
 
 OUT_OF_MEMORY = (
     "out of memory: lower --batch-size, raise --grad-accum (the same step in smaller parts), pass --grad-checkpoint, or train "
-    "less (train_vlm.py: --lora or --qlora); --dry-run says what a step takes"
+    "less (finetune_vlm.py: --lora or --qlora); --dry-run says what a step takes"
 )
 NO_MEMORY = ("DefaultCPUAllocator", "Storage size calculation overflowed")
 PEER_GONE = ("Connection closed by peer", "Connection reset by peer", "NCCL communicator was aborted", "remote process exited")

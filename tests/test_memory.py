@@ -12,7 +12,7 @@ from extras import train_llmvit, train_siglip
 from lib import old_trainer as training
 from lib.memory import StepMemory, bytes_of, peak_bytes
 
-VLM = [train_vlm, "--dataset", "scenes", "--eval-count", "5"]
+VLM = [train_vlm, "--eval-count", "5"]
 SCRIPTS = {
     "vit": [train_vit],
     "vit in parts": [train_vit, "--grad-accum", "4", "--ema", "0.99"],

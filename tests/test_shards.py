@@ -12,14 +12,15 @@ import pytest
 import torch
 from PIL import Image
 
-import train_vlm
+import finetune_vlm
 from calls import refused
 from data.image_cache import ImageCache
 from data.llava import LlavaRows
 from data.shard_stream import LANES, ShardStream, epoch_order
 from data.shards import ShardImages, Shards, check_shards, main, pack_shards, scan, unpack_shards
 from extras import train_siglip
-from lib import old_trainer as training
+from lib import run as training
+from lib import vlm_report
 
 ROWS, PER_SHARD = 60, 7
 
@@ -290,7 +291,7 @@ SMALL = (
     {"hidden_size": 32, "n_heads": 2, "n_kv_groups": 1, "n_layers": 1, "hidden_dim": 48, "max_position_embeddings": 256},
     300,
 )
-VLM = "--dataset llava --batch-size 4 --image-size 32 --steps 5 --eval-count 1 --save-every 3 --device cpu".split()
+VLM = "--size tiny --batch-size 4 --image-size 32 --steps 5 --eval-count 1 --save-every 3 --device cpu".split()
 TOWERS = "--dataset llava --batch-size 4 --image-size 32 --patch-size 16 --steps 4 --device cpu".split()
 
 
@@ -306,15 +307,14 @@ def test_a_model_is_trained_from_shards_and_resumed_bit_for_bit(packed, tmp_path
         (run / f"{state['steps_done']}.pt").write_bytes((run / "state.pt").read_bytes())
 
     monkeypatch.setattr(training, "save_state", keep)
-    monkeypatch.setitem(train_vlm.SIZES, "tiny", SMALL)
-    monkeypatch.setattr(train_vlm, "draw", lambda *_: None)
+    monkeypatch.setattr(vlm_report, "draw", lambda *_: None)
     flags = [*VLM, *data_flags(packed)]
-    train_vlm.main([*flags, "--out", str(tmp_path / "whole")])
+    finetune_vlm.main([*flags, "--out", str(tmp_path / "whole")])
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert {"unreadable_pictures": 0, "rows_too_long": 0, "damaged_rows": 0}.items() <= result.items()
+    assert {"unreadable_images": 0, "rows_too_long": 0, "damaged_rows": 0}.items() <= result.items()
     (tmp_path / "half").mkdir()
     (tmp_path / "half" / "state.pt").write_bytes((tmp_path / "whole" / "3.pt").read_bytes())
-    train_vlm.main([*flags, "--out", str(tmp_path / "half"), "--resume"])
+    finetune_vlm.main([*flags, "--out", str(tmp_path / "half"), "--resume"])
     first, second = ((tmp_path / run / "model.safetensors").read_bytes() for run in ("whole", "half"))
     assert first == second
 
@@ -327,8 +327,8 @@ def test_towers_are_trained_from_shards(packed, tmp_path, monkeypatch, capsys):
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["steps"] == 4
 
 
-@pytest.mark.parametrize("module", [train_vlm, train_siglip])
-def test_shards_need_test_data(module, capsys):
+@pytest.mark.parametrize("module, flags", [(finetune_vlm, []), (train_siglip, ["--dataset", "llava"])])
+def test_shards_need_test_data(module, flags, capsys):
     with pytest.raises(SystemExit):
-        module.parse_args(["--dataset", "llava", "--data", "a-*.tar"])
+        module.parse_args([*flags, "--data", "a-*.tar"])
     assert "shards need --test-data" in capsys.readouterr().err

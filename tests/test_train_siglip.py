@@ -322,9 +322,7 @@ def test_transformers_opens_the_run_and_says_the_same(finished, tmp_path):
 
 def test_the_tower_is_train_vlms_with_its_pixels(finished):
     run, _ = finished
-    args = train_vlm.parse_args(["--vision", str(run)])
-    mean, std = (0.1, 0.2, 0.3), (1.0, 1.0, 1.0)
-    model, processor = train_vlm.build(args, scenes.corpus(), mean, std)
+    model, processor = train_vlm.build(train_vlm.parse_args(["--vision", str(run)]))
     towers, pixels = from_pretrained(run), torch.randn(2, 3, 64, 64)
     torch.testing.assert_close(model.vision_features(pixels), towers.vision_model(pixels))
     pairs = train_siglip.ScenePairs(parse_args([]), SimpleNamespace(rank=0, world_size=1))

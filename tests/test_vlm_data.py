@@ -20,10 +20,11 @@ from data.packing import AttentionBlocks, encode_conversation
 from data.scene_batches import SceneBatches
 from data.scenes import COLOURS, HELD_OUT, IGNORE, corpus, make_scenes
 from extras.cross_attention import CrossAttentionConfig, CrossAttentionVLM
+from finetune_vlm import common_loss
 from lib.tokenizer import BPETokenizer
 from model import MLLAMAConfig, MllamaForConditionalGeneration
 from processing_mllama import IDEFICS3_AROUND, MllamaImageProcessor
-from train_vlm import READ, READ_WEIGHTS, common_loss, scene_loss
+from train_vlm import READ, READ_WEIGHTS, scene_loss
 
 EYES = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 32, "patch_size": 16}
 WORDS = {"hidden_size": 48, "n_heads": 4, "n_kv_groups": 2, "n_layers": 2, "hidden_dim": 64, "initializer_range": 0.2}

@@ -1,0 +1,383 @@
+"""Train a vision-language model on your own images: from published parts, from a model of yours, or from nothing.
+
+    python finetune_vlm.py --data train.json --images DIR --test-data test.json     from nothing
+    python finetune_vlm.py --data train.json --vision SIGLIP --lm SMOLLM2 --lora 8  a projector between published parts
+    python finetune_vlm.py --data train.json --model runs/vlm-own --lora 8          a whole model learns more
+    python finetune_vlm.py --data train.json --vision SIGLIP --lm LM.gguf --qlora 8       over matrices of four bits a weight
+    python finetune_vlm.py --data 'OUT/shard-*.tar' --test-data test.json           more than fits in memory (data/shards.py)
+    torchrun --nproc-per-node 8 finetune_vlm.py ...      on 8 GPUs; with --fsdp a model that does not fit on one
+
+--data is LLaVA-style JSON (data/llava.py; `python -m data.check` says what is wrong with a file). Up to three stages, each said
+before it starts and why: a vision tower that starts untrained learns the answers to common questions, if there are any; the
+projector learns alone; then all that is not frozen learns to answer. Read train_vlm.py first: the loop is the same.
+
+Writes runs/vlm-own/ (blind: runs/vlm-own-blind/): the model as a folder that transformers opens (Idefics3's layout, or LLaVA's
+with --projector mlp), with --lora the corrections in lora/ as well, metrics.jsonl, curves.png, samples.png, attention.png,
+result.json. The last line printed is JSON.
+"""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from data.augment import GEOMETRY, warp
+from data.batches import IGNORE, with_shares
+from data.common import CommonAnswers, common_questions
+from data.features import FrozenFeatures
+from data.image_cache import ImageCache
+from data.llava import LlavaRows
+from data.llava_batches import LlavaBatches, ShardBatches
+from data.rows import FIRST_ROWS, is_sharded, load_rows, some
+from data.shards import ShardImages
+from lib.answers import Item, prompt_ids, row_items
+from lib.checks import checked
+from lib.cli import argument_parser, not_negative_float, not_negative_int, positive_float, positive_int, run_cli
+from lib.distributed import all_gather
+from lib.loss import chunked_cross_entropy
+from lib.optim import cosine_schedule, make_optimizers, parameter_groups, set_learning_rate
+from lib.quant import Linear4bit, quantize_
+from lib.run import Run
+from lib.tokenizer import BPETokenizer
+from lib.vlm_parts import SIZES, assemble, find_part, tower_image_settings, train_tokenizer, whole_model, with_chat_template
+from lib.vlm_report import ask, leave_behind, logged
+from model import LLAMA32Config, MLLAMAConfig, convert_linears_to_lora
+from processing_mllama import IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD
+from siglip import SiglipVisionConfig
+
+# ---- settings --------------------------------------------------------------------------------------------------------
+
+SECONDS = {"vision": 0.4, "projector": 0.02, "language": 0.58}  # shares of --max-seconds
+MUON_LR = {"vision": 0.02, "projector": 0.02, "language": 0.01}  # see train_vlm.py
+VISION_BATCH = 64  # images a step of stage 1
+QUICK = 600  # questions, the first of the test questions, asked every --eval-every steps
+LARGE_VOCABULARY = 2**12  # from here on the logits of all answers at once are what takes the memory
+LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+KEPT_IN_BITS = rf"(?!.*cross_layers).*({'|'.join(LORA_TARGETS)})"  # what --qlora packs: not layers that start untrained
+PARTS = {"language": "model.language_model", "vision": "model.vision_tower", "projector": "model.multi_modal_projector"}
+
+
+def parse_args(argv=None):
+    parser = argument_parser(__doc__, batch_size=16, lr=None, eval_every=400)
+    add = parser.add_argument
+    add("--images", metavar="DIR", help="where the images of --data FILE.json are; default: beside it")
+    add("--test-data", metavar="FILE.json", help="held-out rows; default: --test-part of --data, split by image")
+    add("--test-part", type=positive_float, default=0.1)
+    add("--size", choices=list(SIZES), default="small", help="of what is not taken from --vision or --lm; tiny: for tests")
+    add("--model", metavar="SOURCE", help="go on from a whole vision-language model, its projector too: a run, a LLaVA or "
+        "Idefics3 folder or hub name")  # fmt: skip
+    add("--vision", metavar="SOURCE", help="take the vision tower of a run, a SigLIP, LLaVA or Idefics3 folder or hub name")
+    add("--lm", metavar="SOURCE", help="take language model and tokenizer of a run, a LLaMA folder or hub name, a .gguf file")
+    add("--image-size", type=positive_int, help="pixels; default: the tower's")
+    add("--patch-size", type=positive_int, help="pixels; default --size's")
+    add("--projector", choices=["linear", "mlp"], default="linear", help="linear: Idefics3's; mlp: LLaVA's two layers, which "
+        "read the tower before its last norm (on scenes they learn far more slowly)")  # fmt: skip
+    add("--pixel-shuffle", type=positive_int, default=1, help="r x r patches become one token, for --projector linear")
+    add("--fusion", choices=["early", "cross"], default="early", help="images among the words, or in layers between the blocks")
+    add("--blind", action="store_true", help="train the same model without images: the baseline")
+    add("--freeze", default=None, metavar="vision,lm", help="what never trains; default: a tower that comes trained, and with "
+        "--lora the rest of the language model; none: nothing")  # fmt: skip
+    add("--lora", type=positive_int, metavar="RANK", help="train low-rank corrections of the language model's matrices")
+    add("--qlora", type=positive_int, metavar="RANK", help="the same over matrices of four bits a weight (lib/quant.py)")
+    add("--lora-alpha", type=positive_float, help="default: twice the rank")
+    add("--lr-pretrained", type=positive_float, default=1e-4, help="peak learning rate of what comes trained, LoRA apart")
+    add("--muon-lr", type=not_negative_float, help="Muon's, for matrices that start untrained; 0: AdamW for all; default: "
+        "0.02, for stage 3 0.01")  # fmt: skip
+    add("--vision-steps", type=not_negative_int, help="of stage 1; default: 400")
+    add("--projector-steps", type=not_negative_int, help="of stage 2; default: 20, or a tenth of stage 3")
+    add("--steps", type=positive_int, help="of stage 3, in place of --epochs")
+    add("--shift", type=not_negative_float, default=0.0, help="move training images by up to this part of their side, with a "
+        "tower that trains")  # fmt: skip
+    add("--isolated", action="store_true", help="each question of a row is asked alone, without those before it")
+    add("--max-length", type=positive_int, default=1024, help="tokens of a packed row")
+    add("--cache-features", nargs="?", const="", metavar="FILE", help="keep a frozen tower's features; default in --out")
+    add("--eval-count", type=positive_int, default=300, help="test rows asked at the end")
+    args = parser.parse_args(argv)
+    if not args.data:
+        parser.error("--data FILE.json is missing, or shards: 'DIR/shard-*.tar'")
+    if is_sharded(args.data) and (not args.test_data or args.cache_features is not None):
+        parser.error(f"--data {args.data}: shards need --test-data FILE.json, and are too many for --cache-features")
+    args.out = args.out or f"runs/vlm-own{'-blind' if args.blind else ''}"
+    args.freeze = None if args.freeze is None else sorted(set(args.freeze.split(",")) - {"none", ""})
+    if set(args.freeze or ()) - {"vision", "lm"}:
+        parser.error(f"--freeze {','.join(args.freeze)}: it takes vision, lm, both with a comma, or none")
+    if args.lora and args.qlora:
+        parser.error("--lora and --qlora: choose one")
+    args.lora = args.lora or args.qlora
+    if args.model:
+        settled = ("projector", "pixel_shuffle", "fusion", "vision", "lm", "image_size", "patch_size")
+        chosen = [f"--{name.replace('_', '-')}" for name in settled if getattr(args, name) != parser.get_default(name)]
+        if chosen:
+            parser.error(f"--model {args.model} brings its own: leave out {', '.join(chosen)}")
+        args.vision = args.lm = args.model
+    if args.vision and (args.image_size or args.patch_size):
+        parser.error(f"--{'image' if args.image_size else 'patch'}-size cannot be chosen with --vision: the tower has its own")
+    if args.projector == "mlp" and args.pixel_shuffle > 1:
+        parser.error("--pixel-shuffle goes with --projector linear: no published layout has it with an mlp")
+    if args.fsdp and args.cache_features is not None:
+        parser.error("--cache-features needs a whole vision tower in each process: leave out --fsdp")
+    if args.shift and args.cache_features is not None:
+        parser.error("--shift moves images anew at each step: leave out --cache-features")
+    if args.fusion == "cross" and "lm" in (args.freeze or ()) and not args.lora:
+        parser.error("--fusion cross --freeze lm: the language model holds the layers that attend to images: add --lora")
+    return args
+
+
+# ---- model -----------------------------------------------------------------------------------------------------------
+
+
+def build(args, texts: list[str]):
+    """The model, with what --model, --vision and --lm bring, and its processor. texts: to train a tokenizer on."""
+    if args.model:
+        return whole_model(args.model, args.seed)
+    vision_settings, text_settings, vocabulary = SIZES[args.size]
+    changes = {key: getattr(args, key) for key in ("image_size", "patch_size") if getattr(args, key)}
+    vision = checked(SiglipVisionConfig, **{**vision_settings, **changes})
+    image_settings = {"image_mean": IMAGENET_STANDARD_MEAN, "image_std": IMAGENET_STANDARD_STD}
+    if args.vision:
+        vision, image_settings = find_part(args.vision, "vision"), tower_image_settings(args.vision)
+    if args.lm:
+        text, tokenizer = find_part(args.lm, "lm"), BPETokenizer.from_pretrained(args.lm)
+        if len(tokenizer) > text.config.vocab_size:
+            raise ValueError(
+                f"--lm {args.lm}: its tokenizer has {len(tokenizer)} tokens, its model {text.config.vocab_size}: "
+                "they do not belong together"
+            )
+        with_chat_template(tokenizer)
+    else:
+        text, tokenizer = LLAMA32Config(**text_settings), train_tokenizer(texts, vocabulary)
+    join = {"projector_type": args.projector, "vision_feature_layer": -1 if args.projector == "mlp" else None}
+    join |= {"pixel_shuffle": args.pixel_shuffle}
+    checked(MLLAMAConfig, vision_config=getattr(vision, "config", vision), text_config=getattr(text, "config", text), **join)
+    return assemble(vision, text, tokenizer, image_settings, args.seed, args.fusion, **join)
+
+
+def add_lora(args, model) -> None:
+    """--lora, --qlora: low-rank corrections of the language model's matrices, which --qlora packs in four bits before."""
+    if args.qlora:
+        quantize_(model.language_model, KEPT_IN_BITS)
+    if args.lora:
+        alpha, classes = args.lora_alpha or 2 * args.lora, (nn.Linear, Linear4bit)
+        convert_linears_to_lora(model.language_model, args.lora, alpha, 0.0, classes, LORA_TARGETS)
+
+
+class Learner(nn.Module):
+    """What is trained: the model and, in stage 1, a linear layer that reads the answers to common questions from the mean of an
+    image's features. sizes: of how many answers to each question it chooses one."""
+
+    def __init__(self, model, sizes: tuple[int, ...] = ()):
+        super().__init__()
+        self.model, self.sizes = model, sizes
+        self.reader = nn.Linear(model.config.vision_config.hidden_size, sum(sizes)) if sizes else None
+
+    def forward(self, share=(1.0,), answers=None, **batch) -> torch.Tensor:
+        """The loss of a part of a batch. share: see with_shares."""
+        if answers is not None:
+            features = self.model.vision_features(batch["pixel_values"]).mean(dim=1)
+            return common_loss(self.reader(features).float().split(self.sizes, dim=1), answers) * share[0]
+        loss = self.model(**batch)["loss"] * share[0]
+        if "pixel_values" in batch or "vision_features" in batch:
+            return loss
+        return loss + sum(p.sum() for p in self.parameters() if p.requires_grad) * 0  # what encodes images has a gradient: 0
+
+
+def common_loss(logits: tuple[torch.Tensor, ...], answers: torch.Tensor) -> torch.Tensor:
+    """Of each question [N, choices] against the answers [N, questions] (see CommonAnswers): the mean over all that is asked."""
+    each = zip(logits, answers.unbind(dim=1), strict=True)
+    losses = [F.cross_entropy(x, y, ignore_index=IGNORE, reduction="sum") for x, y in each]
+    return sum(losses) / (answers != IGNORE).sum()
+
+
+# ---- stages ----------------------------------------------------------------------------------------------------------
+
+
+class Stage(NamedTuple):
+    name: str
+    why: str
+    steps: int
+    parts: tuple[str, ...]  # of the Learner, that train
+
+
+def has_vision_stage(args, common: dict) -> bool:
+    """Whether the tower is trained by itself: if it starts untrained and there are common questions about what it sees."""
+    untrained = not (args.vision or args.blind or "vision" in (args.freeze or ()))
+    return untrained and args.vision_steps != 0 and bool(common)
+
+
+def frozen_parts(args, common: dict) -> set[str]:
+    """What never trains in the last stage. A tower that is trained already is about as good frozen, and cheaper."""
+    if args.freeze is not None:
+        return set(args.freeze)
+    return {"vision"} if args.vision or args.blind or has_vision_stage(args, common) else set()
+
+
+def stages(args, epoch: int, common: dict) -> list[Stage]:
+    """What this run goes through. epoch: steps of one pass over the rows. common: see common_questions."""
+    steps = args.steps or max(1, round((args.epochs or 3) * epoch))
+    frozen, plan, first = frozen_parts(args, common), [], args.projector_steps
+    if has_vision_stage(args, common):
+        why = f"the answers to {len(common)} common questions, by a linear layer: there must be something to talk about"
+        plan.append(Stage("vision", why, args.vision_steps or 400, (PARTS["vision"], "reader")))
+    if first is None:  # where both towers come trained, or nearly so, and what is between them does not
+        first = 0 if args.model else 20 if plan else steps // 10 if args.vision and args.lm else 0
+    if first and args.fusion == "early":  # the gates of "cross" are closed at first, and let no gradient through to it
+        why = "both towers frozen: a projector that is still random would only disturb them"
+        plan.append(Stage("projector", why, first, (PARTS["projector"],)))
+    parts = {"the projector": PARTS["projector"]}
+    parts |= {} if "vision" in frozen else {"the vision tower": PARTS["vision"]}
+    parts |= {} if "lm" in frozen and not args.lora else {"the language model": PARTS["language"]}
+    why = " and ".join(parts) + (f", by LoRA of rank {args.lora}" if args.lora else "") + " learn to answer"
+    return [*plan, Stage("language", why, steps, tuple(parts.values()))]
+
+
+def train_only(learner: Learner, stage: Stage, args) -> list[dict]:
+    """Let the stage's parts train and nothing else; their groups for the optimizers, each with its learning rate. Raises
+    ValueError where nothing is left to train."""
+    learner.requires_grad_(False)
+    muon_lr, groups = MUON_LR[stage.name] if args.muon_lr is None else args.muon_lr, []
+    trained_before = {PARTS["vision"]: args.vision, PARTS["projector"]: args.model, PARTS["language"]: args.lm}
+    for part in stage.parts:
+        module = learner.get_submodule(part).requires_grad_(True)
+        if part == PARTS["vision"] and learner.model.config.vision_feature_layer is not None:
+            module.vision_model.post_layernorm.requires_grad_(False)  # comes after the features that are used
+        if part == PARTS["language"] and args.lora:
+            for name, parameter in module.named_parameters():
+                parameter.requires_grad_(name.endswith(("lora_a", "lora_b")) or "cross_layers" in name)
+            groups += parameter_groups(module, args.weight_decay, args.lr or 1e-3)
+        elif not trained_before.get(part):
+            groups += parameter_groups(module, args.weight_decay, args.lr or 2e-3, muon_lr)
+        else:
+            between = getattr(getattr(module, "model", None), "cross_layers", None)
+            if between is not None and not args.model:  # the layers between start untrained
+                groups += parameter_groups(between, args.weight_decay, args.lr or 2e-3, muon_lr)
+                between.requires_grad_(False)
+            groups += parameter_groups(module, args.weight_decay, args.lr_pretrained)
+            module.requires_grad_(True)
+    if not groups:
+        raise ValueError(f"stage {stage.name}: nothing is left to train: freeze less")
+    return groups
+
+
+# ---- data ------------------------------------------------------------------------------------------------------------
+
+
+def conversations(args, run: Run, rows, model, processor, common: dict) -> LlavaBatches:
+    """Batches for stages 2 and 3."""
+    settings = processor.image_size, processor.image_mean, processor.image_std, processor.resample, processor.do_pad_square
+    sharded, frozen, features = is_sharded(args.data), "vision" in frozen_parts(args, common), None
+    images = (ShardImages if sharded else ImageCache)(*settings)
+    if args.cache_features is not None and not frozen:
+        raise ValueError("--cache-features: the vision tower is trained, so its features change: add --freeze vision")
+    if frozen and not (args.fsdp or sharded) and (run.device.type == "cpu" or args.cache_features is not None):
+        features = FrozenFeatures(model, images, args.blind)
+    if args.shift and features and not args.blind and not has_vision_stage(args, common):
+        raise ValueError("--shift: the vision tower is frozen and encodes each image once: add --freeze none")
+    return (ShardBatches if sharded else LlavaBatches)(
+        rows, processor, images, args.batch_size // run.world_size, args.seed, args.max_length,
+        isolated=args.isolated, grad_accum=args.grad_accum, blind=args.blind, workers=args.workers, features=features,
+        rank=run.rank, world_size=run.world_size, context=model.config.text_config.context_length,
+        all_ranks=run.all, always_image=args.fsdp,
+    )  # fmt: skip
+
+
+def keep_features(args, run: Run, rows: LlavaRows, batches: LlavaBatches) -> None:
+    """--cache-features, of a tower that does not train any more."""
+    if args.cache_features is not None and not args.dry_run:
+        file = Path(args.cache_features or run.folder / "features.npy")
+        with run.main_first():
+            batches.features.keep(file, [path for row in rows for path in row.images], args.workers, run.is_main)
+
+
+def test_questions(args, run: Run, rows: LlavaRows, model, processor) -> list[Item]:
+    """Questions about --eval-count test rows, without those that cannot be asked."""
+    items = row_items(some(rows, args.eval_count), args.isolated)
+    images, limit = ImageCache(processor.image_size, most_bytes=0), model.config.text_config.context_length
+    bad = {path for item in items for path in item.images if not args.blind and images[path] is None}
+    fit = [item for item in items if not bad & {*item.images} and len(prompt_ids(processor, item, True)[0]) < limit]
+    if len(fit) < len(items):
+        why = f"{len(bad)} images cannot be read" if bad else f"they have over {limit} tokens"
+        run.print(f"{len(items) - len(fit)} of {len(items)} test questions are left out: {why}")
+    return fit
+
+
+def shifted(pixel_values: torch.Tensor, most: float, generator: torch.Generator) -> torch.Tensor:
+    """[I, 3, S, S], each moved by up to `most` of its side, either way; its border is repeated."""
+    geometry = torch.zeros(len(pixel_values), len(GEOMETRY))
+    geometry[:, 1:3] = (torch.rand(len(pixel_values), 2, generator=generator, device=generator.device).cpu() * 2 - 1) * most
+    return warp(pixel_values, geometry.to(pixel_values), "border")
+
+
+def left_out(batches: LlavaBatches) -> dict[str, int]:
+    """How much training met, in all processes, that it could not use."""
+    found = {"unreadable_images": map(str, batches.images.unreadable), "rows_too_long": batches.too_long}
+    found |= {"damaged_rows": batches.indices.lost} if isinstance(batches, ShardBatches) else {}
+    return {name: len(set(all_gather(list(each)))) for name, each in found.items()}
+
+
+# ---- the recipe --------------------------------------------------------------------------------------------------------
+
+
+def main(argv=None) -> None:
+    args = parse_args(argv)
+    run = Run(args)
+
+    # ---- data, model ----
+    rows, test_rows = load_rows(args, run)
+    first = rows.head(FIRST_ROWS) if is_sharded(args.data) else rows
+    common = {} if is_sharded(args.data) else common_questions(rows)
+    model, processor = build(args, [message["content"] for row in first for message in row.messages])
+    if model.config.text_config.vocab_size > LARGE_VOCABULARY:
+        model.language_model.token_loss = chunked_cross_entropy
+    add_lora(args, model)
+    counts = {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()}
+    learner = run.place(Learner(model, tuple(map(len, common.values()))))
+    packed = conversations(args, run, rows, model, processor, common)
+    tests = test_questions(args, run, test_rows, model, processor)
+    plan = stages(args, len(packed), common)
+    run.print(f"{args.data} {run}; {', '.join(f'{name} {count:,}' for name, count in counts.items())} parameters")
+
+    for stage in plan:
+        optimizers = make_optimizers(train_only(learner, stage, args))
+        batches, size = packed, args.batch_size
+        if stage.name == "vision":
+            size = max(1, round(VISION_BATCH / (unit := run.world_size * args.grad_accum))) * unit
+            ranks = {"rank": run.rank, "world_size": run.world_size, "all_ranks": run.all, "workers": args.workers}
+            images, each = packed.images, size // run.world_size
+            batches = CommonAnswers(rows, common, images, each, args.seed, args.grad_accum, **ranks)
+        else:
+            keep_features(args, run, rows, packed)
+        seconds = args.max_seconds and args.max_seconds * SECONDS[stage.name] / sum(SECONDS[each.name] for each in plan)
+        trained = sum(p.numel() for p in learner.parameters() if p.requires_grad)
+        run.print(f"stage {stage.name}: {stage.why}\n  {trained:,} parameters, {stage.steps:,} steps of {size}")
+
+        # ---- loop ----
+        for step in run.steps(stage.name, stage.steps, batches, optimizers, "samples", size, seconds):
+            if stage.name == "language" and run.evaluates(step):
+                with run.evaluation() as eval_learner:
+                    found = ask(eval_learner.model, processor, tests[:QUICK], args.blind, run.stop_if_asked)
+                    run.log(**logged({"test": found}))
+            set_learning_rate(optimizers, cosine_schedule(run.progress, args.warmup))
+            generator = run.seed_step(step)
+            for batch in run.parts(with_shares(run, next(batches))):
+                if args.shift and "pixel_values" in batch:
+                    batch["pixel_values"] = shifted(batch["pixel_values"], args.shift, generator)
+                with run.autocast():
+                    loss = run.model(**batch)
+                run.scaler.scale(loss).backward()
+                run.loss += loss.detach()
+            run.clip_and_step(optimizers, args.clip)
+
+    # ---- evaluation, and what the run leaves ----
+    lost = left_out(packed)
+    if run.is_main and not args.dry_run:
+        with run.evaluation() as eval_learner:
+            found = {"test": ask(eval_learner.model, processor, tests, args.blind, run.stop_if_asked)}
+            run.log(**logged(found))
+            leave_behind(run, eval_learner.model, processor, {"test": tests}, found, "llava", **lost)
+    run.barrier()
+
+
+if __name__ == "__main__":
+    run_cli(main)

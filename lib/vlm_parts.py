@@ -1,0 +1,132 @@
+"""A vision-language model from its parts, each trained before or new, with the processor that belongs to it.
+
+    tokenizer = train_tokenizer(texts, vocab_size=450)
+    model, processor = assemble(SiglipVisionConfig(...), LLAMA32Config(...), tokenizer, {"image_mean": ..., "image_std": ...})
+    model, processor = assemble(find_part("runs/siglip", "vision"), find_part("model.gguf", "lm"), tokenizer, {})
+    model, processor = whole_model("runs/vlm-scenes")
+"""
+
+from dataclasses import replace
+
+import torch
+import torch.nn as nn
+
+from lib.files import find_source
+from lib.image_settings import read_image_settings
+from lib.tokenizer import BPETokenizer
+from model import Llama3ForCausalLM, LLAMA32Config, MLLAMAConfig, MllamaForConditionalGeneration
+from processing_mllama import IDEFICS3_AROUND, MllamaImageProcessor
+from siglip import SiglipModel, SiglipTwoTower, SiglipVisionConfig
+from vit_scratch import sincos_positions
+
+# The one dial of the recipes: (vision tower, language model, vocabulary of a tokenizer that is trained).
+SIZES = {
+    "tiny": (  # for tests: it learns next to nothing
+        {"image_size": 64, "patch_size": 16, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2},
+        {"hidden_size": 48, "n_heads": 4, "n_kv_groups": 2, "n_layers": 2, "hidden_dim": 64, "rope_base": 10000.0,
+         "max_position_embeddings": 384, "tie_word_embeddings": True},
+        400,
+    ),
+    "small": (
+        {"image_size": 64, "patch_size": 16, "hidden_size": 192, "num_hidden_layers": 4, "num_attention_heads": 6},
+        {"hidden_size": 128, "n_heads": 4, "n_kv_groups": 2, "n_layers": 4, "hidden_dim": 384, "rope_base": 10000.0,
+         "max_position_embeddings": 512, "tie_word_embeddings": True},
+        450,
+    ),
+    "smol": (SiglipVisionConfig.PRESETS["base-p16-224"], LLAMA32Config.PRESETS["smollm2-135m"], 8192),
+}  # fmt: skip
+
+
+def train_tokenizer(texts: list[str], vocab_size: int) -> BPETokenizer:
+    """A tokenizer with a chat template, as large as the texts allow, up to vocab_size."""
+    special = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+    roles = ["user\n", "assistant\n", "system\n"] * 100  # what the chat template writes, in few tokens
+    return with_chat_template(BPETokenizer.train([*texts, *roles], vocab_size, special, at_most=True))
+
+
+def with_chat_template(tokenizer: BPETokenizer) -> BPETokenizer:
+    """The tokenizer; one that has no chat template, such as a base model's, gets one, in place."""
+    if tokenizer.chat_template is None:
+        tokenizer.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+        tokenizer.chat_template = "chatml_spaced"
+    return tokenizer
+
+
+def find_part(source: str, part: str) -> nn.Module:
+    """The vision tower ("vision") or the language model ("lm") of any checkpoint that has one. Raises ValueError for others."""
+    from lib.checkpoint import from_pretrained
+
+    model = from_pretrained(source)
+    if isinstance(model, MllamaForConditionalGeneration):
+        return model.vision_tower if part == "vision" else model.language_model
+    if part == "vision" and isinstance(model, SiglipTwoTower):
+        tower = SiglipModel(model.config.vision_config)
+        tower.vision_model = model.vision_model
+        return tower
+    if not isinstance(model, SiglipModel if part == "vision" else Llama3ForCausalLM):
+        wanted = f"a {'SigLIP tower' if part == 'vision' else 'LLaMA'}, or a model that has one"
+        raise ValueError(f"--{part} {source} is a {type(model).__name__}: it must be {wanted}")
+    return model
+
+
+def tower_image_settings(source: str) -> dict:
+    """How a tower's folder wants images scaled and resized: nothing where it says nothing."""
+    return {key: value for key, value in read_image_settings(find_source(source)).items() if key != "image_size"}
+
+
+def assemble(
+    vision: SiglipVisionConfig | nn.Module, text: LLAMA32Config | nn.Module, tokenizer, image_settings: dict, seed: int = 0,
+    fusion: str = "early", **join,
+) -> tuple[MllamaForConditionalGeneration, MllamaImageProcessor]:  # fmt: skip
+    """The model and its processor. vision, text: a config for a new part, or a trained module whose weights are taken over; the
+    tokenizer gains <image>. fusion "cross": extras/cross_attention.py. join: further settings of MLLAMAConfig."""
+    tower, decoder = (part if isinstance(part, nn.Module) else None for part in (vision, text))
+    vision = replace(tower.config if tower else vision, vision_use_head=False)
+    config_class, model_class, around = MLLAMAConfig, MllamaForConditionalGeneration, ("", "")
+    if fusion == "cross":
+        from extras.cross_attention import CrossAttentionConfig, CrossAttentionVLM
+
+        config_class, model_class = CrossAttentionConfig, CrossAttentionVLM
+    elif join.get("projector_type") == "linear":
+        around = IDEFICS3_AROUND
+    config = config_class(vision, decoder.config if decoder else text, **join)
+    places = config.text_config.num_image_tokens
+    settings = {"around_image": around, **image_settings}
+    processor = MllamaImageProcessor(tokenizer, places, vision.image_size, add_location_tokens=False, **settings)
+    vocabulary = max(len(tokenizer), decoder.config.vocab_size if decoder else 0)
+    text = replace(config.text_config, vocab_size=vocabulary)
+    config = replace(config, text_config=text, image_token_id=processor.image_token_id)
+    torch.manual_seed(seed)
+    model = model_class(config)
+    if tower:
+        state = {k: v for k, v in tower.state_dict().items() if not k.startswith("vision_model.head.")}
+        model.vision_tower.load_state_dict(state)
+    else:  # positions that say from the first step what is near what
+        positions = model.vision_tower.vision_model.embeddings.position_embedding.weight
+        positions.data.copy_(sincos_positions(vision.grid, vision.hidden_size))
+    if decoder:
+        take_over(model.language_model, decoder, vocabulary)
+    return model, processor
+
+
+def take_over(new: nn.Module, decoder: nn.Module, vocabulary: int) -> None:
+    """The weights of a decoder, its vocabulary grown. Cross-attention layers that only one of the two has stay out of it."""
+    from lib.vocabulary import resize_token_embeddings
+
+    resize_token_embeddings(decoder, vocabulary)
+    own = new.state_dict()
+    known = {k: v for k, v in decoder.state_dict().items() if k in own or "cross_layers" not in k}
+    new.load_state_dict({**own, **known})
+
+
+def whole_model(source: str, seed: int = 0) -> tuple[MllamaForConditionalGeneration, MllamaImageProcessor]:
+    """A vision-language model that is to learn more, and its processor."""
+    from lib.checkpoint import load_vlm
+    from lib.vocabulary import resize_token_embeddings
+
+    model, processor = load_vlm(source)
+    with_chat_template(processor.tokenizer)
+    resize_token_embeddings(model, max(len(processor.tokenizer), model.config.text_config.vocab_size))
+    model.config = replace(model.config, image_token_id=processor.image_token_id)
+    torch.manual_seed(seed)
+    return model, processor

@@ -1,0 +1,108 @@
+"""What a training run of a vision-language model says about itself: figures at evaluations, and at its end a folder.
+
+    found = {split: ask(model, processor, items, blind) for split, items in tests.items()}
+    run.log(**logged(found))
+    leave_behind(run, model, processor, tests, found, "scenes")       # -> what the script prints last
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from lib import figures
+from lib.answers import MOST_NEW_TOKENS, Item, answer, image_key, mean_answer_loss
+from lib.chat import stop_tokens
+from lib.checkpoint import from_pretrained, save_pretrained
+from lib.files import read_json, write_json
+from lib.lora import lora_layers
+from lib.scores import score
+from processing_mllama import IMAGE_TOKEN, to_image
+
+
+def ask(model, processor, items: list[Item], blind: bool, between: Callable[[], None] = lambda: None) -> dict:
+    """Answers by greedy decoding, scored, with the loss of the true ones. between: called before each batch."""
+    said = answer(model, processor, items, blind=blind, between=between)
+    loss, _ = mean_answer_loss(model, processor, items, blind=blind, between=between)
+    return {"said": said, "answer_loss": round(loss, 4) if items else None, **score(items, said)}
+
+
+def logged(found: dict[str, dict]) -> dict[str, float]:
+    """For metrics.jsonl, from what `ask` found of each split."""
+    keys = "exact_match", "answer_loss"
+    return {f"{split}_{key}": facts[key] for split, facts in found.items() for key in keys if facts["n"]}
+
+
+def leave_behind(run, model, processor, tests: dict[str, list[Item]], found: dict[str, dict], dataset: str, **more) -> None:
+    """Save the model, draw, write result.json, and print it. more: further entries of it, before the last ones."""
+    args = run.args
+    save_run(run.folder, model, processor, {"dataset": dataset, **vars(args)})
+    draw(run.folder, model, processor, tests["test"], found["test"], run.metrics.read(), args.blind)
+    result = {"blind": args.blind}
+    for split, facts in found.items():
+        before = "" if split == "test" else f"{split}_"
+        result |= {f"{before}{key}": facts[key] for key in ("exact_match", "low", "high", "n", "answer_loss")}
+        result[f"{before}by_kind"] = {kind: each["exact_match"] for kind, each in facts["by_kind"].items()}
+    twin = Path(f"{run.folder}-blind") / "result.json"
+    if not args.blind and twin.exists():
+        blind = read_json(twin)
+        shared = {"exact_match", "compositional_exact_match", "answer_loss"} & blind.keys()
+        result |= {f"blind_{key}": blind[key] for key in sorted(shared)}
+    result |= more | {"seconds": round(run.seconds, 1), "steps": run.steps_done, "seed": args.seed, "run": str(run.folder)}
+    write_json(run.folder / "result.json", result)
+    print(json.dumps(result))
+
+
+def save_run(folder: Path, model, processor, settings: dict) -> None:
+    """The model as a published checkpoint folder with its processor; the LoRA corrections by themselves as well."""
+    ends = {"eos_token_id": processor.tokenizer.eos_token_id, "pad_token_id": processor.tokenizer.pad_token_id}
+    kind = save_pretrained(model, folder, **ends)
+    processor.save_pretrained(folder, kind if kind in ("llava", "idefics3") else None)
+    if lora_layers(model):
+        from lib.adapters import save_lora
+
+        save_lora(model, folder / "lora")
+    write_json(folder / "settings.json", settings)
+    from_pretrained(folder)  # what was written can be read
+
+
+def draw(folder: Path, model, processor, items: list[Item], found: dict, rows: list[dict], blind: bool) -> None:
+    """curves.png; samples.png: one question about each of 24 images; attention.png: where its longest answer comes from."""
+    figures.curves(rows, folder / "curves.png")
+    first = {}
+    for number, item in enumerate(items):  # about each image another kind of question, where there is one
+        if item.images:
+            first.setdefault(image_key(item.images[0]), []).append(number)
+    chosen = [numbers[i % len(numbers)] for i, numbers in enumerate(list(first.values())[:24])]
+    if not chosen:
+        return
+    images = [image_tensor(items[i].images[0]) for i in chosen]
+    words = [items[i].messages[-1]["content"].replace(IMAGE_TOKEN, "").strip() for i in chosen]
+    said, truths = [found["said"][i] for i in chosen], [items[i].answer for i in chosen]
+    figures.answer_sheet(images, words, said, truths, folder / "samples.png", "what it saw, what it was asked, what it said")
+    if blind:
+        return
+    longest = max(range(len(chosen)), key=lambda i: len(said[i].split()) * (said[i] == truths[i]))
+    draw_attention(folder / "attention.png", model, processor, items[chosen[longest]])
+
+
+def draw_attention(path: Path, model, processor, item: Item) -> None:
+    """What the model attends to for each word that it says to this item."""
+    from extras.attention_maps import group_into_words, where_it_looks
+
+    batch = processor(None, [item.images], [item.messages], add_generation_prompt=True)
+    batch = {key: value.to(next(model.parameters()).device) for key, value in batch.items()}
+    (ids,) = model.generate(**batch, max_new_tokens=MOST_NEW_TOKENS, stop_tokens=stop_tokens(processor.tokenizer))
+    if not ids:
+        return
+    maps = where_it_looks(model, ids, batch["input_ids"], batch["pixel_values"])
+    words, maps = group_into_words(ids, maps, processor.decode)
+    question = item.messages[-1]["content"].replace(IMAGE_TOKEN, "").strip()
+    figures.attention_overlay([image_tensor(image) for image in item.images], words, maps, path, title=question)
+
+
+def image_tensor(image) -> torch.Tensor:
+    """uint8 [3, h, w], for drawing."""
+    return image if isinstance(image, torch.Tensor) else torch.from_numpy(np.array(to_image(image))).permute(2, 0, 1)
