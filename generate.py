@@ -7,6 +7,7 @@
     python generate.py SOURCE --image a.png "What is this?" --attention map.png
     python generate.py SOURCE --image a.png --image b.png          a conversation about them; "/image c.png" shows another one
     python generate.py SOURCE --image a.png --zero-shot "a red 3" "a blue 7"     how well captions fit it (SigLIP's two towers)
+    python generate.py SOURCE --image a.png --image b.png          of a classifier: the five likeliest classes of each
     python generate.py SOURCE --adapter FOLDER "..."               with another LoRA adapter, PEFT's or ours, than its own
     python generate.py SOURCE --int8 "..."                         the decoder in 8 bits: faster on a CPU, in less memory
 
@@ -32,11 +33,13 @@ from lib.conversation import Conversation, stream_text
 from lib.devices import find_device
 from lib.fast_decode import fast_step
 from lib.files import find_source
+from lib.image_settings import read_image_settings
 from lib.tokenizer import BPETokenizer, load_tokenizer
 from lib.weights import DTYPES
 from model import MllamaForConditionalGeneration
-from processing_mllama import IMAGE_TOKEN, MllamaImageProcessor
+from processing_mllama import IMAGE_TOKEN, MllamaImageProcessor, process_images
 from siglip import SiglipTwoTower
+from vit_scratch import ViTModel, pair
 
 # ---- settings ----------------------------------------------------------------------------------------------------------
 
@@ -95,6 +98,8 @@ def load(args) -> tuple[torch.nn.Module, BPETokenizer, MllamaImageProcessor | No
     if args.int8 and device.type != "cpu":
         raise ValueError(f"--int8 is for decoding on a CPU, not on {device}: leave it out, or give --device cpu")
     model = from_pretrained(args.source, DTYPES[args.dtype], device)
+    if isinstance(model, ViTModel) and model.config.num_labels:
+        return model, None, None
     if not hasattr(model, "stream"):
         hint = ": ask how well captions fit an image, with --zero-shot" if isinstance(model, SiglipTwoTower) else ""
         raise ValueError(f"{args.source} holds a {type(model).__name__}, which does not write text{hint}")
@@ -204,6 +209,33 @@ def check_writable(path: str) -> None:
         raise OSError(f"--attention {path} cannot be written: give a file in a folder that is there and may be written to")
 
 
+# ---- classes -----------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def likeliest_classes(args, model: ViTModel, k: int = 5) -> list[list[tuple[float, str]]]:
+    """For each --image the k likeliest classes, (probability, name), by the names and image settings of the folder."""
+    config = model.config
+    settings = {"image_size": pair(config.image_size), **read_image_settings(find_source(args.source))}
+    pixels = process_images(args.image, **settings).to(next(model.parameters()).device)
+    if config.num_channels == 1:
+        pixels = pixels.mean(dim=1, keepdim=True)  # grey
+    top = model(pixels).float().softmax(dim=-1).topk(min(k, config.num_labels))
+    names = config.id2label or {i: f"class {i}" for i in range(config.num_labels)}
+    rows = zip(top.values.tolist(), top.indices.tolist(), strict=True)
+    return [[(p, names[i]) for p, i in zip(*row, strict=True)] for row in rows]
+
+
+def print_classes(args, model: ViTModel) -> None:
+    """A block for each image, its likeliest class first."""
+    if not args.image or args.prompt:
+        raise ValueError(f"{args.source} is a classifier: give it images with --image, and no text")
+    for file, row in zip(args.image, likeliest_classes(args, model), strict=True):
+        print(file)
+        for p, name in row:
+            print(f"{100 * p:11.4g} %  {name}")
+
+
 # ---- captions ----------------------------------------------------------------------------------------------------------
 
 
@@ -247,6 +279,9 @@ def main(argv=None) -> None:
         print_zero_shot(args)
         return
     model, tokenizer, processor = load(args)
+    if isinstance(model, ViTModel):
+        print_classes(args, model)
+        return
     if args.top:
         print_table(next_token_table(model, tokenizer, args.prompt, args.top))
         return

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 
 from gpt import Block, MultiHeadAttention
 
@@ -45,6 +46,7 @@ class ViTConfig:
     attention: str = "sdpa"
     pooling: str = "cls"  # what the classifier reads: the CLS token, or the "mean" of the patches
     position_init: str = "normal"  # "sincos": learned as well, but starting from 2-D sines and cosines
+    id2label: dict | None = None  # {number: name} of what the classifier tells apart
 
     # What differs from the defaults above (which are ViT-B/16), per size. Tiny sizes learn from little data.
     PRESETS = {
@@ -224,19 +226,27 @@ class ViTModel(nn.Module):
         return x[:, 1 + self.config.num_registers :]
 
 
+# ---- into a language model -------------------------------------------------------------------------------------------
+
+
 class ViTAdapter(nn.Module):
     """From the width of a vision model to the width of a language model: [B, N, vit_d_out] -> [B, N, llm_d_in].
 
-    adapter_type: "linear", or "ffn" (two layers with a GELU between, as in LLaVA-1.5, Liu et al. 2023).
+    adapter_type: "linear", or "ffn" (two layers with a GELU between, as in LLaVA-1.5, Liu et al. 2023). The same join as
+    model.py's MultiModalProjector without pixel shuffle, under the same names: either may stand in the other's place.
     """
 
     def __init__(self, vit_d_out: int, llm_d_in: int, adapter_type: str = "ffn"):
         super().__init__()
         assert adapter_type in ("linear", "ffn"), f"adapter_type is {adapter_type!r}: it must be linear or ffn"
         if adapter_type == "linear":
-            self.adapter = nn.Linear(vit_d_out, llm_d_in)
+            self.linear = nn.Linear(vit_d_out, llm_d_in)
         else:
-            self.adapter = nn.Sequential(nn.Linear(vit_d_out, llm_d_in), nn.GELU(), nn.Linear(llm_d_in, llm_d_in))
+            self.linear_1, self.linear_2 = nn.Linear(vit_d_out, llm_d_in), nn.Linear(llm_d_in, llm_d_in)
+        self.adapter_type = adapter_type
 
-    def forward(self, vit_hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.adapter(vit_hidden_states)
+    def forward(self, vit_hidden_states: torch.Tensor, grid: tuple[int, int] | None = None) -> torch.Tensor:
+        """grid: where the patches are, which a projector that joins neighbours would ask."""
+        if self.adapter_type == "linear":
+            return self.linear(vit_hidden_states)
+        return self.linear_2(F.gelu(self.linear_1(vit_hidden_states)))

@@ -1,6 +1,7 @@
 """What the recipes of image classifiers share: data, accuracy, a patch size that fits, figures, a published folder."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -72,8 +73,8 @@ def draw_answers(folder: Path, test: ImageDataset, probabilities: torch.Tensor, 
 
 def save_classifier(folder: Path, model: ViTModel, classes: list[str], mean, std, settings: dict) -> None:
     """A published checkpoint folder, with what transformers' image processor needs to know."""
-    labels = {str(i): name for i, name in enumerate(classes)}
-    save_pretrained(model, folder, id2label=labels, label2id={name: int(i) for i, name in labels.items()})
+    model.config = replace(model.config, id2label=dict(enumerate(classes)))
+    save_pretrained(model, folder)
     write_image_settings(folder, pair(model.config.image_size), mean, std, image_processor_type="ViTImageProcessor")
     write_json(folder / "settings.json", settings)
     from_pretrained(folder)  # what was written can be read

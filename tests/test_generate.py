@@ -59,6 +59,28 @@ def call(capsys, *argv) -> str:
     return capsys.readouterr().out
 
 
+def test_a_classifier_names_the_five_likeliest_classes(tmp_path, capsys):
+    """By the folder's own names and image settings: a grey classifier of six classes, and the same image twice."""
+    from lib.classification import save_classifier
+    from vit_scratch import ViTConfig, ViTModel
+
+    torch.manual_seed(0)
+    size = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = ViTConfig(image_size=8, patch_size=4, num_channels=1, num_labels=6, **size)
+    model, names = ViTModel(config).eval(), ["ant", "bee", "cat", "dog", "eel", "fox"]
+    save_classifier(tmp_path / "run", model, names, [0.3], [0.2], {})
+    image = Image.fromarray(torch.randint(0, 256, (8, 8), dtype=torch.uint8).numpy())
+    image.save(tmp_path / "a.png")
+    lines = call(capsys, tmp_path / "run", "--image", tmp_path / "a.png", "--image", tmp_path / "a.png").splitlines()
+    assert len(lines) == 12 and lines[0] == str(tmp_path / "a.png") and lines[1:6] == lines[7:]
+    pixels = torch.from_numpy(np.array(image)).float().div(255).sub(0.3).div(0.2)[None, None]
+    expected = model(pixels).softmax(dim=-1)[0]
+    found = {line.split("%")[1].strip(): float(line.split("%")[0]) for line in lines[1:6]}
+    best = sorted(zip(expected.tolist(), names, strict=True), reverse=True)[:5]
+    assert list(found) == [name for _, name in best]
+    assert list(found.values()) == pytest.approx([100 * p for p, _ in best], rel=1e-3)
+
+
 def test_a_continued_text_begins_with_itself_and_repeats(run, capsys):
     first, again = (call(capsys, run, "The dog jumped", "--max-new-tokens", 12) for _ in range(2))
     assert first == again and first.startswith("The dog jumped") and len(first) > len("The dog jumped\n")

@@ -17,7 +17,7 @@ from vit_scratch import ViTConfig, ViTModel
 
 SHARED = ("image_size", "patch_size", "num_channels", "hidden_size", "num_hidden_layers", "num_attention_heads")
 HANDLED = (*SHARED, "num_labels", "intermediate_size", "hidden_act", "layer_norm_eps", "dropout", "drop_path", "qkv_bias")
-HANDLED += ("attention", "pooling", "position_init")
+HANDLED += ("attention", "pooling", "position_init", "id2label")
 
 
 def read_settings(published: dict, defaults: dict) -> dict:
@@ -43,6 +43,7 @@ def read_vit_config(published: dict) -> ViTConfig:
         intermediate_size=published.get("intermediate_size", 3072),
         qkv_bias=published.get("qkv_bias", True),
         pooling=published.get("pooling", "cls"),
+        id2label={int(number): name for number, name in labels.items()} if labels and not bare else None,
     )
 
 
@@ -52,7 +53,8 @@ def write_shared(config: ViTConfig) -> dict:
 
 
 def write_vit_config(config: ViTConfig) -> dict:
-    labels = {str(i): f"LABEL_{i}" for i in range(config.num_labels)}
+    names = config.id2label or {i: f"LABEL_{i}" for i in range(config.num_labels)}
+    labels = {str(number): name for number, name in names.items()}
     return {
         **write_shared(config),
         "architectures": ["ViTForImageClassification" if config.num_labels else "ViTModel"],

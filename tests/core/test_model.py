@@ -45,6 +45,7 @@ from toys import (
     shaken,
     words_and_images,
 )
+from vit_scratch import ViTAdapter
 
 
 @pytest.fixture(scope="module")
@@ -398,6 +399,16 @@ def test_pixel_shuffle_joins_neighbours_on_any_grid():
         for column in range(w // r):
             square = [x[0, (row * r + i) * w + column * r + j] for i in range(r) for j in range(r)]
             assert torch.equal(joined[0, row * (w // r) + column], torch.cat(square))
+
+
+@pytest.mark.parametrize(("adapter", "projector"), [("ffn", "mlp"), ("linear", "linear")])
+def test_an_adapter_stands_in_the_projectors_place(adapter, projector):
+    """vit_scratch.py's join is the same: its weights load into the projector, and a model that holds it computes the same."""
+    vlm, x = make_vlm(projector_type=projector, projector_bias=True), torch.randn(1, 3, 16, 16)
+    expected, joint = vlm.image_features(x), ViTAdapter(VISION["hidden_size"], TEXT["hidden_size"], adapter)
+    joint.load_state_dict(vlm.multi_modal_projector.state_dict())
+    vlm.multi_modal_projector = joint
+    close(vlm.image_features(x), expected)
 
 
 def test_projector_mistakes():
