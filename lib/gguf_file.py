@@ -7,6 +7,7 @@ Needs the gguf package, which reads the header and knows the block formats. What
 translated, quantised blocks become numbers again, and llama.cpp's order of the query and key rows is undone.
 """
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,26 +30,30 @@ WHOLE = {
 LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 
+def read_header(path: str | Path, pattern: str) -> tuple[dict, dict, str]:
+    """A .gguf file: its settings whose names match the pattern, its tensors as stored, by name, and its byte order ("I": this
+    machine's). Raises ValueError, in one line, for a damaged file and without the gguf package."""
+    try:
+        from gguf import GGUFReader
+    except ImportError:
+        raise ValueError(f"{path}: reading a .gguf file needs the gguf package (pip install gguf)") from None
+    try:
+        reader = GGUFReader(path)
+        settings = {name: field.contents() for name, field in reader.fields.items() if re.match(pattern, name)}
+        return settings, {tensor.name: tensor for tensor in reader.tensors}, reader.byte_order
+    except (ValueError, LookupError, TypeError, ArithmeticError) as error:
+        raise ValueError(f"{path} is not a readable GGUF file ({error}): it may be damaged, get it again") from None
+
+
 class GGUFFile:
     """Raises ValueError, in one line, for a file that is damaged, not a LLaMA, or of a kind that is not read."""
 
     def __init__(self, path: str | Path):
-        try:
-            from gguf import GGUFReader
-        except ImportError:
-            raise ValueError(f"{path}: reading a .gguf file needs the gguf package (pip install gguf)") from None
         self.path = Path(path)
-        try:
-            reader = GGUFReader(self.path)
-            scalars = {name: f for name, f in reader.fields.items() if name.startswith(("general.", "llama.", "split."))}
-            ids = {name: f for name, f in reader.fields.items() if name.endswith("_token_id")}
-            self.settings = {name: field.contents() for name, field in {**scalars, **ids}.items()}
-            self.stored = {tensor.name: tensor for tensor in reader.tensors}
-        except (ValueError, LookupError, TypeError, ArithmeticError) as error:
-            raise ValueError(f"{path} is not a readable GGUF file ({error}): it may be damaged, get it again") from None
+        self.settings, self.stored, byte_order = read_header(path, r"general\.|llama\.|split\.|.*_token_id$")
         kind = self.settings.get("general.architecture")
         self._need(kind == "llama", f"its architecture is {kind!r}: only llama is implemented")
-        self._need(reader.byte_order == "I", "it was written for a machine of the other byte order")
+        self._need(byte_order == "I", "it was written for a machine of the other byte order")
         self._need(self.settings.get("split.count", 1) <= 1, "it is one part of several: join them with llama-gguf-split")
         self._need(not self.settings.get("llama.expert_count"), "it is a mixture of experts, which is not implemented")
 

@@ -215,15 +215,9 @@ def read_folder(folder: Path) -> tuple[dict, dict]:
 
 
 def read_gguf(path: Path) -> tuple[dict, dict]:
-    try:
-        from gguf import GGUFReader
-    except ImportError as error:
-        raise ValueError(f"{path}: reading a .gguf file needs the gguf package (pip install gguf)") from error
-    try:
-        fields = GGUFReader(path).fields
-        get = {name: field.contents() for name, field in fields.items() if name.startswith("tokenizer.")}.get
-    except (ValueError, LookupError, TypeError) as error:
-        raise ValueError(f"{path}: not a readable GGUF file ({error})") from error
+    from lib.gguf_file import read_header
+
+    get = read_header(path, r"tokenizer\.")[0].get
     kind, pre, tokens = (get(f"tokenizer.ggml.{key}") for key in ("model", "pre", "tokens"))
     need(kind == "gpt2", path, f"its tokenizer is {kind!r}; only byte-level BPE, there called 'gpt2', is read")
     need(pre in GGUF_PRE, path, f"pre-tokeniser {pre!r} is not known; known are {', '.join(GGUF_PRE)}")
