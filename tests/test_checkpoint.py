@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.overrides import TorchFunctionMode
 
 from gpt import GPTConfig
 from lib.checkpoint import from_pretrained, save_pretrained
@@ -69,6 +70,25 @@ def test_what_they_save_we_load_and_what_we_save_they_load(published, tmp_path):
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
     close(logits(again.eval(), x), logits(theirs, x))
     close(logits(from_pretrained(tmp_path), x), logits(ours, x))
+
+
+class Called(TorchFunctionMode):
+    """The names of torch's functions that are called."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        self.names.add(function.__name__)
+        return function(*args, **(kwargs or {}))
+
+
+def test_loading_initialises_nothing(published):
+    """On the meta device that imported torch's compiler, which took two seconds of every start."""
+    with Called() as called:
+        from_pretrained(published[1])
+    assert called.names and not called.names & {"normal_", "uniform_", "trunc_normal_", "_no_grad_normal_"}
 
 
 @torch.no_grad()
