@@ -6,7 +6,7 @@
     model, processor = whole_model("runs/vlm-scenes")
 """
 
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import torch
 import torch.nn as nn
@@ -89,7 +89,10 @@ def assemble(
         config_class, model_class = CrossAttentionConfig, CrossAttentionVLM
     elif join.get("projector_type") == "linear":
         around = IDEFICS3_AROUND
-    config = config_class(vision, decoder.config if decoder else text, **join)
+    text = decoder.config if decoder else text
+    if isinstance(text, LLAMA32Config):  # without what a decoder with cross-attention has beside it
+        text = LLAMA32Config(**{field.name: getattr(text, field.name) for field in fields(LLAMA32Config)})
+    config = config_class(vision, text, **join)
     places = config.text_config.num_image_tokens
     settings = {"around_image": around, **image_settings}
     processor = MllamaImageProcessor(tokenizer, places, vision.image_size, add_location_tokens=False, **settings)

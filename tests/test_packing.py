@@ -169,3 +169,11 @@ def test_blocks_say_what_the_mask_says(processor, monkeypatch):
 def test_one_conversation_a_row_needs_no_blocks(processor):
     samples = [Sample(([5] * n, [-100] + [5] * (n - 1)), []) for n in (30, 28, 25)]
     assert not isinstance(pack(samples)["attention_mask"], AttentionBlocks)
+
+
+def test_no_label_stands_where_no_state_predicts_it():
+    """Of a token that does not attend to the one before it: the first of a sample, and of all continuations but the first."""
+    sample = Sample(([5, 6], [5, 6]), [([7, 8], [7, 8]), ([7, 9], [7, 9])])
+    assert pack([sample])["labels"].tolist() == [[-100, 6, 7, 8, -100, 9]]
+    bare = Sample(([], []), [([7, 8], [7, 8]), ([9], [9])])
+    assert pack([sample, bare], length=9)["labels"][0, 6:].tolist() == [-100, 8, -100]

@@ -1,9 +1,10 @@
-"""Laws of vlm_data.py and of the loss of train_vlm.py's first stage: every usable row once an epoch, the right picture beside
-each question, the same batches after a stop; kept features are those of these weights and these pictures."""
+"""Laws of the batches of data/ and of the losses of the recipes' first stages: every usable row once an epoch, the right image
+beside each question, the same batches after a stop; kept features are those of these weights and these pictures."""
 
 import json
 import resource
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,13 +12,14 @@ import torch.nn.functional as F
 from PIL import Image
 
 from data import features as data_features
+from data.batches import with_shares
 from data.common import CommonAnswers, common_questions, questions_of
 from data.features import FrozenFeatures
 from data.image_cache import ImageCache
 from data.llava import LlavaRows, isolated_turns
 from data.llava_batches import LlavaBatches
 from data.packing import AttentionBlocks, encode_conversation
-from data.scene_batches import SceneBatches
+from data.scene_batches import PatchLabels, SceneBatches
 from data.scenes import COLOURS, HELD_OUT, IGNORE, corpus, make_scenes
 from extras.cross_attention import CrossAttentionConfig, CrossAttentionVLM
 from finetune_vlm import common_loss
@@ -376,6 +378,34 @@ def test_the_loss_of_a_batch_of_scenes_is_that_of_its_scenes_one_by_one(scene_re
     torch.testing.assert_close(model(**batch)["loss"], expected, atol=1e-5, rtol=1e-5)
     order = [k for k in range(5) for one in batch["pixel_values"] if torch.equal(one, single[k]["pixel_values"][0])]
     assert sorted(order) == list(range(5))
+
+
+@torch.no_grad()
+def test_losses_of_parts_add_up_to_that_of_the_whole_batch(scene_reader):
+    """Whatever the number of answers in each part, in one process and, averaged, in two."""
+    model = make_model(scene_reader, image_size=64)
+
+    def loss(parts, run):
+        return sum(model(**{k: v for k, v in part.items() if k != "share"})["loss"] * part["share"][0]
+                   for part in with_shares(run, parts))  # fmt: skip
+
+    alone, pair = SimpleNamespace(world_size=1, sum=lambda x: x), SimpleNamespace(world_size=2)
+    (whole,), parts = (next(SceneBatches(scene_reader, 5, 0, 3, grad_accum=n)) for n in (1, 3))
+    assert len({int((part["labels"] != -100).sum()) for part in parts}) == 3
+    torch.testing.assert_close(loss(parts, alone), loss([whole], alone), atol=1e-5, rtol=1e-5)
+    total = sum((part["labels"] != -100).sum() for part in parts)[None]
+    pair.sum = lambda counts: total  # of both processes
+    both = (loss(parts[:1], pair) + loss(parts[1:], pair)) / 2
+    torch.testing.assert_close(both, loss([whole], alone), atol=1e-5, rtol=1e-5)
+
+    labels = [next(PatchLabels(scene_reader, 4, 0, 4, grad_accum=n)) for n in (1, 3)]
+    logits = torch.randn(4, 16, sum(READ), generator=torch.Generator().manual_seed(0))
+    found = []
+    for parts in labels:
+        split = logits.split([len(part["patch_labels"]) for part in parts])
+        pairs = zip(split, with_shares(alone, parts), strict=True)
+        found.append(sum(scene_loss(x, part["patch_labels"], part["share"]) for x, part in pairs))
+    torch.testing.assert_close(*found, atol=1e-5, rtol=1e-5)
 
 
 def test_blind_scenes_are_the_same_questions_about_nothing(scene_reader):
