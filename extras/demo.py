@@ -1,11 +1,11 @@
-"""A page of your own machine to play with a vision-language model: drop a picture or draw a scene of digits, ask, and see
+"""A page of your own machine to play with a vision-language model: drop an image or draw a scene of digits, ask, and see
 where the model looked for each word of its answer.
 
     pip install -r requirements-demo.txt
-    python demo.py runs/vlm-scenes                 then open http://127.0.0.1:7860; Ctrl-C ends it
+    python -m extras.demo runs/vlm-scenes          then open http://127.0.0.1:7860; Ctrl-C ends it
 
-The page is gradio's; all that happens behind it is the project's own: generate.py talks, attention_maps.py finds where it
-looked, figures.py draws that. It works offline, sends nothing anywhere, and only this machine can reach it.
+The page is gradio's; all that happens behind it is the project's own: lib/conversation.py talks, attention_maps.py finds where
+it looked, lib/figures draws that. It works offline, sends nothing anywhere, and only this machine can reach it.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from lib.devices import find_device
 from lib.fast_decode import fast_step
 from lib.files import one_line
 
-HOST, LARGEST, SHOWN = "127.0.0.1", 10, 384  # MiB of one upload; pixels a side of pictures on the page
+HOST, LARGEST, SHOWN = "127.0.0.1", 10, 384  # MiB of one upload; pixels a side of images on the page
 
 
 def parse_args(argv=None) -> argparse.Namespace:
@@ -42,7 +42,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-# ---- a drawing becomes a picture ----
+# ---- a drawing becomes an image ----
 
 PEN = 1.1  # width of a stroke in cells, of which a digit is 8 high; with wider ones a trained model read fewer
 FINE = 8  # points of the drawing to a side of a cell
@@ -68,7 +68,7 @@ def paint(strokes: Sequence[Sequence]) -> Image.Image:
     """[[ink, [[x, y], ...]], ...], with x and y from 0 to 1, as an RGB scene of the usual size.
 
     Each digit goes the way of the scenes' own, which were fitted to 8x8 cells, each as grey as it is full, made a little
-    stronger, and enlarged to 0.25 to 0.375 of the picture's side; large ones shrink about their middle. Raises ValueError
+    stronger, and enlarged to 0.25 to 0.375 of the image's side; large ones shrink about their middle. Raises ValueError
     for an ink that is not of INKS, and for a stroke that is not a list of points.
     """
     size, noise, limits = SceneConfig.size, SceneConfig.noise, SceneConfig.side
@@ -83,7 +83,7 @@ def paint(strokes: Sequence[Sequence]) -> Image.Image:
             pen.line(points, fill=255, width=round(2 * radius))
             for x, y in points:  # round ends and joints
                 pen.ellipse((x - radius, y - radius, x + radius, y + radius), fill=255)
-        share = np.clip(extent, *limits)  # of the picture's side
+        share = np.clip(extent, *limits)  # of the image's side
         half, side = (high - low) / extent * share / 2, round(10 / 8 * share * size)
         corner = np.rint(np.clip(middle, half, 1 - half) * size - side / 2).astype(int).tolist()
         mask = frame.reduce(FINE).point(lambda grey: min(255, round(1.2 * grey))).resize((side, side), Image.Resampling.BICUBIC)
@@ -92,11 +92,11 @@ def paint(strokes: Sequence[Sequence]) -> Image.Image:
     return Image.fromarray((np.asarray(scene) + grain).clip(0, 255).astype(np.uint8))
 
 
-# ---- a picture, and what is said about it ----
+# ---- an image, and what is said about it ----
 
 
 class Talk(Conversation):
-    """What was said about one picture, shown before the first question; and where it looked, for the last answer's words."""
+    """What was said about one image, shown before the first question; and where it looked, for the last answer's words."""
 
     def ask(self, question: str, follow_up: bool = False) -> Iterator[str]:
         """The answer as it grows; once it is whole, words and maps [words, 1, h, w] are its. Without follow_up the model does
@@ -113,7 +113,7 @@ class Talk(Conversation):
             self.words, self.maps = group_into_words(self.answer_ids, maps, self.processor.decode)
 
     def seen(self) -> torch.Tensor:
-        """The picture as the model gets it, uint8 [3, h, w], enlarged for the page."""
+        """The image as the model gets it, uint8 [3, h, w], enlarged for the page."""
         scale = max(1, SHOWN // max(self.images[0].shape))
         return self.images[0].repeat_interleave(scale, dim=1).repeat_interleave(scale, dim=2)
 
@@ -162,10 +162,10 @@ draw();
 def make_page(gr, make_talk: Callable[[], Talk], name: str):
     """gradio's Blocks, not yet launched. gr: the package itself, so that only main() imports it."""
 
-    def begin(picture: Image.Image) -> tuple:
-        """Another picture, another conversation."""
+    def begin(image: Image.Image) -> tuple:
+        """Another image, another conversation."""
         talk = make_talk()
-        talk.show(picture)
+        talk.show(image)
         return talk, talk.seen().permute(1, 2, 0).numpy(), [], gr.Radio(choices=[]), None
 
     def dropped(path: str) -> tuple:
@@ -177,7 +177,7 @@ def make_page(gr, make_talk: Callable[[], Talk], name: str):
 
     def asked(question: str, follow_up: bool, talk: Talk | None, history: list) -> Iterator[tuple]:
         if talk is None:
-            raise gr.Error("there is no picture yet: drop one, or draw one", print_exception=False)
+            raise gr.Error("there is no image yet: drop one, or draw one", print_exception=False)
         history.append({"role": "user", "content": question})
         try:
             for text in talk.ask(question, follow_up):
@@ -190,20 +190,20 @@ def make_page(gr, make_talk: Callable[[], Talk], name: str):
             hottest = shares.index(max(shares))
             yield gr.skip(), gr.skip(), gr.Radio(choices=choices, value=hottest), talk.overlay(hottest)
 
-    picture = {"interactive": False, "height": 300, "buttons": []}
+    shown = {"interactive": False, "height": 300, "buttons": []}
     with gr.Blocks(title=name, analytics_enabled=False, fill_width=True, delete_cache=(3600, 3600)) as page, gr.Row():
         with gr.Column(scale=2):
-            with gr.Tab("Drop a picture"):
+            with gr.Tab("Drop an image"):
                 file = gr.File(label=f"up to {LARGEST} MiB", file_types=["image"], height=130)
             with gr.Tab("Draw a scene"):
                 board = gr.HTML([], html_template=BOARD, css_template=BOARD_CSS, js_on_load=BOARD_JS, elem_id="board")
-            seen = gr.Image(label="what the model sees", elem_id="seen", **picture)
-            looked = gr.Image(label="where it looked for the word", elem_id="looked", **picture)
+            seen = gr.Image(label="what the model sees", elem_id="seen", **shown)
+            looked = gr.Image(label="where it looked for the word", elem_id="looked", **shown)
         with gr.Column(scale=3):
             chat = gr.Chatbot(label=name, height=400, render_markdown=False, buttons=[], elem_id="chat")
             question = gr.Textbox(show_label=False, placeholder="What is in it?", submit_btn=True, elem_id="question")
             follow_up = gr.Checkbox(False, label="the model is shown the earlier questions and answers, too")
-            words = gr.Radio([], label="A word, and how much of its attention went to the picture", elem_id="words")
+            words = gr.Radio([], label="A word, and how much of its attention went to the image", elem_id="words")
         talk = gr.State(None)
         fresh, one_by_one = [talk, seen, chat, words, looked], {"concurrency_limit": 1, "concurrency_id": "model"}
         file.upload(dropped, file, [*fresh, file], **one_by_one)

@@ -1,5 +1,5 @@
-"""Laws of demo.py: drawn digits become like the scenes' own, an answer streams and is generate.py's, a bad call is one line;
-and of the page in a real browser: a picture, an answer, where it looked; what is no picture is refused; all stays at home."""
+"""Laws of extras/demo.py: drawn digits become like the scenes' own, an answer streams and is generate.py's, a bad call is one
+line; and of the page in a browser: an image, an answer, where it looked; what is no image is refused; all stays at home."""
 
 import importlib.util
 import itertools
@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parents[1]
 CHROMIUM = shutil.which("chromium")
 LACKING = [name for name in ("gradio", "playwright") if importlib.util.find_spec(name) is None]
 LACKING += [] if CHROMIUM else ["chromium"]
-TEXT = "What is in the picture? a red 3 at the top left, a blue 7 at the top right "
+TEXT = "What is in the image? a red 3 at the top left, a blue 7 at the top right "
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +58,7 @@ def run(tmp_path_factory):
     return folder
 
 
-# ---- a drawing becomes a picture -------------------------------------------------------------------------------------
+# ---- a drawing becomes an image -------------------------------------------------------------------------------------
 
 
 def seven(x: float, y: float, height: float) -> list:
@@ -67,9 +67,9 @@ def seven(x: float, y: float, height: float) -> list:
     return [[[x - height / 3, y - height / 2], [x + height / 3, y - height / 2], [x, y + height / 2]], bar]
 
 
-def inked(picture: Image.Image) -> np.ndarray:
+def inked(image: Image.Image) -> np.ndarray:
     """bool [h, w]: where it is far from its paper."""
-    return np.abs(np.asarray(picture).astype(int) - sum(PAPERS["dark"]) // 2).max(axis=2) > 60
+    return np.abs(np.asarray(image).astype(int) - sum(PAPERS["dark"]) // 2).max(axis=2) > 60
 
 
 def test_an_empty_drawing_is_dark_paper():
@@ -80,10 +80,10 @@ def test_an_empty_drawing_is_dark_paper():
 
 @pytest.mark.parametrize("ink", INKS)
 def test_a_digit_lies_where_it_was_drawn_in_its_ink(ink):
-    picture = demo.paint([[ink, line] for line in seven(0.75, 0.25, 0.3)])
-    rows, columns = np.nonzero(inked(picture))
+    image = demo.paint([[ink, line] for line in seven(0.75, 0.25, 0.3)])
+    rows, columns = np.nonzero(inked(image))
     assert rows.max() < 32 <= columns.min() and abs((rows.min() + rows.max()) / 2 - 16) < 2
-    strongest = np.asarray(picture).astype(int)[inked(picture)]
+    strongest = np.asarray(image).astype(int)[inked(image)]
     assert min(np.abs(strongest - INKS[ink]).max(axis=1)) <= 20
 
 
@@ -93,7 +93,7 @@ def test_a_digit_is_as_large_as_the_scenes_are(height, expected):
     assert abs((rows.max() - rows.min() + 1) / 64 - expected) < 0.06
 
 
-def test_large_and_larger_are_the_same_picture():
+def test_large_and_larger_are_the_same_image():
     large, larger = (demo.paint([["red", line] for line in seven(0.5, 0.5, height)]) for height in (0.5, 0.9))
     assert large == larger
 
@@ -151,18 +151,18 @@ def test_an_answer_grows_and_is_that_of_generate(make_talk, follow_up):
         assert talk.messages == reference.messages
 
 
-def test_there_is_a_map_for_each_word_on_the_picture_the_model_sees(make_talk):
+def test_there_is_a_map_for_each_word_on_the_image_the_model_sees(make_talk):
     talk = make_talk()
     *_, answer = talk.ask("What is it?")
     assert "".join(talk.words).split() == "".join(answer.split()).split() and talk.maps.shape[:2] == (len(talk.words), 1)
     assert talk.seen().shape == (3, 384, 384)  # 32 pixels, twelve times as large
-    pictures = [talk.overlay(k) for k in range(len(talk.words))]
-    assert all(picture.shape == (384, 384, 3) for picture in pictures)
-    assert len({picture.tobytes() for picture in pictures}) == len(pictures)
-    for k, picture in enumerate(pictures):
+    images = [talk.overlay(k) for k in range(len(talk.words))]
+    assert all(image.shape == (384, 384, 3) for image in images)
+    assert len({image.tobytes() for image in images}) == len(images)
+    for k, image in enumerate(images):
         row, column = divmod(int(talk.maps[k, 0].argmax()), talk.maps.shape[3])
         step = 384 // talk.maps.shape[3]
-        bright = picture.astype(int).sum(axis=2)
+        bright = image.astype(int).sum(axis=2)
         assert bright[row * step : (row + 1) * step, column * step : (column + 1) * step].max() == bright.max()
 
 
@@ -241,13 +241,13 @@ socket.socket.connect = watched(socket.socket.connect, lambda self, to: to[0] if
 
 @pytest.fixture(scope="module")
 def served(run, tmp_path_factory):
-    """The address of a page for the run, by `python demo.py`, as a user calls it."""
+    """The address of a page for the run, by `python -m extras.demo`, as a user calls it."""
     if LACKING:
         pytest.skip(f"the page is tested in a browser: {', '.join(LACKING)} not installed")
     folder, port = tmp_path_factory.mktemp("server"), free_port()
     (folder / "sitecustomize.py").write_text(WATCH)
-    environment = os.environ | {"PYTHONPATH": str(folder), "ABROAD": str(folder / "abroad"), "HTTP_PROXY": "http://10.0.0.1:9"}
-    environment |= {"GRADIO_TEMP_DIR": str(folder / "files")}
+    environment = os.environ | {"PYTHONPATH": f"{folder}{os.pathsep}{ROOT}", "ABROAD": str(folder / "abroad")}
+    environment |= {"GRADIO_TEMP_DIR": str(folder / "files"), "HTTP_PROXY": "http://10.0.0.1:9"}
     call = [sys.executable, "-m", "extras.demo", run, "--port", str(port)]
     with open(folder / "said", "w") as said:
         server = subprocess.Popen(call, env=environment, stdout=subprocess.PIPE, stderr=said, text=True, cwd=folder)
@@ -266,20 +266,27 @@ def served(run, tmp_path_factory):
     assert "Traceback" not in (folder / "said").read_text()
 
 
-@pytest.fixture
-def page(served):
-    """The page in a browser, which may not load anything from elsewhere, and does not try to."""
+@pytest.fixture(scope="module")
+def browser(served):
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as play:
         browser = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        page, asked = browser.new_page(), []
-        page.set_default_timeout(60_000)
-        page.on("request", lambda request: asked.append(request.url))
-        page.goto(served.address)
-        page.wait_for_selector("#question textarea")
-        yield page
+        yield browser
         browser.close()
+
+
+@pytest.fixture
+def page(served, browser):
+    """The page in a browser of its own, which may not load anything from elsewhere, and does not try to."""
+    context, asked = browser.new_context(), []  # nothing in it is cached
+    page = context.new_page()
+    page.set_default_timeout(60_000)
+    page.on("request", lambda request: asked.append(request.url))
+    page.goto(served.address)
+    page.wait_for_selector("#question textarea")
+    yield page
+    context.close()
     assert len(asked) > 5
     assert not [url for url in asked if not url.startswith((served.address, "data:", "blob:"))]
 
@@ -293,7 +300,7 @@ def source(page, name: str) -> str:
     return page.get_attribute(f"#{name} img", "src")
 
 
-def test_a_dropped_picture_an_answer_that_streams_and_where_it_looked(page):
+def test_a_dropped_image_an_answer_that_streams_and_where_it_looked(page):
     page.set_input_files("input[type=file]", ROOT / "assets" / "scene.png")
     page.wait_for_selector("#seen img")
     page.evaluate("""() => {
@@ -324,14 +331,14 @@ def test_a_dropped_picture_an_answer_that_streams_and_where_it_looked(page):
         ("large.png", b"\x89PNG" + bytes(demo.LARGEST << 20), "exceed the maximum allowed size of 10"),
     ],
 )
-def test_what_is_no_picture_or_too_large_is_refused_in_one_line(page, tmp_path, name, content, message):
+def test_what_is_no_image_or_too_large_is_refused_in_one_line(page, tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     page.set_input_files("input[type=file]", tmp_path / name)
     line = page.locator("[data-testid=toast-body] .toast-text, [data-testid=toast-body]").last
     line.wait_for()
     assert message in line.inner_text() and page.locator("#seen img").count() == 0
     ask(page, "What is it?")
-    page.get_by_text("there is no picture yet").wait_for()
+    page.get_by_text("there is no image yet").wait_for()
 
 
 def test_the_server_refuses_too_large_an_upload_itself(served):
@@ -358,7 +365,7 @@ def test_a_scene_is_drawn_and_asked_about(page):
         shown.append(page.locator("#seen img").evaluate("img => img.src"))
     ask(page, "What is left of it?")
     page.wait_for_selector("#looked img")
-    page.locator("#board .clear").click()  # another picture, another conversation
+    page.locator("#board .clear").click()  # another image, another conversation
     page.wait_for_function("() => !document.querySelector('#chat').innerText.includes('What is left of it?')")
     assert page.locator("#words input").count() == 0
 
