@@ -276,7 +276,9 @@ def read_own(published: dict) -> MLLAMAConfig:
         part = dict(settings[name])
         settings[name] = part = {key: value for key, value in part.items() if key != "class"}
         kind = published[name].get("class", classes[0].__name__)
-        config_class = next(each for each in classes if each.__name__ == kind)
+        config_class = next((each for each in classes if each.__name__ == kind), None)
+        if config_class is None:
+            raise ValueError(f"{name} has class {kind!r:.80}: known are {', '.join(each.__name__ for each in classes)}")
         if config_class is not classes[0]:
             settings[name] = checked(config_class, **part)
     if published.get("fusion", "early") == "early":
