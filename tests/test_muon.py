@@ -1,4 +1,4 @@
-"""Laws of training.py's Muon: a step is the momentum made orthogonal, the same for a matrix among others and alone, and goes
+"""Laws of lib/optim.py's Muon: a step is the momentum made orthogonal, the same for a matrix among others and alone, and goes
 on after a stop."""
 
 import pytest

@@ -19,6 +19,7 @@ from lib import figures
 from lib.checkpoint import save_pretrained
 from lib.run_state import load_state
 from lib.tokenizer import BPETokenizer
+from lib.trace import record
 from model import Linear_LORA, Llama3ForCausalLM, LLAMA32Config
 
 TINY = "--batch-size 32 --epochs 0.1 --eval-every 1000".split()  # 4 steps
@@ -113,12 +114,12 @@ def test_a_language_model_is_cut_to_its_first_layers_and_whole_words(name, langu
     x = torch.randn(2, 5, 32)
     cut = LanguageClassifier(lm.eval(), 3)
     torch.testing.assert_close(train_llmvit.word_matrix(lm), train_llmvit.word_matrix(models[name])[ids])
-    seen: dict = {}
-    (models[name].model if name == "llama" else models[name]).eval()(inputs_embeds=x, trace=seen)
+    with record(models[name].eval(), "*layers.1", "blocks.1") as seen, torch.no_grad():
+        models[name](inputs_embeds=x)
     read = []
     cut.decoder.norm.register_forward_pre_hook(lambda module, given: read.append(given[0]))
     cut(x)
-    torch.testing.assert_close(read[0], seen["layers.1" if name == "llama" else "blocks.1"], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(read[0], next(iter(seen.values())), atol=1e-5, rtol=1e-4)
 
 
 def test_what_is_trained(language_models, tmp_path):
@@ -153,20 +154,20 @@ def test_the_encoder_starts_the_same_with_every_language_model_and_without(langu
 
 def test_stopped_and_resumed_equals_uninterrupted_bit_for_bit(tmp_path, monkeypatch):
     """With a language model that unfreezes after the stop."""
-    flags = ["--epochs", "1", "--frozen-steps", "35", "--ema", "0.9", "--dropout", "0.1"]  # 44 steps
+    flags = ["--epochs", "0.5", "--frozen-steps", "14", "--ema", "0.9", "--dropout", "0.1"]  # 22 steps
     train("--out", tmp_path / "whole", *flags)
     calls = []
 
     def stopping(*given):
         calls.append(1)
-        if len(calls) == 25:
+        if len(calls) == 10:
             os.kill(os.getpid(), signal.SIGINT)
         return mix(*given)
 
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
         patch.setattr(augment, "mix", stopping)
         train("--out", tmp_path / "run", *flags)
-    assert stopped.value.code == 130 and load_state(tmp_path / "run")["steps_done"] == 25
+    assert stopped.value.code == 130 and load_state(tmp_path / "run")["steps_done"] == 10
     train("--out", tmp_path / "run", *flags, "--resume")
     whole, resumed = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "run"))
     assert all(torch.equal(tensor, resumed[name]) for name, tensor in whole.items())
