@@ -17,6 +17,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
+from bench import language
 from bench import peers as bench
 from calls import refused
 from extras.cross_attention import CrossAttentionConfig, CrossAttentionVLM
@@ -654,7 +655,7 @@ def test_models_without_such_a_decoder_get_no_8_bits():
         quantize_8bit_(nn.Linear(3, 3))
 
 
-# ---- bench.py quant ------------------------------------------------------------------------------------------------------
+# ---- bench.peers quant ---------------------------------------------------------------------------------------------------
 
 
 def test_bench_measures_layers_and_refuses_what_has_no_words(tmp_path, capsys):
@@ -668,11 +669,11 @@ def test_bench_measures_layers_and_refuses_what_has_no_words(tmp_path, capsys):
 
 
 def test_perplexity_is_that_of_the_windows(monkeypatch):
-    monkeypatch.setattr(bench, "WINDOW", 40)
+    monkeypatch.setattr(language, "WINDOW", 40)
     model, ids = llama(), torch.arange(2, 92)
     with torch.no_grad():
         parts = [F.cross_entropy(model(w[None])["logits"][0, :-1], w[1:], reduction="sum") for w in ids.split(40)]
-    assert bench.perplexity(model, ids) == pytest.approx(math.exp(float(sum(parts)) / 87), rel=1e-5)
+    assert language.perplexity(model, ids) == pytest.approx(math.exp(float(sum(parts)) / 87), rel=1e-5)
 
 
 @pytest.mark.skipif("SMOLLM2_GGUF" not in os.environ, reason="set SMOLLM2_GGUF to SmolLM2-135M's .gguf file")
@@ -680,8 +681,8 @@ def test_smollm2_in_four_bits():
     model = from_pretrained(os.environ["SMOLLM2_GGUF"])
     text = (Path(__file__).resolve().parents[1] / "README.md").read_text()
     ids = torch.tensor(BPETokenizer.from_pretrained(os.environ["SMOLLM2_GGUF"]).encode(text)[:400])
-    before = bench.perplexity(model, ids)
+    before = language.perplexity(model, ids)
     quantize_(model)
     found = quantised_memory(model)
     assert (found["layers"], found["weights"]) == (210, 106_168_320) and found["bytes_per_weight"] < 0.52
-    assert bench.perplexity(model, ids) < 1.5 * before
+    assert language.perplexity(model, ids) < 1.5 * before
