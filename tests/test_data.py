@@ -1,4 +1,4 @@
-"""Laws of data.py: splits are fixed, file formats are read or named as broken, downloads resume, batches repeat."""
+"""Laws of data/datasets.py: splits are fixed, file formats are read or named as broken, downloads resume, batches repeat."""
 
 import gzip
 import hashlib

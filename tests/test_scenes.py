@@ -400,7 +400,7 @@ def test_normalise_and_final_number():
 # ---- files ----
 
 
-def test_export_is_llava_json_with_the_very_pictures(tmp_path):
+def test_export_is_llava_rows_with_the_very_images(tmp_path):
     folder = tmp_path / "deep" / "out"
     convert.main(["scenes", str(folder), "--split", "test", "--count", "5", "--seed", "3", "--per-scene", "4"])
     scenes = make_scenes("test", 5, 3)
