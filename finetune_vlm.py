@@ -46,6 +46,7 @@ from lib.vlm_report import ask, leave_behind, logged
 from model import LLAMA32Config, MLLAMAConfig, convert_linears_to_lora
 from processing_mllama import IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD
 from siglip import SiglipVisionConfig
+from vit_scratch import ViTModel
 
 # ---- settings --------------------------------------------------------------------------------------------------------
 
@@ -55,6 +56,7 @@ VISION_BATCH = 64  # images a step of stage 1
 QUICK = 600  # questions, the first of the test questions, asked every --eval-every steps
 LARGE_VOCABULARY = 2**12  # from here on the logits of all answers at once are what takes the memory
 LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+LORA_TARGETS += ["attn.qkv", "attn.proj", "mlp.fc", "mlp.proj"]  # GPT-2's
 KEPT_IN_BITS = rf"(?!.*cross_layers).*({'|'.join(LORA_TARGETS)})"  # what --qlora packs: not layers that start untrained
 PARTS = {"language": "model.language_model", "vision": "model.vision_tower", "projector": "model.multi_modal_projector"}
 
@@ -68,8 +70,10 @@ def parse_args(argv=None):
     add("--size", choices=list(SIZES), default="small", help="of what is not taken from --vision or --lm; tiny: for tests")
     add("--model", metavar="SOURCE", help="go on from a whole vision-language model, its projector too: a run, a LLaVA or "
         "Idefics3 folder or hub name")  # fmt: skip
-    add("--vision", metavar="SOURCE", help="take the vision tower of a run, a SigLIP, LLaVA or Idefics3 folder or hub name")
-    add("--lm", metavar="SOURCE", help="take language model and tokenizer of a run, a LLaMA folder or hub name, a .gguf file")
+    add("--vision", metavar="SOURCE", help="take the vision tower of a run (train_vit.py's, too), or of a folder or hub name: "
+        "SigLIP, ViT, CLIP, DINOv2, LLaVA, Idefics3")  # fmt: skip
+    add("--lm", metavar="SOURCE", help="take language model and tokenizer of a run, a .gguf file, or a folder or hub name: "
+        "LLaMA, Mistral, Qwen2, Qwen3, GPT-2")  # fmt: skip
     add("--image-size", type=positive_int, help="pixels; default: the tower's")
     add("--patch-size", type=positive_int, help="pixels; default --size's")
     add("--projector", choices=["linear", "mlp"], default="linear", help="linear: Idefics3's; mlp: LLaVA's two layers, which "
@@ -241,7 +245,8 @@ def train_only(learner: Learner, stage: Stage, args) -> list[dict]:
     for part in stage.parts:
         module = learner.get_submodule(part).requires_grad_(True)
         if part == PARTS["vision"] and learner.model.config.vision_feature_layer is not None:
-            module.vision_model.post_layernorm.requires_grad_(False)  # comes after the features that are used
+            final_norm = module.norm if isinstance(module, ViTModel) else module.vision_model.post_layernorm
+            final_norm.requires_grad_(False)  # comes after the features that are used
         if part == PARTS["language"] and args.lora:
             for name, parameter in module.named_parameters():
                 parameter.requires_grad_(name.endswith(("lora_a", "lora_b")) or "cross_layers" in name)

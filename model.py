@@ -81,8 +81,9 @@ class LLAMA32Config:
         self.head_dim = self.head_dim or self.hidden_size // self.n_heads
         self.context_length = self.context_length or self.max_position_embeddings
         self.output_bias = self.attention_bias if self.output_bias is None else self.output_bias
-        assert self.n_heads % self.n_kv_groups == 0, "n_heads must be a multiple of n_kv_groups"
-        assert self.head_dim % 2 == 0, "head_dim must be even: rotary positions turn pairs of numbers"
+        H, groups = self.n_heads, self.n_kv_groups
+        assert H % groups == 0, f"{H} query heads cannot share {groups} key/value heads: choose a divisor"
+        assert self.head_dim % 2 == 0, f"head_dim is {self.head_dim}: rotary positions turn pairs of numbers, it must be even"
 
     @classmethod
     def preset(cls, name: str, **changes) -> "LLAMA32Config":

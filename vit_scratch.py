@@ -64,7 +64,8 @@ class ViTConfig:
 
     def __post_init__(self):
         self.intermediate_size = self.intermediate_size or 4 * self.hidden_size
-        assert self.hidden_size % self.num_attention_heads == 0, "hidden_size must be a multiple of num_attention_heads"
+        D, H = self.hidden_size, self.num_attention_heads
+        assert D % H == 0, f"hidden_size {D} cannot be split over {H} attention heads: choose a multiple"
 
     @classmethod
     def preset(cls, name: str, **changes) -> "ViTConfig":

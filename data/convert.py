@@ -3,6 +3,7 @@
     python -m data.convert easy-vqa easy_vqa.tar FOLDER
     python -m data.convert coco-captions coco_captions_permissive.tar FOLDER
     python -m data.convert classes photos.zip FOLDER         # class/*.jpg, each answered with "A photo of a CLASS."
+    python -m data.convert digits FOLDER                     # train_vit.py's handwritten digits: "What digit is this?"
     python -m data.convert scenes FOLDER --split test --count 200      # of data/scenes.py, into FOLDER/scenes.json and images/
 
 Sources are archives or folders. FOLDER appears when all of it is written, or not at all.
@@ -20,6 +21,7 @@ import numpy as np
 from PIL import Image
 
 from data.archives import DAMAGED, open_archive
+from data.datasets import load_images
 from data.folders import arrange
 from data.llava import kind_of, parsed
 from data.scenes import MIX, SPLITS, make_scenes, questions
@@ -188,6 +190,23 @@ def convert_classes(source: Path, folder: Path, per_class: int | None, question:
     return f"{folder}: {len(rows['train']):,} train and {len(rows['test']):,} test images of {classes} classes"
 
 
+def convert_digits(folder: Path, size: int = 16, split_seed: int = 0) -> str:
+    """The handwritten digits that train_vit.py learns, of size x size pixels and in the same split, a row per image."""
+    with new_folder(folder) as whole:
+        (whole / "images").mkdir()
+        counts = []
+        for part, dataset in zip(("train", "test"), load_images("digits", image_size=size, split_seed=split_seed), strict=True):
+            rows = []
+            for number, (image, label) in enumerate(zip(dataset.images, dataset.labels.tolist(), strict=True)):
+                name = f"{part}-{number}"
+                Image.fromarray(image[0].numpy()).save(whole / "images" / f"{name}.png")
+                turn = "What digit is this?", dataset.classes[label], "digit"
+                rows.append(row_about_image(name, f"{name}.png", [turn]))
+            write_rows(whole / f"{part}.json", rows)
+            counts.append(f"{len(rows):,} {part}")
+    return f"{folder}: {' and '.join(counts)} images of digits"
+
+
 def convert_scenes(
     folder: Path, split: str, count: int, seed: int = 0, per_scene: int = 12, mix: Mapping[str, float] = MIX
 ) -> str:
@@ -216,6 +235,9 @@ def parse_args(argv=None) -> argparse.Namespace:
     for command in (easy, coco, classes):
         command.add_argument("source", metavar="SOURCE", type=Path, help="an archive or a folder")
         command.add_argument("folder", metavar="FOLDER", type=Path, help="to be made")
+    digits = commands.add_parser("digits", help="handwritten digits as PNGs", allow_abbrev=False)
+    digits.add_argument("folder", metavar="FOLDER", type=Path, help="to be made")
+    digits.add_argument("--size", type=positive_int, default=16, help="pixels of a side (default 16, as train_vit.py has them)")
     scenes = commands.add_parser("scenes", help="generated scenes as PNGs, with their questions", allow_abbrev=False)
     scenes.add_argument("folder", metavar="FOLDER", type=Path, help="to be made")
     scenes.add_argument("--count", type=positive_int, default=200, help="scenes (default 200)")
@@ -236,6 +258,8 @@ def main(argv=None) -> None:
     args = parse_args(argv)
     if args.command == "easy-vqa":
         print(convert_easy_vqa(args.source, args.folder))
+    elif args.command == "digits":
+        print(convert_digits(args.folder, args.size))
     elif args.command == "scenes":
         print(convert_scenes(args.folder, args.split, args.count, args.seed, args.per_scene))
     elif args.command == "classes":

@@ -28,6 +28,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from extras.cross_attention import CrossAttentionVLM
+from gpt import GPT
 from lib.trace import record
 from model import MllamaForConditionalGeneration
 
@@ -72,7 +73,8 @@ def where_it_looks(
     ids = torch.cat([prompt, answer[None, :-1]], dim=1).to(device)
     cross, first = isinstance(model, CrossAttentionVLM), prompt.shape[1] - 1
     rollout = method == "rollout" and not cross  # images enter beside the text's own layers there: one step, no path
-    names = "language_model.model." + ("cross_layers.*.weights" if cross else "layers.*.self_attn.weights")
+    early = "blocks.*.attn.weights" if isinstance(model.language_model, GPT) else "model.layers.*.self_attn.weights"
+    names = "language_model." + ("model.cross_layers.*.weights" if cross else early)
     begin = 0 if rollout else first  # all layers in full would be gigabytes for a long text
     with record(model, names, reduce=lambda weights: weights[0].float().mean(dim=0)[begin:]) as seen:
         model(ids, image_features=image_features.to(device), logits_to_keep=1)

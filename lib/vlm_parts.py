@@ -11,13 +11,14 @@ from dataclasses import fields, replace
 import torch
 import torch.nn as nn
 
+from gpt import GPT
 from lib.files import find_source
 from lib.image_settings import read_image_settings
 from lib.tokenizer import BPETokenizer
 from model import Llama3ForCausalLM, LLAMA32Config, MLLAMAConfig, MllamaForConditionalGeneration
 from processing_mllama import IDEFICS3_AROUND, MllamaImageProcessor
 from siglip import SiglipModel, SiglipTwoTower, SiglipVisionConfig
-from vit_scratch import sincos_positions
+from vit_scratch import ViTModel, sincos_positions
 
 # The one dial of the recipes: (vision tower, language model, vocabulary of a tokenizer that is trained).
 SIZES = {
@@ -63,10 +64,27 @@ def find_part(source: str, part: str) -> nn.Module:
         tower = SiglipModel(model.config.vision_config)
         tower.vision_model = model.vision_model
         return tower
-    if not isinstance(model, SiglipModel if part == "vision" else Llama3ForCausalLM):
-        wanted = f"a {'SigLIP tower' if part == 'vision' else 'LLaMA'}, or a model that has one"
-        raise ValueError(f"--{part} {source} is a {type(model).__name__}: it must be {wanted}")
+    if part == "vision" and isinstance(model, ViTModel):
+        return as_tower(model)
+    if not isinstance(model, SiglipModel if part == "vision" else Llama3ForCausalLM | GPT):
+        wanted = "a vision tower (SigLIP, ViT, CLIP, DINOv2)" if part == "vision" else "a decoder (LLaMA, Mistral, Qwen, GPT-2)"
+        raise ValueError(f"--{part} {source} is a {type(model).__name__}: it must be {wanted}, or a model that has one")
     return model
+
+
+def as_tower(vit: ViTModel) -> ViTModel:
+    """A ViT as the tower of a vision-language model: without its classifier, and for RGB. Of a ViT for grey images each filter
+    becomes three, a third for each channel, which is the same for grey."""
+    config = replace(vit.config, num_labels=0, id2label=None, num_channels=3)
+    state = {name: tensor for name, tensor in vit.state_dict().items() if not name.startswith("classifier.")}
+    if vit.config.num_channels == 1:
+        filters = state["embeddings.projection.weight"]
+        state["embeddings.projection.weight"] = filters.expand(-1, 3, -1, -1) / 3
+    elif vit.config.num_channels != 3:
+        raise ValueError(f"a ViT for images of {vit.config.num_channels} channels is no tower here: grey or RGB is read")
+    tower = ViTModel(config).eval()
+    tower.load_state_dict(state)
+    return tower
 
 
 def tower_image_settings(source: str) -> dict:
@@ -81,11 +99,15 @@ def assemble(
     """The model and its processor. vision, text: a config for a new part, or a trained module whose weights are taken over; the
     tokenizer gains <image>. fusion "cross": extras/cross_attention.py. join: further settings of MLLAMAConfig."""
     tower, decoder = (part if isinstance(part, nn.Module) else None for part in (vision, text))
-    vision = replace(tower.config if tower else vision, vision_use_head=False)
+    vision = tower.config if tower else vision
+    if isinstance(vision, SiglipVisionConfig):
+        vision = replace(vision, vision_use_head=False)
     config_class, model_class, around = MLLAMAConfig, MllamaForConditionalGeneration, ("", "")
     if fusion == "cross":
         from extras.cross_attention import CrossAttentionConfig, CrossAttentionVLM
 
+        if isinstance(decoder, GPT):
+            raise ValueError("--fusion cross puts layers between the blocks of a LLaMA: with a GPT-2 use --fusion early")
         config_class, model_class = CrossAttentionConfig, CrossAttentionVLM
     elif join.get("projector_type") == "linear":
         around = IDEFICS3_AROUND

@@ -5,23 +5,27 @@ from dataclasses import replace
 import torch
 import torch.nn as nn
 
-from model import Llama3ForCausalLM, MllamaForConditionalGeneration
+from gpt import GPT, Decoder
+from model import MllamaForConditionalGeneration
 
 
 @torch.no_grad()
-def resize_token_embeddings(model: Llama3ForCausalLM | MllamaForConditionalGeneration, num_tokens: int) -> None:
+def resize_token_embeddings(model: Decoder | MllamaForConditionalGeneration, num_tokens: int) -> None:
     """Make room for a vocabulary of num_tokens, in place. New rows of embedding and head start as the mean of the old ones: a
     new word is an average one. Raises ValueError for fewer tokens than there are. Make optimisers afterwards."""
     decoder = model.language_model if isinstance(model, MllamaForConditionalGeneration) else model
     old = decoder.config.vocab_size
     if num_tokens < old:
         raise ValueError(f"the vocabulary has {old} tokens: {num_tokens} would cut off {old - num_tokens} of them")
-    for part in (decoder.model.embed_tokens, decoder.lm_head):
+    embedding = decoder.token_embedding if isinstance(decoder, GPT) else decoder.model.embed_tokens
+    for part in (embedding, decoder.lm_head):
         weight = part.weight
         grown = torch.cat([weight, weight.mean(dim=0, keepdim=True).expand(num_tokens - old, -1)])
         part.weight = nn.Parameter(grown, requires_grad=weight.requires_grad)
-    decoder.model.embed_tokens.num_embeddings = decoder.lm_head.out_features = num_tokens
-    decoder.config = decoder.model.config = replace(decoder.config, vocab_size=num_tokens)
+    embedding.num_embeddings = decoder.lm_head.out_features = num_tokens
+    decoder.config = replace(decoder.config, vocab_size=num_tokens)
+    if not isinstance(decoder, GPT):
+        decoder.model.config = decoder.config
     if decoder is not model:
         model.config = replace(model.config, text_config=decoder.config)
     decoder.tie_weights()

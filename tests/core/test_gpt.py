@@ -200,7 +200,7 @@ def test_published_sizes(name, millions):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"hidden_size": 30}, "hidden_size must be a multiple of num_attention_heads"),
+        ({"hidden_size": 30}, "30 cannot be split over 4"),
         ({"num_hidden_layers": 0}, "num_hidden_layers is 0"),
         ({"num_attention_heads": 0}, "num_attention_heads is 0"),
         ({"num_hidden_layers": 1001}, "exceeds the maximum of 1000"),

@@ -376,7 +376,7 @@ BAD = {
     "a text too many": ("do not pair up", lambda: two_towers()(images(2, 3, 16, 16), sentences(3), return_loss=True)),
     "widths differ": ("21 wide and texts 20", lambda: SiglipConfig(VISION, {**TEXT, "projection_size": None})),
     "no head": ("vision_use_head is False", lambda: SiglipConfig({**VISION, "vision_use_head": False}, TEXT)),
-    "heads": ("hidden_size must be a multiple", lambda: SiglipVisionConfig(num_attention_heads=7)),
+    "heads": ("hidden_size 768 cannot be split over 7", lambda: SiglipVisionConfig(num_attention_heads=7)),
     "activation": ("hidden_act is 'relu'", lambda: checked(SiglipTextConfig, hidden_act="relu")),
     "empty vocabulary": ("vocab_size is 0", lambda: checked(SiglipTextConfig, vocab_size=0)),
     "patch too large": ("16x16 image holds no 32x32 patch", lambda: checked(SiglipVisionConfig, image_size=16, patch_size=32)),

@@ -149,7 +149,7 @@ def test_adapter(kind, layers):
         ({"patch_size": 0}, "patch_size is 0"),
         ({"pooling": "max"}, "pooling is 'max'"),
         ({"position_init": "zeros"}, "position_init is 'zeros'"),
-        ({"num_attention_heads": 5}, "hidden_size must be a multiple"),
+        ({"num_attention_heads": 5}, "32 cannot be split over 5"),
     ],
 )
 def test_impossible_configs_are_refused(change, message):
