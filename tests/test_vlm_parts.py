@@ -1,0 +1,78 @@
+"""lib/vlm_parts.py: what a tower or a decoder knew before they were joined, it knows after."""
+
+import pytest
+import torch
+
+from data.scenes import corpus
+from gpt import GPT, GPTConfig
+from lib.checkpoint import from_pretrained, save_pretrained
+from lib.vlm_parts import as_tower, assemble, find_part, train_tokenizer
+from model import Llama3ForCausalLM, LLAMA32Config
+from toys import TEXT, close, shaken
+from vit_scratch import ViTConfig, ViTModel
+
+VIT = {"image_size": 16, "patch_size": 4, "num_labels": 3, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+MEAN = {"image_mean": (0.5,) * 3, "image_std": (0.5,) * 3}
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer(corpus()[:300], 330)
+
+
+def vit(**changes):
+    torch.manual_seed(0)
+    return shaken(ViTModel(ViTConfig(**{**VIT, **changes})))
+
+
+def decoder(kind, vocabulary):
+    torch.manual_seed(0)
+    if kind == "gpt2":
+        size = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+        return shaken(GPT(GPTConfig(vocab_size=vocabulary, context_length=128, **size)))
+    return shaken(Llama3ForCausalLM(LLAMA32Config(**{**TEXT, "vocab_size": vocabulary})))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_classifier_becomes_a_tower_with_the_same_features(tmp_path, channels):
+    """A run of train_vit.py on grey digits: the same features of the same image, which now comes as RGB."""
+    model, x = vit(num_channels=channels), torch.rand(2, channels, 16, 16)
+    save_pretrained(model, tmp_path)
+    tower = find_part(tmp_path, "vision")
+    assert tower.config.num_labels == 0 and tower.config.num_channels == 3
+    close(tower.features(x.expand(-1, 3, -1, -1)), model.features(x))
+
+
+def test_images_of_other_channels_are_refused():
+    with pytest.raises(ValueError, match="a ViT for images of 4 channels is no tower here"):
+        as_tower(vit(num_channels=4))
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_a_pair_takes_over_both_parts_is_asked_saved_and_opened_again(tmp_path, tokenizer, kind):
+    tower, text = as_tower(vit()), decoder(kind, len(tokenizer))
+    ids = torch.arange(5, 17)[None]
+    words = text(ids)["logits"]
+    model, processor = assemble(tower, text, tokenizer, MEAN, projector_type="mlp", vision_feature_layer=-2)
+    x = torch.rand(1, 3, 16, 16)
+    close(model.vision_features(x), tower.features(x, -2))
+    close(model.language_model(ids)["logits"][..., : words.shape[-1]], words)
+
+    batch = processor(["What is this?"], [torch.randint(0, 256, (3, 20, 20), dtype=torch.uint8)])
+    answer = model.generate(**batch, max_new_tokens=4)
+    assert save_pretrained(model, tmp_path) == "llava"
+    assert from_pretrained(tmp_path).generate(**batch, max_new_tokens=4) == answer
+
+
+def test_what_is_no_part_is_one_line(tmp_path):
+    save_pretrained(vit(), tmp_path / "vit")
+    with pytest.raises(ValueError, match="--lm .*is a ViTModel: it must be a decoder"):
+        find_part(tmp_path / "vit", "lm")
+    save_pretrained(decoder("gpt2", 50), tmp_path / "gpt2")
+    with pytest.raises(ValueError, match="--vision .*is a GPT: it must be a vision tower"):
+        find_part(tmp_path / "gpt2", "vision")
+
+
+def test_a_gpt2_has_no_layers_between_its_blocks(tokenizer):
+    with pytest.raises(ValueError, match="--fusion cross puts layers between the blocks of a LLaMA"):
+        assemble(as_tower(vit()), decoder("gpt2", len(tokenizer)), tokenizer, MEAN, fusion="cross")
