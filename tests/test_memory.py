@@ -1,4 +1,4 @@
-"""Laws of memory.py: what --dry-run foretells is what a step then takes, and a dry run leaves nothing behind."""
+"""Laws of memory.py: what --dry-run estimates is what a step then takes, and a dry run leaves nothing behind."""
 
 import re
 import sys
@@ -9,8 +9,9 @@ import torch
 import train_vit
 import train_vlm
 from extras import train_llmvit, train_siglip
-from lib import old_trainer as training
-from lib.memory import StepMemory, bytes_of, peak_bytes
+from lib.cli import run_cli
+from lib.memory import StepMemory, bytes_of, peak_bytes, peak_memory
+from lib.run import Run
 
 VLM = [train_vlm, "--eval-count", "5"]
 SCRIPTS = {
@@ -41,26 +42,30 @@ def test_measuring_says_nothing_and_lets_errors_through(capfd):
 
 
 @pytest.mark.parametrize("script, flags", [(script, flags) for script, *flags in SCRIPTS.values()], ids=SCRIPTS)
-def test_a_step_takes_what_the_dry_run_foretold(script, flags, tmp_path, monkeypatch, capsys):
+def test_a_step_takes_what_the_dry_run_estimates(script, flags, tmp_path, monkeypatch, capsys):
     out = tmp_path / "run"
     script.main([*flags, "--out", str(out), "--dry-run"])
     assert not out.exists()
-    foretold = float(re.search(r"([\d,.]+) MiB at the peak", capsys.readouterr().out)[1].replace(",", ""))
-    step, calls = training.Trainer.step, []
+    estimated = float(re.search(r"([\d,.]+) MiB at the peak", capsys.readouterr().out)[1].replace(",", ""))
+    steps = Run.steps
 
-    def measured_step(self, losses):
-        calls.append(self)
-        if len(calls) < 2:
-            return step(self, losses)
-        states = [t for o in self.optimizers for s in o.state.values() for t in s.values() if torch.is_tensor(t)]
-        averaged = self.ema.weights.values() if self.ema else ()
-        lying = bytes_of([*self.raw.parameters(), *self.raw.buffers(), *states, *averaged])
-        raise Measured(lying + peak_bytes(lambda: step(self, losses), self.run.device))
+    def measured(run, *args, **options):
+        """The second step of a run, from where its batch is asked for to where it is taken."""
+        for step in steps(run, *args, **options):
+            if step == run.first_step:
+                yield step
+                continue
+            states = [t for o in run.optimizers for s in o.state.values() for t in s.values() if torch.is_tensor(t)]
+            averaged = run.ema.weights.values() if run.ema else ()
+            lying = bytes_of([*run.raw.parameters(), *run.raw.buffers(), *states, *averaged])
+            with peak_memory(run.device) as peak:
+                yield step
+            raise Measured(lying + peak[0])
 
-    monkeypatch.setattr(training.Trainer, "step", measured_step)
+    monkeypatch.setattr(Run, "steps", measured)
     with pytest.raises(Measured) as found:
         script.main([*flags, "--out", str(out)])
-    assert foretold == pytest.approx(found.value.args[0] / 2**20, rel=0.15)
+    assert estimated == pytest.approx(found.value.args[0] / 2**20, rel=0.15)
 
 
 def test_at_the_peak_gradients_wait_only_for_other_parts():
@@ -74,6 +79,6 @@ def test_out_of_memory_is_one_line_of_advice(words, capsys):
         raise torch.OutOfMemoryError(words) if "CUDA" in words else RuntimeError(words)
 
     with pytest.raises(SystemExit) as stop:
-        training.run_cli(main)
+        run_cli(main)
     said = capsys.readouterr().err
     assert stop.value.code == 2 and "--grad-accum" in said and "--dry-run" in said and said.count("\n") == 1
