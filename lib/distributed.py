@@ -23,11 +23,10 @@ def start_processes(device: torch.device) -> None:
 def end_processes() -> None:
     """Leave the group, if there is one, and end its threads.
 
-    Gloo's threads end with the last reference to the group. If they outlive the interpreter, one that is just freeing the
-    tensors of the last collective asks for the interpreter's lock, is ended by force inside a destructor, and the process aborts:
-    "terminate called without an active exception". Two things hold such references: a DistributedDataParallel, which is part of
-    reference cycles, and the functions of torch.distributed.nn, where this is imported after the group is made (DDP does): their
-    default argument is the group of that moment."""
+    Gloo's threads end with the last reference to the group. One that outlives the interpreter while it frees the tensors of the
+    last collective asks for the interpreter's lock and is ended by force inside a destructor, which aborts the process:
+    "terminate called without an active exception". Two things hold a reference: a DistributedDataParallel, and the functions
+    of torch.distributed.nn if that is imported after the group is made (DDP does), by default arguments."""
     if dist.is_available() and dist.is_initialized():
         gc.collect()
         dist.destroy_process_group()
