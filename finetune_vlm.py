@@ -23,7 +23,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from data.augment import GEOMETRY, warp
 from data.batches import IGNORE, with_shares
 from data.common import CommonAnswers, common_questions
 from data.features import FrozenFeatures
@@ -32,6 +31,7 @@ from data.llava import LlavaRows
 from data.llava_batches import LlavaBatches, ShardBatches
 from data.rows import FIRST_ROWS, is_sharded, load_rows, some
 from data.shards import ShardImages
+from data.warp import GEOMETRY, warp
 from lib.answers import Item, prompt_ids, row_items
 from lib.checks import checked
 from lib.cli import argument_parser, not_negative_float, not_negative_int, positive_float, positive_int, run_cli

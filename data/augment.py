@@ -19,6 +19,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from data.warp import GEOMETRY, warp
+
 
 @dataclass(frozen=True)
 class AugmentConfig:
@@ -116,9 +118,6 @@ def _random(generator: torch.Generator, device, *shape: int, low: float = 0.0, h
 
 # ---- geometry: everything that moves pixels ends in one gather and one resampling ----
 
-GEOMETRY = ("rotate", "shift_x", "shift_y", "scale", "shear_x", "shear_y")  # columns of `geometry` [B, 6]
-
-
 def crop_and_flip(images: torch.Tensor, fraction: float, flip: bool, padding: str, generator) -> torch.Tensor:
     """Pads by `fraction` of each side, crops a random window of the old size, mirrors half of the batch: one gather."""
     B, C, H, W = images.shape
@@ -146,21 +145,6 @@ def _window(side: int, pad: int, u: torch.Tensor) -> tuple[torch.Tensor, torch.T
     index = torch.arange(side, device=u.device) + shift[:, None]
     reflected = (side - 1) - ((side - 1) - index.abs()).abs()
     return reflected.abs(), (index >= 0) & (index < side)
-
-
-def warp(x: torch.Tensor, geometry: torch.Tensor, padding: str) -> torch.Tensor:
-    """Rotates (degrees), shifts (fractions of the side), scales, shears about the centre, in one bilinear resampling.
-
-    The matrix maps output to input positions. Its off-diagonal terms carry the aspect ratio, so that images that are
-    not square turn without shearing.
-    """
-    B, _, H, W = x.shape
-    angle, shift_x, shift_y, scale, shear_x, shear_y = geometry.unbind(1)
-    cos, sin = (f(angle * (math.pi / 180)) / (1 + scale) for f in (torch.cos, torch.sin))
-    row_x = torch.stack([cos - sin * shear_y, (cos * shear_x - sin) * (H / W), 2 * shift_x], dim=1)
-    row_y = torch.stack([(sin + cos * shear_y) * (W / H), sin * shear_x + cos, 2 * shift_y], dim=1)
-    grid = F.affine_grid(torch.stack([row_x, row_y], dim=1), list(x.shape), align_corners=False)
-    return F.grid_sample(x, grid, padding_mode=padding, align_corners=False)
 
 
 # ---- RandAugment: each operation runs once a slot, on the images that drew it ----

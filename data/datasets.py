@@ -27,7 +27,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from data.archives import DAMAGED, open_archive
-from data.folders import cache_folder, load_folder, stratified_split
+from data.digits import load_digits
+from data.folders import cache_folder, load_folder
 from data.images import height_width
 from lib.files import one_line
 
@@ -246,14 +247,6 @@ def _load_cifar10(data: Path | None, progress: bool) -> list[tuple[torch.Tensor,
     return [(part[:, 1:].reshape(-1, 3, 32, 32).contiguous(), part[:, 0]) for part in parts]
 
 
-def _load_digits(split_seed: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    with np.load(Path(__file__).parents[1] / "assets" / "digits.npz") as file:
-        images, labels = file["images"], file["labels"]
-    pixels = torch.from_numpy((images * (255 / 16) + 0.5).astype(np.uint8))[:, None]
-    parts = stratified_split(labels, 360, split_seed)
-    return [(pixels[part], torch.from_numpy(labels[part])) for part in parts]
-
-
 # ---- all of them ----
 
 
@@ -294,7 +287,7 @@ def load_images(
         if not data.exists():
             raise FileNotFoundError(f"--data {data} does not exist")
     if name == "digits":
-        parts = _load_digits(split_seed)
+        parts = load_digits(split_seed)
     else:
         parts = _load_cifar10(data, progress) if name == "cifar10" else _load_idx(name, data, progress)
     classes = list(DATASETS[name].classes)

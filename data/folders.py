@@ -26,6 +26,7 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from data.archives import DAMAGED, open_archive, walk_folder
+from data.digits import stratified_split
 from data.images import decode_image, height_width
 from lib.files import one_line
 
@@ -95,22 +96,6 @@ def arrange(entries: dict[str, int], split_seed: int) -> _Plan:
     elif unused:
         plan.notes.append(f"{', '.join(sorted(unused))} left alone: {test}/ is the test part")
     return plan
-
-
-def stratified_split(labels: np.ndarray, test_count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Indices (train, test), each sorted, with the classes in equal shares (largest remainders make up test_count).
-
-    numpy's RandomState: its stream is frozen, so the split is the same in every version and on every machine.
-    """
-    random = np.random.RandomState(seed)
-    counts = np.bincount(labels)
-    wanted = counts * test_count / max(len(labels), 1)
-    quota = wanted.astype(int)
-    # A class of one image comes last, so that it is not left without a training image.
-    quota[np.argsort(quota - wanted + (counts < 2), kind="stable")[: test_count - quota.sum()]] += 1
-    test = [random.permutation(np.flatnonzero(labels == k))[:count] for k, count in enumerate(quota)]
-    test = np.sort(np.concatenate(test or [np.zeros(0, int)]))
-    return np.setdiff1d(np.arange(len(labels)), test), test
 
 
 def _split(files: list[tuple[str, str, str]], seed: int) -> list[tuple[str, str, str]]:

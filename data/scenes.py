@@ -7,7 +7,7 @@
     python -m data.show_scenes scenes.png                                # a sheet to look at
     python -m data.convert scenes FOLDER --split test --count 200        # FOLDER/images/*.png and FOLDER/scenes.json
 
-The digits are the 1,797 of UCI that come with the code (see datasets.py): split "train" writes with the training samples,
+The digits are the 1,797 of UCI that come with the code (see digits.py): split "train" writes with the training samples,
 slightly turned and sheared, "test" and "compositional" with the test samples as they are. HELD_OUT names one colour a
 digit: those pairs are in no train or test scene, and in every compositional one.
 
@@ -35,8 +35,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from data.augment import GEOMETRY, warp
-from data.datasets import load_images
+from data.digits import load_digits
+from data.warp import GEOMETRY, warp
 
 INKS = {  # far apart from each other, from near-black and from near-white
     "red": (220, 25, 30), "orange": (245, 130, 10), "yellow": (235, 215, 0), "green": (25, 150, 40),
@@ -160,9 +160,9 @@ def _glyphs(split: str, config: SceneConfig) -> _Glyphs:
 @functools.lru_cache(maxsize=4)
 def _cut_glyphs(part: int, variants: int, rotate: float, shear: float) -> _Glyphs:
     """In float64 and rounded to 255 steps, so that the last bits, which differ between machines, decide nothing."""
-    samples = load_images("digits")[part]
-    order = samples.labels.argsort(stable=True)
-    ink = F.pad(samples.images[order].double() / 255, (1, 1, 1, 1))
+    images, labels = load_digits()[part]
+    order = labels.argsort(stable=True)
+    ink = F.pad(images[order].double() / 255, (1, 1, 1, 1))
     ink = F.interpolate(ink * 1.2, scale_factor=_POINTS, mode="bicubic").clamp(0, 1)  # 1.2: thin strokes are pale
     limits = [{"rotate": rotate, "shear_x": shear, "shear_y": shear}.get(name, 0.0) for name in GEOMETRY]
     draw = np.random.RandomState(0)
@@ -174,7 +174,7 @@ def _cut_glyphs(part: int, variants: int, rotate: float, shear: float) -> _Glyph
         line = visible.any(axis)
         edges.append((line.argmax(1), line.shape[1] - line[:, ::-1].argmax(1)))
     (x0, x1), (y0, y1) = edges
-    starts = np.searchsorted(samples.labels[order].numpy(), np.arange(11))
+    starts = np.searchsorted(labels[order].numpy(), np.arange(11))
     return _Glyphs(ink, np.stack([x0, y0, x1, y1], axis=1) / _POINTS, starts)
 
 

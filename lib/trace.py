@@ -30,10 +30,18 @@ def record(model: nn.Module, *patterns: str, reduce: Callable | None = None) -> 
     seen: dict[str, torch.Tensor] = {}
     inside: list[str] = []  # the modules that are being computed, outermost first
 
+    def wanted(name: str) -> bool:
+        return not patterns or any(fnmatchcase(name, pattern) for pattern in patterns)
+
     def keep(name: str, value) -> None:
-        if isinstance(value, torch.Tensor) and (not patterns or any(fnmatchcase(name, pattern) for pattern in patterns)):
+        if isinstance(value, torch.Tensor) and wanted(name):
             seen.pop(name, None)
             seen[name] = reduce(value) if reduce else value
+
+    def keep_weights(compute: Callable[[], torch.Tensor]) -> None:
+        name = f"{inside[-1]}.weights" if inside[-1] else "weights"
+        if wanted(name):
+            keep(name, compute())
 
     def before(name, args):
         inside.append(name)
@@ -49,7 +57,7 @@ def record(model: nn.Module, *patterns: str, reduce: Callable | None = None) -> 
         handles.append(module.register_forward_pre_hook(lambda module, args, name=name: before(name, args)))
         handles.append(module.register_forward_hook(lambda module, args, output, name=name: after(name, output)))
     try:
-        with AttentionWeights(lambda weights: keep(f"{inside[-1]}.weights" if inside[-1] else "weights", weights)):
+        with AttentionWeights(keep_weights):
             yield seen
     finally:
         for handle in handles:
@@ -57,7 +65,7 @@ def record(model: nn.Module, *patterns: str, reduce: Callable | None = None) -> 
 
 
 class AttentionWeights(TorchFunctionMode):
-    """Hands the weights of every attention to `keep`."""
+    """Hands a function that gives the weights to `keep`, at every attention."""
 
     def __init__(self, keep):
         super().__init__()
@@ -66,9 +74,9 @@ class AttentionWeights(TorchFunctionMode):
     def __torch_function__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
         if function is torch.Tensor.softmax:
-            self.keep(result)
+            self.keep(lambda: result)
         elif function is torch.nn.functional.scaled_dot_product_attention:
-            self.keep(attention_weights(*args, **(kwargs or {})))
+            self.keep(lambda: attention_weights(*args, **(kwargs or {})))
         return result
 
 

@@ -10,7 +10,6 @@ from PIL import Image, ImageEnhance, ImageOps
 
 from data.augment import (
     COLOUR_OPS,
-    GEOMETRY,
     GEOMETRY_OPS,
     PRESETS,
     Augment,
@@ -21,9 +20,9 @@ from data.augment import (
     mix,
     normalize_images,
     rand_augment,
-    warp,
 )
 from data.datasets import DATASETS, load_images
+from data.warp import GEOMETRY, warp
 
 PLAIN = {"mean": (0.0,) * 3, "std": (1.0,) * 3}
 

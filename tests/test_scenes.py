@@ -15,7 +15,7 @@ from PIL import Image
 from data import convert, show_scenes
 from data import scenes as module
 from data.convert import convert_scenes
-from data.datasets import ImageDataset, load_images
+from data.digits import load_digits
 from data.scenes import (
     COLOURS,
     HELD_OUT,
@@ -119,12 +119,12 @@ def test_seeds_and_splits_differ(other):
 @pytest.mark.parametrize("split", SPLITS)
 def test_train_scenes_use_training_samples_only_and_the_others_test_samples_only(split, monkeypatch):
     """Training samples are replaced by full squares, test samples by small dots."""
-    parts = load_images("digits")
+    parts = load_digits()
     dot = torch.zeros(8, 8, dtype=torch.uint8)
     dot[3:5, 3:5] = 255
     fakes = [torch.full((8, 8), 255, dtype=torch.uint8), dot]
-    faked = [ImageDataset(f.expand_as(p.images), p.labels, p.classes, "") for f, p in zip(fakes, parts, strict=True)]
-    monkeypatch.setattr(module, "load_images", lambda name: faked)
+    faked = [(fake.expand_as(images), labels) for fake, (images, labels) in zip(fakes, parts, strict=True)]
+    monkeypatch.setattr(module, "load_digits", lambda: faked)
     module._cut_glyphs.cache_clear()
     try:
         boxes = make_scenes(split, 60, config=SceneConfig(rotate=0, shear=0)).boxes
@@ -205,7 +205,7 @@ def test_ink_has_its_colours_name_and_stays_in_its_box(made):
 
 def test_digits_look_like_their_labels():
     """Each digit, cut out by its box and compared with all 1,797 samples: the nearest is of its class."""
-    samples = [torch.cat(part) for part in zip(*((p.images, p.labels) for p in load_images("digits")), strict=True)]
+    samples = [torch.cat(part) for part in zip(*load_digits(), strict=True)]
     config = SceneConfig(noise=0, ink_noise=0)
     bank = shrink_to_ink(samples[0][:, 0].float())
     for split in SPLITS:
