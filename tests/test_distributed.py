@@ -19,69 +19,59 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # for torchrun, which knows nothing of pytest's settings
 
+import finetune_vlm  # noqa: E402
 import train_vit  # noqa: E402
 import train_vlm  # noqa: E402
 from data import shards  # noqa: E402
 from data.llava import LlavaRows  # noqa: E402
-from data.scenes import make_scenes  # noqa: E402
 from extras import train_siglip  # noqa: E402
-from lib import old_trainer as training  # noqa: E402
+from lib import run as running  # noqa: E402
+from lib import vlm_report  # noqa: E402
 from lib.checkpoint import from_pretrained  # noqa: E402
+from lib.cli import run_cli  # noqa: E402
+from lib.distributed import gathered  # noqa: E402
 
-TINY = (
-    {"image_size": 64, "patch_size": 16, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2},
-    {"hidden_size": 32, "n_heads": 2, "n_kv_groups": 1, "n_layers": 2, "hidden_dim": 48, "max_position_embeddings": 256},
-    300,
-)
 VIT = "--hidden-size 16 --layers 2 --heads 2 --pooling cls --batch-size 32 --epochs 0.05 --drop-path 0 --augment none".split()
 SIGLIP = "--dataset digits --batch-size 8 --steps 2 --tokens 8 --augment none".split()
-SCENES = "--batch-size 4 --per-scene 3 --vision-steps 1 --projector-steps 1 --steps 3 --eval-count 1 --save-every 3".split()
-LLAVA = "--dataset llava --batch-size 4 --image-size 32 --steps 3 --eval-count 1 --isolated".split()
+SCENES = "--size tiny --batch-size 4 --per-scene 3 --vision-steps 1 --projector-steps 1 --steps 3 --eval-count 1".split()
+SCENES += ["--save-every", "3"]
+LLAVA = "--size tiny --batch-size 4 --image-size 32 --steps 3 --eval-count 1 --isolated".split()
 RUNS = {  # those with --fsdp or --grad-accum are compared with the same run without
     "vit-fsdp": (train_vit, [*VIT, "--fsdp"]),
     "siglip": (train_siglip, SIGLIP),
     "siglip-fsdp": (train_siglip, [*SIGLIP, "--grad-accum", "2", "--fsdp"]),
     "scenes-fsdp": (train_vlm, [*SCENES, "--fsdp"]),
-    "shards": (train_vlm, LLAVA),
-    "cross-fsdp": (train_vlm, [*LLAVA, "--fusion", "cross", "--ema", "0.5", "--fsdp"]),
+    "shards": (finetune_vlm, LLAVA),
+    "cross-fsdp": (finetune_vlm, [*LLAVA, "--fusion", "cross", "--ema", "0.5", "--fsdp"]),
 }
 ALONE = {"vit": (train_vit, VIT), "siglip": (train_siglip, SIGLIP), "scenes": (train_vlm, SCENES),
-         "shards": (train_vlm, LLAVA), "cross": (train_vlm, RUNS["cross-fsdp"][1][:-1])}  # fmt: skip
+         "shards": (finetune_vlm, LLAVA), "cross": (finetune_vlm, RUNS["cross-fsdp"][1][:-1])}  # fmt: skip
 
 
 def train(script, flags, folder: Path) -> None:
     """A run in this process, of tiny models and without figures; FOLDER.pt has the gradients of its steps, FOLDER/STEP.pt
     what was saved."""
-    rank, steps, clip, save = int(os.environ.get("RANK", 0)), [], torch.nn.utils.clip_grad_norm_, training.save_state
+    rank, steps, take, save = int(os.environ.get("RANK", 0)), [], running.Run.clip_and_step, running.save_state
 
-    class Recording(training.Trainer):
-        def step(self, losses):
-            def record(*args):
-                found = {name: p.grad.detach().clone() for name, p in self.raw.named_parameters() if p.grad is not None}
-                steps.append(training.gathered(found, True))
-                return clip(*args)
-
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(torch.nn.utils, "clip_grad_norm_", record)
-                super().step(losses)
+    def record(run, *args):
+        found = {name: p.grad.detach().clone() for name, p in run.raw.named_parameters() if p.grad is not None}
+        steps.append(gathered(found, True))
+        take(run, *args)
 
     def keep(run, state):
         save(run, state)
         shutil.copy(run / "state.pt", run / f"{state['steps_done']}.pt")
 
     flags = [*flags, "--device", "cpu", "--workers", "2", "--seed", "3", "--out", str(folder)]
-    if "llava" in flags:
+    if script is finetune_vlm:
         flags += ["--data", str(folder.parents[1] / "shard-*.tar"), "--test-data", str(folder.parents[1] / "test.json")]
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(io.StringIO()):
-        patch.setattr(training, "save_state", keep)
+        patch.setattr(running, "save_state", keep)
+        patch.setattr(running.Run, "clip_and_step", record)
         patch.setattr(train_vlm, "VISION_BATCH", 8)
-        patch.setattr(train_vlm, "make_scenes", lambda split, count, **settings: make_scenes(split, 20, **settings))
-        for module in (train_vlm, train_siglip):
-            patch.setitem(module.SIZES, "tiny", TINY)
-        patch.setitem(train_siglip.SIZES, "tiny", ({k: TINY[0][k] for k in list(TINY[0])[2:]},) * 2 + (300,))
-        for module in (train_vit, train_siglip, train_vlm):
-            patch.setattr(module, "draw", lambda *_: None)
-            patch.setattr(module, "Trainer", Recording)
+        patch.setattr(vlm_report, "draw", lambda *_: None)
+        patch.setattr(train_siglip, "draw", lambda *_: None)
+        patch.setattr(train_vit, "draw_answers", lambda *_: None)
         script.main(flags)
     if rank == 0:
         torch.save(steps, f"{folder}.pt")
@@ -99,7 +89,7 @@ def runs(tmp_path_factory):
         rows.append(row | ({"image": f"{k}.png"} if k % 2 else {}))
     (folder / "train.json").write_text(json.dumps(rows))
     (folder / "test.json").write_text(json.dumps(rows[1:3]))
-    shards.pack(LlavaRows.read(folder / "train.json"), folder / "packed", 6)
+    shards.pack_shards(LlavaRows.read(folder / "train.json"), folder / "packed", 6)
     for path in (folder / "packed").iterdir():
         path.rename(folder / path.name)
     for name, (script, flags) in ALONE.items():
@@ -193,15 +183,15 @@ def test_a_process_that_dies_ends_the_job_with_its_error(tmp_path):
 
 
 def die(folder: Path) -> None:
-    step = training.Trainer.step
+    take = running.Run.clip_and_step
 
-    def full(self, losses):
-        if self.run.rank == 1 and self.steps_done == 2:
+    def full(run, *args):
+        if run.rank == 1 and run.steps_done == 2:
             raise OSError("the disk of rank 1 is full")
-        step(self, losses)
+        take(run, *args)
 
-    training.Trainer.step = full
-    training.run_cli(lambda: train_vit.main([*VIT, "--epochs", "9", "--device", "cpu", "--out", str(folder / "run")]))
+    running.Run.clip_and_step = full
+    run_cli(lambda: train_vit.main([*VIT, "--epochs", "9", "--device", "cpu", "--out", str(folder / "run")]))
 
 
 def test_fsdp_needs_several_processes(tmp_path):
