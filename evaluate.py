@@ -27,12 +27,12 @@ from lib.answers import (
     Item,
     answer,
     image_key,
-    load_vlm,
     mean_answer_loss,
     prompt_rows,
     row_items,
     scene_items,
 )
+from lib.checkpoint import load_vlm
 from lib.cli import HelpFormatter, not_negative_int, positive_int, run_cli
 from lib.devices import find_device
 from lib.files import find_source, read_json, write_json

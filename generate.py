@@ -285,6 +285,7 @@ def main(argv=None) -> None:
     if args.top:
         print_table(next_token_table(model, tokenizer, args.prompt, args.top))
         return
+    # The prompt, images and all, goes through model.py; on a CPU each later token through its weights in lib/fast_decode.py.
     settings = stream_settings(args) | {"step": fast_step(getattr(model, "language_model", model))}
     if args.prompt is not None and not (args.chat or processor):
         print(args.prompt, end="", flush=True)

@@ -320,13 +320,14 @@ class Decoder(nn.Module):
         embeds = self.embed(input_ids) if inputs_embeds is None else inputs_embeds
         hidden = self.hidden_states(embeds, attention_mask, position_ids, cache)
         if labels is None:
-            return Output(logits=self.lm_head(hidden[:, -logits_to_keep:]))
+            return Output(logits=self.lm_head(hidden[:, -logits_to_keep:]))  # [-0:] is all of them
         loss = self.loss(hidden, labels, attention_mask)
         return Output(loss=loss, logits=lambda: self.lm_head(hidden[:, -logits_to_keep:]))
 
     def loss(self, hidden, labels, attention_mask=None) -> torch.Tensor:
         """Each hidden state [B, T, D] against the label [B, T] of the next position: the mean over all that count. Those do not
-        that are -100, are padding, or may not attend to the token before them, since that is padding or of another sample."""
+        that are -100, are padding, or may not attend to the token before them, since that is padding or of another sample.
+        (Where the mask is a function, data/packing.py has set such labels to -100 already.)"""
         counts = labels[:, 1:] != -100
         if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
             counts = counts & attention_mask[:, 1:].bool() & attention_mask[:, :-1].bool()
@@ -340,7 +341,8 @@ class Decoder(nn.Module):
         step: Callable | None = None, **sampling,
     ) -> Iterator[list[int | None]]:  # fmt: skip
         """Yield the next token of every prompt as soon as it is there; None for a row that has stopped. See `generate`.
-        prefill, step: what reads the prompts, and what computes one more token, if not this model itself."""
+        prefill, step: what reads the prompts, and what computes one more token, if not this model itself. A vision-language
+        model reads the prompt with its images; every later token is this decoder's alone, with the cache."""
         if attention_mask is not None:  # a padded batch: back to rows of real tokens
             input_ids = [row[real].tolist() for row, real in zip(input_ids, attention_mask.bool(), strict=True)]
         input_ids, attention_mask = left_pad(input_ids, self.lm_head.weight.device)

@@ -11,8 +11,9 @@ positions, fewer key/value heads than query heads, a gated MLP. Parameters carry
     vlm.generate(**processor(["What is this? <image>"], [image]), max_new_tokens=20)
     convert_linears_to_lora(vlm.language_model, rank=8, alpha=16, targets=["q_proj", "v_proj"])
 
-Axes: B batch, T new tokens, S all tokens so far, H heads, D width, V vocabulary, I images of the whole batch, N patches of
-an image.
+Axes: B batch, T new tokens, S all tokens so far, H heads, D width, Dv width of the tower, V vocabulary, I images of the whole
+batch, N patches of an image, N' tokens of an image (N / r^2 after pixel shuffle). The class names are the posts': Mllama here
+is LLaVA's and Idefics3's way to join images and words, not Meta's.
 """
 
 import math
@@ -44,8 +45,8 @@ class LLAMA32Config:
     hidden_size: int = 2048
     n_heads: int = 32
     n_layers: int = 16
-    hidden_dim: int = 8192  # width inside the MLP
-    n_kv_groups: int | None = None  # key/value heads; n_heads unless given
+    hidden_dim: int = 8192  # width inside the MLP (transformers: intermediate_size)
+    n_kv_groups: int | None = None  # key/value heads (transformers: num_key_value_heads); n_heads unless given
     head_dim: int | None = None  # hidden_size / n_heads unless given
     max_position_embeddings: int = 8192  # the context length unless that is given
     context_length: int | None = None  # positions past it are an error

@@ -59,8 +59,8 @@ STAGES = (
           ("model.multi_modal_projector", "model.language_model"), 0.01, 0.58),
 )  # fmt: skip
 VISION_BATCH = 64  # scenes a step of stage 1
-READ = 11, len(COLOURS) + 1, len(PLACES[3])  # digits and colours, each with "nothing", and places
-READ_WEIGHTS = 1.0, 0.5, 0.2  # digits are hardest; where places weigh more, digits show less in the features
+LABELS = 11, len(COLOURS) + 1, len(PLACES[3])  # digits and colours, each with "nothing", and places
+LABEL_WEIGHTS = 1.0, 0.5, 0.2  # digits are hardest; where places weigh more, digits show less in the features
 QUICK = 600  # questions of each split, the first of its test questions, asked every --eval-every steps
 LARGE_VOCABULARY = 2**12  # from here on the logits of all answers at once are what takes the memory
 
@@ -125,7 +125,7 @@ class Learner(nn.Module):
     def __init__(self, model):
         super().__init__()
         self.model = model
-        self.reader = nn.Linear(model.config.vision_config.hidden_size, sum(READ))
+        self.reader = nn.Linear(model.config.vision_config.hidden_size, sum(LABELS))
 
     def forward(self, share=(1.0, 1.0, 1.0), patch_labels=None, **batch) -> torch.Tensor:
         """The loss of a part of a batch. share: see with_shares."""
@@ -135,20 +135,20 @@ class Learner(nn.Module):
 
 
 def scene_loss(logits: torch.Tensor, labels: torch.Tensor, share=(1.0, 1.0, 1.0)) -> torch.Tensor:
-    """logits [N, patches, sum(READ)] against digit, colour and place of each patch, or "nothing": labels int64 [N, 3, patches],
-    see Scenes.dense_labels.
+    """logits [N, patches, sum(LABELS)] against digit, colour and place of each patch, or "nothing": labels int64 [N, 3,
+    patches], see Scenes.dense_labels.
 
-    What colour a digit has tells in training which digit it is not: that of the pair which is held out. A tower that learns
-    this is blind to the pair, so its digit is left out of the softmax over that colour (the prior-adjusted loss of Menon et
-    al. 2021, with a prior of 0).
+    No training scene shows the held-out pairs of digit and colour. From a digit's colour the tower could therefore learn which
+    digit it is not, and would then miss these pairs in the test. So the digit of a pair is left out of the softmax wherever
+    its colour is shown (the prior-adjusted loss of Menon et al. 2021, with a prior of 0).
     """
     labels = [label.flatten() for label in labels.unbind(dim=1)]
-    never = torch.zeros(READ[1], READ[0], dtype=torch.bool, device=logits.device)
+    never = torch.zeros(LABELS[1], LABELS[0], dtype=torch.bool, device=logits.device)
     for digit, colour in HELD_OUT:
         never[COLOURS.index(colour), digit] = True
-    digits, *others = logits.flatten(0, 1).float().split(READ, dim=1)
+    digits, *others = logits.flatten(0, 1).float().split(LABELS, dim=1)
     digits = digits.masked_fill(never[labels[1].clamp(min=0)], -1e4)
-    read = zip(READ_WEIGHTS, share, (digits, *others), labels, strict=True)
+    read = zip(LABEL_WEIGHTS, share, (digits, *others), labels, strict=True)
     return sum(weight * part * F.cross_entropy(x, y, ignore_index=IGNORE) for weight, part, x, y in read)
 
 
@@ -188,12 +188,12 @@ def main(argv=None) -> None:
     counts = {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()}
     run.print(f"scenes {run}; {', '.join(f'{name} {count:,}' for name, count in counts.items())} parameters")
     learner = run.place(Learner(model))
-    patches, scenes, questions = training_batches(processor, model.vision_tower.grid[0], args, run)
+    patches, patch_batch_size, questions = training_batches(processor, model.vision_tower.grid[0], args, run)
     plan = stages(args)
 
     for stage, steps in plan.items():
         optimizers = make_optimizers(train_only(learner, stage, args))
-        batches, size = (patches, scenes) if stage.name == "vision" else (questions, args.batch_size)
+        batches, size = (patches, patch_batch_size) if stage.name == "vision" else (questions, args.batch_size)
         seconds = args.max_seconds and args.max_seconds * stage.seconds / sum(each.seconds for each in plan)
         trained = sum(p.numel() for p in learner.parameters() if p.requires_grad)
         run.print(f"stage {stage.name}: {stage.why}\n  {trained:,} parameters, {steps:,} steps of {size}")

@@ -35,7 +35,7 @@ class SceneBatches:
         return [self.batch(scenes) for scenes in scene_parts(next(self.stream), self.grad_accum)]
 
     def batch(self, scenes: Scenes) -> dict[str, torch.Tensor]:
-        """What the model is called with."""
+        """What the model is called with. attention_mask is a function here (see pack, and gpt.attention)."""
         asked = questions(scenes, self.seed, self.per_scene, self.mix)
         samples = [share_prefix([self.encoded(turn) for turn in turns]) for turns in asked]
         packed = pack(samples, pad_token_id=self.processor.tokenizer.pad_token_id or 0)

@@ -102,7 +102,7 @@ class Talk(Conversation):
         """The answer as it grows; once it is whole, words and maps [words, 1, h, w] are its. Without follow_up the model does
         not see what was said before. Raises ValueError where its context has no room for more."""
         if not follow_up:
-            self.messages, self.unasked = [], len(self.images)
+            self.messages, self.new_images = [], len(self.images)
         text = ""
         for piece in super().ask(question):
             text += piece

@@ -17,7 +17,6 @@ import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -28,11 +27,7 @@ from data.scene_batches import about_image
 from data.scenes import make_scenes, questions
 from gpt import KVCache, left_pad
 from lib.chat import stop_tokens
-from lib.checkpoint import from_pretrained
-from lib.files import find_source
-from model import MllamaForConditionalGeneration
-from processing_mllama import IMAGE_TOKEN, LOCATION_TOKENS, MllamaImageProcessor, to_messages
-from vit_scratch import pair
+from processing_mllama import to_messages
 
 MOST_NEW_TOKENS = 64  # of an answer, unless told otherwise
 CACHE_BYTES, MOST_ROWS = 2**27, 256  # of a batch, unless told otherwise; with 64 or 512 rows a small model was slower
@@ -55,40 +50,6 @@ class Item:
     @property
     def images(self) -> list:
         return [] if self.image is None else list(self.image) if isinstance(self.image, (list, tuple)) else [self.image]
-
-
-def load_vlm(source: str | Path, device="cpu") -> tuple[MllamaForConditionalGeneration, MllamaImageProcessor]:
-    """A whole vision-language model with its processor. Raises ValueError or an OSError unless the folder, or hub name, holds a
-    model that looks at pictures, with the tokenizer and the picture settings that belong to it."""
-    folder = find_source(source)
-    model = from_pretrained(folder, device=device)
-    if not isinstance(model, MllamaForConditionalGeneration):
-        raise ValueError(f"{folder} holds a {type(model).__name__}, which does not answer questions about pictures")
-    processor = MllamaImageProcessor.from_pretrained(folder)
-    check_pair(folder, model.config, processor)
-    return model, processor
-
-
-def check_pair(folder: Path, config, processor: MllamaImageProcessor) -> None:
-    """Raises ValueError where tokenizer, model and picture settings do not belong together."""
-    tokenizer, known = processor.tokenizer, config.text_config.vocab_size
-    beyond = (tokenizer.convert_ids_to_tokens(token) for token in range(known, len(tokenizer)))
-    rowless = {None, IMAGE_TOKEN, *LOCATION_TOKENS}  # tokens that a model need not have a row for
-    if any(token not in rowless for token in beyond):
-        raise ValueError(
-            f"the tokenizer in {folder} has {len(tokenizer)} tokens, the model knows {known}: they do not belong together"
-        )
-    if config.image_token_id not in (None, processor.image_token_id):
-        raise ValueError(
-            f"the tokenizer in {folder} calls {IMAGE_TOKEN} {processor.image_token_id}, the model {config.image_token_id}: "
-            "they do not belong together"
-        )
-    theirs, wanted = processor.image_size, pair(config.vision_config.image_size)
-    if theirs != wanted or processor.num_image_token != config.text_config.num_image_tokens:
-        raise ValueError(
-            f"{folder} makes pictures of {theirs[0]}x{theirs[1]} pixels and {processor.num_image_token} tokens, its model "
-            f"takes {wanted[0]}x{wanted[1]} and {config.text_config.num_image_tokens}: its config files do not belong together"
-        )
 
 
 def scene_items(split: str, count: int, seed: int = 0, per_scene: int = 12) -> list[Item]:

@@ -49,7 +49,7 @@ class Conversation:
         self.messages = [{"role": "system", "content": system}] if system else []
         self.images: list[torch.Tensor] = []  # as the model sees them, uint8 [3, height, width]
         self.features: torch.Tensor | None = None  # of all of them, [I, N', D]
-        self.unasked = 0  # how many the next question is the first to be about
+        self.new_images = 0  # shown since the last question
         self.prompt_ids: list[int] = []
         self.answer_ids: list[int] = []
 
@@ -61,11 +61,11 @@ class Conversation:
         features = self.model.image_features(pixels.to(weight.device, weight.dtype))
         self.features = features if self.features is None else torch.cat([self.features, features])
         self.images.append(denormalize(pixels[0], self.processor.image_mean, self.processor.image_std))
-        self.unasked += 1
+        self.new_images += 1
 
     def ask(self, question: str) -> Iterator[str]:
         """The answer, piece by piece; then the conversation holds both."""
-        before = "" if IMAGE_TOKEN in question else f"{IMAGE_TOKEN}\n" * self.unasked  # as LLaVA's data and ours have it
+        before = "" if IMAGE_TOKEN in question else f"{IMAGE_TOKEN}\n" * self.new_images  # as LLaVA's data and ours have it
         messages = [*self.messages, {"role": "user", "content": before + question}]
         if self.processor is None:
             ids, images = self.tokenizer.encode_chat(messages, add_generation_prompt=True), {}
@@ -79,4 +79,4 @@ class Conversation:
             answer += [] if token is None else [token]
             yield piece
         self.messages = [*messages, {"role": "assistant", "content": text.replace(IMAGE_TOKEN, "")}]  # no answer shows an image
-        self.prompt_ids, self.answer_ids, self.unasked = ids, answer, 0
+        self.prompt_ids, self.answer_ids, self.new_images = ids, answer, 0

@@ -25,11 +25,14 @@ def parameter_groups(model: nn.Module, weight_decay: float, lr: float, muon_lr: 
     head, whose rows are words rather than directions."""
     matrices, decay, keep = [], [], []
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            small = parameter.ndim < 2 or "position_embedding" in name or "cls_token" in name
-            words = "embed" in name or "head" in name
-            group = keep if small else matrices if muon_lr and parameter.ndim == 2 and not words else decay
-            group.append(parameter)
+        if not parameter.requires_grad:
+            continue
+        if parameter.ndim < 2 or "position_embedding" in name or "cls_token" in name:
+            keep.append(parameter)
+        elif muon_lr and parameter.ndim == 2 and "embed" not in name and "head" not in name:
+            matrices.append(parameter)
+        else:
+            decay.append(parameter)
     groups = [
         {"params": matrices, "weight_decay": weight_decay, "lr": muon_lr, "muon": True},
         {"params": decay, "weight_decay": weight_decay, "lr": lr, "muon": False},

@@ -26,7 +26,7 @@ from finetune_vlm import common_loss
 from lib.tokenizer import BPETokenizer
 from model import MLLAMAConfig, MllamaForConditionalGeneration
 from processing_mllama import IDEFICS3_AROUND, MllamaImageProcessor
-from train_vlm import READ, READ_WEIGHTS, scene_loss
+from train_vlm import LABEL_WEIGHTS, LABELS, scene_loss
 
 EYES = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 32, "patch_size": 16}
 WORDS = {"hidden_size": 48, "n_heads": 4, "n_kv_groups": 2, "n_layers": 2, "hidden_dim": 64, "initializer_range": 0.2}
@@ -399,7 +399,7 @@ def test_losses_of_parts_add_up_to_that_of_the_whole_batch(scene_reader):
     torch.testing.assert_close(both, loss([whole], alone), atol=1e-5, rtol=1e-5)
 
     labels = [next(PatchLabels(scene_reader, 4, 0, 4, grad_accum=n)) for n in (1, 3)]
-    logits = torch.randn(4, 16, sum(READ), generator=torch.Generator().manual_seed(0))
+    logits = torch.randn(4, 16, sum(LABELS), generator=torch.Generator().manual_seed(0))
     found = []
     for parts in labels:
         split = logits.split([len(part["patch_labels"]) for part in parts])
@@ -420,7 +420,7 @@ def patch_labels(scenes, grid):
 @pytest.mark.parametrize("grid", [4, 8])
 def test_the_loss_of_squares_is_their_mean_one_by_one(grid):
     scenes = make_scenes("train", 6, seed=4)
-    logits = torch.randn(6, grid * grid, sum(READ), generator=torch.Generator().manual_seed(0)) * 3
+    logits = torch.randn(6, grid * grid, sum(LABELS), generator=torch.Generator().manual_seed(0)) * 3
     digits, colours, places = scenes.dense_labels(grid)
     losses = {"digit": [], "colour": [], "place": []}
     for n in range(6):
@@ -435,7 +435,7 @@ def test_the_loss_of_squares_is_their_mean_one_by_one(grid):
             losses["colour"].append(F.cross_entropy(logits[n, square, 11:20], torch.tensor(colour)))
             if digit < 10:  # nothing is nowhere
                 losses["place"].append(F.cross_entropy(logits[n, square, 20:], places[n].flatten()[square]))
-    weights = dict(zip(("digit", "colour", "place"), READ_WEIGHTS, strict=True))
+    weights = dict(zip(("digit", "colour", "place"), LABEL_WEIGHTS, strict=True))
     expected = sum(weights[name] * torch.stack(each).mean() for name, each in losses.items())
     torch.testing.assert_close(scene_loss(logits, patch_labels(scenes, grid)), expected, atol=1e-5, rtol=1e-5)
 
@@ -443,7 +443,7 @@ def test_the_loss_of_squares_is_their_mean_one_by_one(grid):
 def test_no_square_teaches_that_its_colour_is_never_that_digits():
     """A pair that is held out is not learned to be absent: no gradient of its digit comes from squares of its colour."""
     scenes = make_scenes("train", 60, seed=1)
-    logits = torch.zeros(60, 16, sum(READ), requires_grad=True)
+    logits = torch.zeros(60, 16, sum(LABELS), requires_grad=True)
     scene_loss(logits, patch_labels(scenes, 4)).backward()
     _, colours, _ = scenes.dense_labels(4)
     for digit, colour in HELD_OUT:
