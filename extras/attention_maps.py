@@ -44,11 +44,13 @@ def where_it_looks(
     attention_mask: torch.Tensor | None = None,
     image_features: torch.Tensor | None = None,
     method: str = "mean",
+    image_token_id: int | torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The attention of each answer token to each part of each image, [A, I, h, w], on the CPU.
 
-    input_ids [1, T]: the prompt, without padding; pixel_values [I, 3, height, width] or image_features [I, N', D]: its images.
-    method: see above. Raises ValueError for more than one row, no image, no answer, or a model in training mode.
+    input_ids [1, T]: the prompt, without padding; pixel_values [I, 3, height, width] or image_features [I, N', D]: its images;
+    image_token_id: unless the config has it; method: see above. Raises ValueError for more than one row, no image, no answer,
+    or a model in training mode.
     """
     device = next(model.parameters()).device
     prompt, answer = torch.as_tensor(input_ids), torch.as_tensor(answer_ids, dtype=torch.long)
@@ -77,11 +79,11 @@ def where_it_looks(
     names = "language_model." + ("model.cross_layers.*.weights" if cross else early)
     begin = 0 if rollout else first  # all layers in full would be gigabytes for a long text
     with record(model, names, reduce=lambda weights: weights[0].float().mean(dim=0)[begin:]) as seen:
-        model(ids, image_features=image_features.to(device), logits_to_keep=1)
+        model(ids, image_features=image_features.to(device), logits_to_keep=1, image_token_id=image_token_id)
     layers = list(seen.values())
     rows = roll_out(layers)[first:] if rollout else torch.stack(layers).mean(dim=0)  # [A, S], or [A, I * N] under cross
     if not cross:
-        rows = rows[:, model._find_placeholders(image_features, ids)[0]]
+        rows = rows[:, model._find_placeholders(image_features, ids, image_token_id=image_token_id)[0]]
     return rows.reshape(len(answer), I, *grid).cpu()
 
 

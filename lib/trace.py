@@ -39,6 +39,8 @@ def record(model: nn.Module, *patterns: str, reduce: Callable | None = None) -> 
             seen[name] = reduce(value) if reduce else value
 
     def keep_weights(compute: Callable[[], torch.Tensor]) -> None:
+        if not inside:  # the attention of another model
+            return
         name = f"{inside[-1]}.weights" if inside[-1] else "weights"
         if wanted(name):
             keep(name, compute())
