@@ -84,9 +84,15 @@ def processor_settings(source: str | Path, image_size: int | tuple[int, int] | N
             raise ValueError(f"{folder} holds a {type(config).__name__.removesuffix('Config')}, which takes no images")
         size = height_width(image_size or settings.get("image_size") or tower.image_size)
         settings |= {"image_size": size, "num_image_token": count_image_tokens(config, size)}
-        if read_json(folder / "config.json")["model_type"] in ("idefics3", "smolvlm"):
-            settings["around_image"] = IDEFICS3_AROUND
+        settings["around_image"] = around_image(config)
     return settings
+
+
+def around_image(config) -> tuple[str, str]:
+    """What stands before and after the tokens of an image: Idefics3's special tokens where the model has its linear projector,
+    in the published layout or in ours; nothing elsewhere."""
+    joined_as_idefics3 = getattr(config, "projector_type", None) == "linear" and not hasattr(config, "cross_every")
+    return IDEFICS3_AROUND if joined_as_idefics3 else ("", "")
 
 
 def count_image_tokens(config, image_size: tuple[int, int]) -> int:

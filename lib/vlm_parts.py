@@ -13,10 +13,10 @@ import torch.nn as nn
 
 from gpt import GPT
 from lib.files import find_source
-from lib.image_settings import read_image_settings
+from lib.image_settings import around_image, read_image_settings
 from lib.tokenizer import BPETokenizer
 from model import Llama3ForCausalLM, LLAMA32Config, MLLAMAConfig, MllamaForConditionalGeneration
-from processing_mllama import IDEFICS3_AROUND, MllamaImageProcessor
+from processing_mllama import MllamaImageProcessor
 from siglip import SiglipModel, SiglipTwoTower, SiglipVisionConfig
 from vit_scratch import ViTModel, sincos_positions
 
@@ -102,21 +102,19 @@ def assemble(
     vision = tower.config if tower else vision
     if isinstance(vision, SiglipVisionConfig):
         vision = replace(vision, vision_use_head=False)
-    config_class, model_class, around = MLLAMAConfig, MllamaForConditionalGeneration, ("", "")
+    config_class, model_class = MLLAMAConfig, MllamaForConditionalGeneration
     if fusion == "cross":
         from extras.cross_attention import CrossAttentionConfig, CrossAttentionVLM
 
         if isinstance(decoder, GPT):
             raise ValueError("--fusion cross puts layers between the blocks of a LLaMA: with a GPT-2 use --fusion early")
         config_class, model_class = CrossAttentionConfig, CrossAttentionVLM
-    elif join.get("projector_type") == "linear":
-        around = IDEFICS3_AROUND
     text = decoder.config if decoder else text
     if isinstance(text, LLAMA32Config):  # without what a decoder with cross-attention has beside it
         text = LLAMA32Config(**{field.name: getattr(text, field.name) for field in fields(LLAMA32Config)})
     config = config_class(vision, text, **join)
     places = config.text_config.num_image_tokens
-    settings = {"around_image": around, **image_settings}
+    settings = {"around_image": around_image(config), **image_settings}
     processor = MllamaImageProcessor(tokenizer, places, vision.image_size, add_location_tokens=False, **settings)
     vocabulary = max(len(tokenizer), decoder.config.vocab_size if decoder else 0)
     text = replace(config.text_config, vocab_size=vocabulary)

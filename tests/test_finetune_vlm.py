@@ -450,9 +450,8 @@ def wrong(runs, source, text_model, photos):
 REFUSED = [
     ("--lm PAIR", r"its tokenizer has \d+ tokens, its model \d+: they do not belong together"),
     ("--lm BARE", "tokenizer.json"),
-    ("--lm VIT", "is a ViTModel: it must be a LLaMA"),
-    ("--vision VIT", "is a ViTModel: it must be a SigLIP tower"),
-    ("--vision LM", "is a Llama3ForCausalLM: it must be a SigLIP tower"),
+    ("--lm VIT", "is a ViTModel: it must be a decoder"),
+    ("--vision LM", "is a Llama3ForCausalLM: it must be a vision tower"),
     ("--vision /nowhere", "/nowhere"),
     ("--lm /nowhere.gguf", "/nowhere.gguf"),
     ("--vision RUN --image-size 32", "--image-size cannot be chosen with --vision"),
