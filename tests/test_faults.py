@@ -368,7 +368,7 @@ FLAGS_BEYOND_ALL_BOUNDS = [
     ("--ema", "2", "below 1"),  # averaged as 1 does: not at all
     ("--device", "meta", "no such device"),  # has no numbers: a traceback at the end of the first step
     ("--image-size", 10**9, "out of memory"),  # was a RuntimeError's traceback
-    ("--layers", 10**9, "out of all proportion"),  # built them, one after the other, until the memory was full
+    ("--layers", 10**9, "exceeds the maximum of 1000"),  # built them, one after the other, until the memory was full
     ("--batch-size", 1, "2 or more"),  # of --dry-run: divided by zero
 ]
 
@@ -384,11 +384,10 @@ CONFIGS = [
     ({"rms_norm_eps": -1.0}, "rms_norm_eps is -1.0"),  # the root of a negative number: every logit was NaN, without a word
     ({"rope_theta": 0, "rope_parameters": None}, "rope_base is 0"),
     ({"rope_parameters": {"rope_type": "linear", "factor": 0.0}}, "factor 0.0"),
-    ({"num_hidden_layers": 10**9}, "1000000000 layers"),  # built them, one after the other
+    ({"num_hidden_layers": 10**9}, "exceeds the maximum of 1000"),  # built them, one after the other
     ({"hidden_size": 32.0}, "hidden_size is 32.0"),  # a TypeError's traceback
     ({"tie_word_embeddings": "false"}, "tie_word_embeddings is 'false'"),  # a text is true
-    ({"max_position_embeddings": 2**31, "model_type": "llama_scratch"}, "does not fit into memory"),  # tried: 16 GB and more
-    ({"model_type": "siglip_vision_model", "hidden_act": "gelu", "num_channels": 0}, "does not describe"),  # divided by it
+    ({"model_type": "siglip_vision_model", "hidden_act": "gelu", "num_channels": 0}, "num_channels is 0"),  # divided by it
     ({"hidden_size": 10**18, "num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 2}, "does not describe"),
 ]
 
@@ -407,7 +406,7 @@ def test_a_config_that_makes_no_sense(tmp_path, changes, words):
 @pytest.mark.parametrize("scale", [[0.5, math.nan, 0.5], ["x", 1, 1], 0.5, [1, 1]])
 def test_pictures_cannot_be_scaled_by_what_is_no_number(scale):
     """NaN is not below 0: it passed the check, and every pixel was NaN. A text was a TypeError's traceback."""
-    with pytest.raises(ValueError, match="three numbers each"):
+    with pytest.raises(ValueError, match="three numbers, std above 0"):
         image_settings({"image_std": scale})
 
 
@@ -450,7 +449,7 @@ def test_resuming_with_another_number_of_classes_says_so(tmp_path, capsys, monke
         if name != "ant":
             flags = ["--dataset", "folder", "--data", tmp_path / "photos", "--out", tmp_path / "run", "--device", "cpu"]
             flags += "--hidden-size 16 --layers 1 --heads 1 --patch-size 8 --batch-size 9 --epochs 1 --workers 1".split()
-            monkeypatch.setattr(train_vit, "draw", lambda *args: None)
+            monkeypatch.setattr(train_vit, "draw_answers", lambda *args: None)
             if name == "bee":
                 train_vit.main(list(map(str, flags)))
     assert "the saved run has number of samples 18, this one 27" in refused(capsys, train_vit.main, *flags, "--resume")

@@ -6,8 +6,10 @@ import sys
 import pytest
 import torch
 
+import finetune_vlm
 import train_vit
 import train_vlm
+from data.convert import convert_scenes
 from extras import train_llmvit, train_siglip
 from lib.cli import run_cli
 from lib.memory import StepMemory, bytes_of, peak_bytes, peak_memory
@@ -20,7 +22,7 @@ SCRIPTS = {
     "vit recomputed": [train_vit, "--grad-checkpoint"],
     "tower": VLM,
     "vlm": [*VLM, "--vision-steps", "0", "--projector-steps", "0"],
-    "vlm, LoRA": [*VLM, "--vision-steps", "0", "--projector-steps", "0", "--lora", "4", "--freeze", "vision,lm"],
+    "vlm, LoRA": [finetune_vlm, "--vision-steps", "0", "--lora", "4", "--freeze", "vision,lm", "--projector-steps", "0"],
     "siglip": [train_siglip, "--batch-size", "64"],
     "siglip in chunks": [train_siglip, "--batch-size", "64", "--chunk", "16"],
     "llmvit": [train_llmvit],
@@ -44,6 +46,9 @@ def test_measuring_says_nothing_and_lets_errors_through(capfd):
 @pytest.mark.parametrize("script, flags", [(script, flags) for script, *flags in SCRIPTS.values()], ids=SCRIPTS)
 def test_a_step_takes_what_the_dry_run_estimates(script, flags, tmp_path, monkeypatch, capsys):
     out = tmp_path / "run"
+    if script is finetune_vlm:
+        convert_scenes(tmp_path / "photos", "train", 40, per_scene=2)
+        flags = [*flags, "--data", str(tmp_path / "photos" / "scenes.json"), "--eval-count", "2"]
     script.main([*flags, "--out", str(out), "--dry-run"])
     assert not out.exists()
     estimated = float(re.search(r"([\d,.]+) MiB at the peak", capsys.readouterr().out)[1].replace(",", ""))
