@@ -48,8 +48,8 @@ def new_folder(folder: Path) -> Iterator[Path]:
 
 
 def sweep(folder: Path) -> None:
-    """Delete what writes have left that a kill cut short, write_atomic's and safetensors' (.tmpXXXXXX). Nobody else may be
-    writing to the folder."""
+    """Delete what writes have left that a kill cut short, write_atomic's and safetensors' (.tmpXXXXXX). The caller is
+    the only writer of the folder."""
     for file in folder.glob(".*tmp*"):
         if re.fullmatch(r"\..+\.\d+\.tmp|\.tmp\w{6}", file.name):
             file.unlink(missing_ok=True)

@@ -63,11 +63,10 @@ def understand(published: dict) -> dict:
     names = {number: name for name, number in RESAMPLE.items()}
     number = published.get("resample", RESAMPLE["lanczos" if tiles else "bicubic"])
     settings = {"image_size": tuple(size), "resample": names.get(number, number), "do_pad_square": bool(square)}
-    scales = {key: published[key] for key in ("image_mean", "image_std") if key in published}
-    # A classifier of grey images has one number for what are three equal channels here.
-    return settings | {
-        key: tuple(value * 3 if len(value) == 1 else value) if isinstance(value, list) else value for key, value in scales.items()
-    }
+    for key in {"image_mean", "image_std"} & published.keys():
+        value = published[key]  # a classifier of grey images has one number for what are three equal channels here
+        settings[key] = tuple(value * 3 if len(value) == 1 else value) if isinstance(value, list) else value
+    return settings
 
 
 def processor_settings(source: str | Path, image_size: int | tuple[int, int] | None = None) -> dict:
