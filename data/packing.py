@@ -51,10 +51,10 @@ class Sample:
 def encode_sample(processor, conversations: Sequence, num_images: int) -> Sample:
     """Conversations about the same images as one sample: what their ids begin with alike is its prefix. Raises ValueError for
     conversations without an answer, and where images and <image>s differ in number."""
-    return share_prefix([encode_conversation(processor, conversation, num_images) for conversation in conversations])
+    return share_prefix([ids_and_labels(processor, conversation, num_images) for conversation in conversations])
 
 
-def encode_conversation(processor, conversation, num_images: int) -> tuple[list[int], list[int]]:
+def ids_and_labels(processor, conversation, num_images: int) -> tuple[list[int], list[int]]:
     """(ids, labels) of one conversation up to the end of its last answer: what a template writes behind it teaches nothing."""
     ids, answers = processor.encode(conversation, num_images)
     if not any(answers):

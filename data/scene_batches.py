@@ -10,7 +10,7 @@ Both can stop anywhere and go on with the very batch that was to follow (state_d
 import torch
 
 from data.batches import blind_pixels
-from data.packing import encode_conversation, pack, share_prefix
+from data.packing import ids_and_labels, pack, share_prefix
 from data.scenes import MIX, SLOTS, SceneConfig, Scenes, SceneStream, questions
 from processing_mllama import IMAGE_TOKEN, normalize, rescale
 
@@ -50,7 +50,7 @@ class SceneBatches:
             if len(self._encoded) > 100_000:
                 self._encoded.clear()
             conversation = [*about_image(turn.question), {"role": "assistant", "content": turn.answer}]
-            self._encoded[key] = encode_conversation(self.processor, conversation, 1)
+            self._encoded[key] = ids_and_labels(self.processor, conversation, 1)
         return self._encoded[key]
 
     @property

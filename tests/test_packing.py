@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from data import packing
-from data.packing import AttentionBlocks, Sample, encode_conversation, encode_sample, first_fit, pack
+from data.packing import AttentionBlocks, Sample, encode_sample, first_fit, ids_and_labels, pack
 from data.scene_batches import about_image
 from data.scenes import corpus
 from extras.cross_attention import CrossAttentionConfig, CrossAttentionVLM
@@ -61,7 +61,7 @@ def test_packed_logits_are_those_of_each_question_alone(processor, fusion, lengt
     found = 0
     for k, turns in enumerate(conversations):
         for conversation in turns:
-            ids, alone_labels = encode_conversation(processor, conversation, len(seen[k]))
+            ids, alone_labels = ids_and_labels(processor, conversation, len(seen[k]))
             alone = model(torch.tensor([ids]), pixel_values=pixels[seen[k]] if seen[k] else None)["logits"][0]
             answers = [t for t, label in enumerate(alone_labels) if label != -100]
             rows = [(b, t) for b in range(B) for t in range(T - len(answers) + 1)
@@ -78,7 +78,7 @@ def test_the_loss_of_packed_samples_is_the_mean_over_all_their_answer_tokens(pro
     packed.pop("order")
     total = count = 0
     for turn in TURNS:
-        ids, labels = encode_conversation(processor, asked(*turn), 1)
+        ids, labels = ids_and_labels(processor, asked(*turn), 1)
         tokens = sum(label != -100 for label in labels)
         total += model(torch.tensor([ids]), pixels, labels=torch.tensor([labels]))["loss"] * tokens
         count += tokens
@@ -87,7 +87,7 @@ def test_the_loss_of_packed_samples_is_the_mean_over_all_their_answer_tokens(pro
 
 def test_a_trunk_is_what_all_turns_begin_with(processor):
     sample = encode_sample(processor, [asked(*turn) for turn in TURNS], 1)
-    rows = [encode_conversation(processor, asked(*turn), 1) for turn in TURNS]
+    rows = [ids_and_labels(processor, asked(*turn), 1) for turn in TURNS]
     assert [sample.prefix[0] + ids for ids, _ in sample.continuations] == [ids for ids, _ in rows]
     assert [sample.prefix[1] + labels for _, labels in sample.continuations] == [labels for _, labels in rows]
     assert processor.image_token_id in sample.prefix[0] and all(
@@ -131,7 +131,7 @@ def test_padding_has_no_label_and_attends_to_no_sample():
 
 def test_the_depth_of_a_sample_is_its_longest_conversation(processor):
     """Positions restart with every branch: a context of 512 tokens has room for a picture with forty questions."""
-    rows = [encode_conversation(processor, asked(*turn), 1)[0] for turn in TURNS]
+    rows = [ids_and_labels(processor, asked(*turn), 1)[0] for turn in TURNS]
     sample = encode_sample(processor, [asked(*turn) for turn in TURNS], 1)
     assert sample.depth == max(map(len, rows)) < len(sample)
     alone = encode_sample(processor, [asked(*TURNS[0])], 1)

@@ -18,7 +18,7 @@ from data.features import FrozenFeatures
 from data.image_cache import ImageCache
 from data.llava import LlavaRows, isolated_turns
 from data.llava_batches import LlavaBatches
-from data.packing import AttentionBlocks, encode_conversation
+from data.packing import AttentionBlocks, ids_and_labels
 from data.scene_batches import PatchLabels, SceneBatches
 from data.scenes import COLOURS, HELD_OUT, IGNORE, corpus, make_scenes
 from extras.cross_attention import CrossAttentionConfig, CrossAttentionVLM
@@ -168,7 +168,7 @@ def test_a_conversation_is_learned_whole_or_each_question_alone(tmp_path, proces
     assert answers_in(processor, whole) == ["number 0", "no", "3"]
     assert torch.equal(whole["attention_mask"][0, 0], torch.ones_like(whole["attention_mask"][0, 0]).tril())
     sample = batches_of([row], processor, 1, isolated=True).sample(row)
-    alone = [encode_conversation(processor, turns, 1) for turns in isolated_turns(row.messages)]
+    alone = [ids_and_labels(processor, turns, 1) for turns in isolated_turns(row.messages)]
     assert [(sample.prefix[0] + ids, sample.prefix[1] + labels) for ids, labels in sample.continuations] == alone
 
 

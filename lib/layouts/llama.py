@@ -87,11 +87,6 @@ def llama_misfit(config: LLAMA32Config, kind: str = "llama") -> str:
     return unusual(config, (*HANDLED, *always))
 
 
-def fitting_kind(config: LLAMA32Config) -> str | None:
-    """The model_type of the first kind of decoder that this config is one of."""
-    return next((kind for kind in DEFAULTS if not llama_misfit(config, kind)), None)
-
-
 LAYOUTS = {
     **{
         kind: prefix_layout(
