@@ -363,6 +363,12 @@ def test_a_scene_is_drawn_and_asked_about(page):
             page.mouse.up()
         page.wait_for_function("old => !old.includes(document.querySelector('#seen img')?.src ?? old[0])", arg=[*shown, None])
         shown.append(page.locator("#seen img").evaluate("img => img.src"))
+    # A busy browser hands the last line over late: another image, which would end the conversation below.
+    page.wait_for_function("""async () => {
+        const now = () => document.querySelector("#seen img").src, before = now();
+        await new Promise(done => setTimeout(done, 2000));
+        return now() === before;
+    }""")
     ask(page, "What is left of it?")
     page.wait_for_selector("#looked img")
     page.locator("#board .clear").click()  # another image, another conversation
