@@ -317,7 +317,7 @@ def shifted(pixel_values: torch.Tensor, most: float, generator: torch.Generator)
 def left_out(batches: LlavaBatches) -> dict[str, int]:
     """How much training met, in all processes, that it could not use."""
     found = {"unreadable_images": map(str, batches.images.unreadable), "rows_too_long": batches.too_long}
-    found |= {"damaged_rows": batches.indices.lost} if isinstance(batches, ShardBatches) else {}
+    found |= {"damaged_rows": batches.order.lost} if isinstance(batches, ShardBatches) else {}
     return {name: len(set(all_gather(list(each)))) for name, each in found.items()}
 
 

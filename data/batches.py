@@ -71,6 +71,24 @@ class Batches:
         self.epoch, self.position, self._order = state["epoch"], state["position"], None
 
 
+class InOrder:
+    """What makes its batches from an order of samples, `order`: it stands where that stands, and resumes where it resumes."""
+
+    def __len__(self) -> int:
+        """Batches an epoch; TypeError for an order without end."""
+        return len(self.order)
+
+    @property
+    def fraction(self) -> float:
+        return self.order.fraction
+
+    def state_dict(self) -> dict:
+        return self.order.state_dict()
+
+    def load_state_dict(self, state: dict) -> None:
+        self.order.load_state_dict(state)
+
+
 def blind_pixels(pixel_values: torch.Tensor) -> torch.Tensor:
     """The same number of images of nothing but the mean colour: 0 everywhere, after normalisation."""
     return torch.zeros_like(pixel_values)

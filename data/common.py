@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import torch
 
-from data.batches import IGNORE, Batches
+from data.batches import IGNORE, Batches, InOrder
 from data.image_cache import ImageCache
 from data.llava import LlavaRow, LlavaRows
 from processing_mllama import IMAGE_TOKEN
@@ -38,7 +38,7 @@ def common_questions(rows: LlavaRows, least_asked: int = LEAST_ASKED, most_answe
     return {question: {said: i for i, said in enumerate(sorted(found[question]))} for question in common}
 
 
-class CommonAnswers:
+class CommonAnswers(InOrder):
     """Batches of the rows that have answers to common questions, each once an epoch. "answers", int64 [N, questions], are the
     answers' numbers, or IGNORE where a question was not asked."""
 
@@ -49,12 +49,12 @@ class CommonAnswers:
         self.images, self.grad_accum, self.workers, self.all_ranks = images, grad_accum, workers, all_ranks
         self.columns = {question: column for column, question in enumerate(common)}
         self.common, self.rows = common, [row for row in rows if not common.keys().isdisjoint(dict(questions_of(row)))]
-        self.indices = Batches(len(self.rows), batch_size, seed, rank=rank, world_size=world_size)
+        self.order = Batches(len(self.rows), batch_size, seed, rank=rank, world_size=world_size)
 
     def __next__(self) -> list[dict]:
         """Raises ValueError where no image of a whole epoch can be read."""
-        for _ in range(len(self.indices) + 1):
-            rows = [self.rows[i] for i in next(self.indices).tolist()]
+        for _ in range(len(self.order) + 1):
+            rows = [self.rows[i] for i in next(self.order).tolist()]
             self.images.load([row.images[0] for row in rows], self.workers)
             rows = [(row, pixels) for row in rows if (pixels := self.images[row.images[0]]) is not None]
             if self.all_ranks(len(rows) >= self.grad_accum):
@@ -68,13 +68,3 @@ class CommonAnswers:
                 if question in self.common:
                     answers[number, self.columns[question]] = self.common[question][said]
         return {"answers": answers, "pixel_values": torch.stack([pixels for _, pixels in rows])}
-
-    @property
-    def fraction(self) -> float:
-        return self.indices.fraction
-
-    def state_dict(self) -> dict:
-        return self.indices.state_dict()
-
-    def load_state_dict(self, state: dict) -> None:
-        self.indices.load_state_dict(state)

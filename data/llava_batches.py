@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from data.batches import Batches, blind_pixels
+from data.batches import Batches, InOrder, blind_pixels
 from data.features import FrozenFeatures
 from data.image_cache import ImageCache
 from data.llava import LlavaRow, LlavaRows, isolated_turns
@@ -23,7 +23,7 @@ from data.shards import Shards
 from processing_mllama import IMAGE_TOKEN
 
 
-class LlavaBatches:
+class LlavaBatches(InOrder):
     """Rows of LLaVA-style JSON, batch_size of them (on this rank) a batch, in grad_accum parts, each row once an epoch.
 
     isolated: every question of a row is asked alone, so that no answer helps with the next; else a row is one conversation.
@@ -44,11 +44,8 @@ class LlavaBatches:
         self.rows, self.processor, self.images, self.length, self.isolated = rows, processor, images, length, isolated
         self.grad_accum, self.blind, self.workers, self.features = grad_accum, blind, workers, features
         self.context = context or length
-        self.indices = Batches(len(rows), batch_size, seed, rank=rank, world_size=world_size)
+        self.order = Batches(len(rows), batch_size, seed, rank=rank, world_size=world_size)
         self.too_long: set[int] = set()
-
-    def __len__(self) -> int:
-        return len(self.indices)
 
     def __next__(self) -> list[dict]:
         """Raises ValueError where of a whole epoch no batch has a row left in every part."""
@@ -62,7 +59,7 @@ class LlavaBatches:
         )
 
     def next_rows(self) -> Sequence[LlavaRow]:
-        return [self.rows[i] for i in next(self.indices).tolist()]
+        return [self.rows[i] for i in next(self.order).tolist()]
 
     def usable(self, rows: Sequence[LlavaRow]) -> list[tuple[Sample, list[torch.Tensor]]]:
         """Of those of these rows that can be used, the sample and its images."""
@@ -103,23 +100,19 @@ class LlavaBatches:
             return None
         return [blind_pixels(image) for image in seen] if self.blind and not self.features else seen
 
-    @property
-    def fraction(self) -> float:
-        return self.indices.fraction
-
     @functools.cached_property
     def _rows_hash(self) -> str:
         rows = [([path.name for path in row.images], row.messages) for row in self.rows]
         return hashlib.sha256(repr(rows).encode()).hexdigest()
 
     def state_dict(self) -> dict:
-        return {"rows": self._rows_hash, **self.indices.state_dict()}
+        return {"rows": self._rows_hash, **super().state_dict()}
 
     def load_state_dict(self, state: dict) -> None:
         """Raises ValueError if the state is that of other rows."""
         if state["rows"] != self._rows_hash:
             raise ValueError(f"cannot resume: {self.rows.source} holds other rows now than when the run was started")
-        self.indices.load_state_dict(state)
+        super().load_state_dict(state)
 
 
 class ShardBatches(LlavaBatches):
@@ -128,10 +121,10 @@ class ShardBatches(LlavaBatches):
     def __init__(self, rows: Shards, processor, images, batch_size: int, seed: int, length: int, **settings):
         super().__init__(rows, processor, images, batch_size, seed, length, **settings)
         ranks = {key: settings[key] for key in ("rank", "world_size", "workers") if key in settings}
-        self.indices = ShardStream(rows, images, batch_size, seed, **ranks)
+        self.order = ShardStream(rows, images, batch_size, seed, **ranks)
 
     def next_rows(self) -> Sequence[LlavaRow]:
-        return next(self.indices)
+        return next(self.order)
 
     @property
     def _rows_hash(self) -> str:

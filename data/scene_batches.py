@@ -9,7 +9,7 @@ Both can stop anywhere and go on with the very batch that was to follow (state_d
 
 import torch
 
-from data.batches import blind_pixels
+from data.batches import InOrder, blind_pixels
 from data.packing import ids_and_labels, pack, share_prefix
 from data.scenes import MIX, SLOTS, SceneConfig, Scenes, SceneStream, questions
 from processing_mllama import IMAGE_TOKEN, normalize, rescale
@@ -19,7 +19,7 @@ FULL_SCENES = SceneConfig(digits=(SLOTS, SLOTS), variants=64, rotate=12.0, shear
 TRAIN_MIX = {**MIX, "left_of": 5, "above": 5, "describe": 3, "sum": 3, "exists": 2, "digit": 2, "place": 2}
 
 
-class SceneBatches:
+class SceneBatches(InOrder):
     """batch_size scenes (of this rank) a batch, in grad_accum parts, each scene with up to per_scene isolated questions."""
 
     def __init__(
@@ -28,11 +28,11 @@ class SceneBatches:
     ):  # fmt: skip
         self.processor, self.seed, self.per_scene, self.grad_accum = processor, seed, per_scene, grad_accum
         self.mix, self.blind = mix, blind
-        self.stream = SceneStream("train", batch_size, seed, rank=rank, world_size=world_size)
+        self.order = SceneStream("train", batch_size, seed, rank=rank, world_size=world_size)
         self._encoded: dict[tuple[str, str], tuple] = {}
 
     def __next__(self) -> list[dict]:
-        return [self.batch(scenes) for scenes in scene_parts(next(self.stream), self.grad_accum)]
+        return [self.batch(scenes) for scenes in scene_parts(next(self.order), self.grad_accum)]
 
     def batch(self, scenes: Scenes) -> dict[str, torch.Tensor]:
         """What the model is called with. attention_mask is a function here (see pack, and gpt.attention)."""
@@ -52,16 +52,6 @@ class SceneBatches:
             conversation = [*about_image(turn.question), {"role": "assistant", "content": turn.answer}]
             self._encoded[key] = ids_and_labels(self.processor, conversation, 1)
         return self._encoded[key]
-
-    @property
-    def fraction(self) -> float:
-        return self.stream.fraction
-
-    def state_dict(self) -> dict:
-        return self.stream.state_dict()
-
-    def load_state_dict(self, state: dict) -> None:
-        self.stream.load_state_dict(state)
 
 
 class PatchLabels(SceneStream):

@@ -18,7 +18,7 @@ import torch
 
 from data.augment import PRESETS as AUGMENTATIONS
 from data.augment import Augment
-from data.batches import Batches
+from data.batches import Batches, InOrder
 from data.image_cache import ImageCache
 from data.llava import LlavaRow
 from data.rows import FIRST_ROWS, load_rows
@@ -145,24 +145,7 @@ class ScenePairs:
         return found
 
 
-class Shuffled:
-    """What pairs from a finite data set share: `batches` of it, which know where they stand."""
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    @property
-    def fraction(self) -> float:
-        return self.batches.fraction
-
-    def state_dict(self) -> dict:
-        return self.batches.state_dict()
-
-    def load_state_dict(self, state: dict) -> None:
-        self.batches.load_state_dict(state)
-
-
-class ClassPairs(Shuffled):
+class ClassPairs(InOrder):
     """Images with classes, augmented; the caption says the class."""
 
     def __init__(self, args, run):
@@ -170,14 +153,14 @@ class ClassPairs(Shuffled):
         self.mean, self.std = (values * (3 // len(values)) for values in self.train.mean_std())  # grey becomes RGB
         self.captions = [args.caption.format(name.replace("_", " ")) for name in self.train.classes]
         self.image_size = tuple(self.train.images.shape[-2:])
-        self.batches = Batches(len(self.train), args.batch_size // run.world_size, args.seed, True, run.rank, run.world_size)
+        self.order = Batches(len(self.train), args.batch_size // run.world_size, args.seed, True, run.rank, run.world_size)
         self.augment = Augment(AUGMENTATIONS[args.augment], self.mean, self.std)
 
     def texts(self) -> list[str]:
         return self.captions
 
     def draw(self, generator: torch.Generator, progress: float) -> Pairs:
-        chosen = next(self.batches).to(self.train.images.device)
+        chosen = next(self.order).to(self.train.images.device)
         images = self.train.images[chosen].to(generator.device).expand(-1, 3, -1, -1)
         captions = [self.captions[label] for label in self.train.labels[chosen].tolist()]
         return Pairs(self.augment(images, generator), captions, [frozenset([caption]) for caption in captions])
@@ -188,7 +171,7 @@ class ClassPairs(Shuffled):
         return {"test_": Test(self.test.images[::every], self.captions, true, classes=True)}
 
 
-class RowPairs(Shuffled):
+class RowPairs(InOrder):
     """Rows of LLaVA-style JSON with one image each; the caption is the first answer, and true of the image wherever that
     comes again."""
 
@@ -215,14 +198,14 @@ class RowPairs(Shuffled):
 
     def open(self, rows, seed: int) -> None:
         self.rows = self.checked(rows)
-        self.batches = Batches(len(self.rows), self.size, seed, True, self.run.rank, self.run.world_size)
+        self.order = Batches(len(self.rows), self.size, seed, True, self.run.rank, self.run.world_size)
 
     def texts(self) -> list[str]:
         return [first_answer(row) for row in self.rows]
 
     def next_rows(self) -> list[tuple[LlavaRow, torch.Tensor]]:
         """The readable ones of the next batch."""
-        rows = [self.rows[i] for i in next(self.batches).tolist()]
+        rows = [self.rows[i] for i in next(self.order).tolist()]
         self.images.load([row.images[0] for row in rows], self.workers)
         return [(row, pixels) for row in rows if (pixels := self.images[row.images[0]]) is not None]
 
@@ -266,18 +249,18 @@ class RowPairs(Shuffled):
 class ShardPairs(RowPairs):
     """The same of shards (shards.py). Whether an image comes again with another caption is not known there."""
 
-    state_dict, load_state_dict = Shuffled.state_dict, Shuffled.load_state_dict  # a ShardStream knows whose rows it has
+    state_dict, load_state_dict = InOrder.state_dict, InOrder.load_state_dict  # a ShardStream knows whose rows it has
 
     def open(self, rows, seed: int) -> None:
         self.rows, ranks = rows, (self.run.rank, self.run.world_size, self.workers)
-        self.batches = ShardStream(rows, ShardImages(self.image_size), self.size, seed, *ranks)
+        self.order = ShardStream(rows, ShardImages(self.image_size), self.size, seed, *ranks)
 
     def texts(self) -> list[str]:
         return [first_answer(row) for row in self.rows.head(FIRST_ROWS)]
 
     def next_rows(self) -> list[tuple[LlavaRow, torch.Tensor]]:
-        rows = [row for row in next(self.batches) if len(row.images) == 1]
-        return [(row, pixels) for row in rows if (pixels := self.batches.images[row.images[0]]) is not None]
+        rows = [row for row in next(self.order) if len(row.images) == 1]
+        return [(row, pixels) for row in rows if (pixels := self.order.images[row.images[0]]) is not None]
 
 
 def first_answer(row) -> str:

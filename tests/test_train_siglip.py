@@ -343,7 +343,7 @@ def test_rows_of_one_picture_share_their_captions(photos):
 
 def test_a_picture_that_cannot_be_read_is_replaced(photos):
     pairs = rows_of(photos)
-    first = [pairs.rows[i].images[0] for i in next(rows_of(photos).batches).tolist()]
+    first = [pairs.rows[i].images[0] for i in next(rows_of(photos).order).tolist()]
     pairs.images.unreadable = dict.fromkeys(first[1:], "damaged")
     pixels, captions, true = pairs.draw(torch.Generator(), 0.0)
     assert pixels.shape == (8, 3, 64, 64) and len(set(captions)) == 1 and captions[0] in true[-1]

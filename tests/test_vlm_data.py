@@ -145,7 +145,7 @@ def test_rows_that_cannot_be_used_are_left_out_and_counted_and_no_other(tmp_path
     (tmp_path / "2.png").unlink()
     (tmp_path / "7.png").write_bytes((tmp_path / "7.png").read_bytes()[:50])
     batches, found = batches_of(rows, processor, batch_size, grad_accum=parts), []
-    while batches.indices.epoch == 0:  # the last call may go on into the next epoch
+    while batches.order.epoch == 0:  # the last call may go on into the next epoch
         found += [text for part in next(batches) for text in answers_in(processor, part)]
     assert sorted(found[:9]) == sorted(f"number {k}" for k in range(12) if k not in (2, 5, 7))
     assert {path.name for path in batches.images.unreadable} == {"2.png", "7.png"}
