@@ -58,7 +58,7 @@ LARGE_VOCABULARY = 2**12  # from here on the logits of all answers at once are w
 LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 LORA_TARGETS += ["attn.qkv", "attn.proj", "mlp.fc", "mlp.proj"]  # GPT-2's
 KEPT_IN_BITS = rf"(?!.*cross_layers).*({'|'.join(LORA_TARGETS)})"  # what --qlora packs: not layers that start untrained
-PARTS = {"language": "model.language_model", "vision": "model.vision_tower", "projector": "model.multi_modal_projector"}
+PARTS = {"language": "vlm.language_model", "vision": "vlm.vision_tower", "projector": "vlm.multi_modal_projector"}
 
 
 def parse_args(argv=None):
@@ -168,20 +168,20 @@ def add_lora(args, model) -> None:
 
 
 class Learner(nn.Module):
-    """What is trained: the model and, in stage 1, a linear layer that reads the answers to common questions from the mean of an
-    image's features. sizes: of how many answers to each question it chooses one."""
+    """What is trained: the model and, in stage 1, a linear probe, which answers common questions from the mean of an image's
+    features. sizes: of how many answers to each question it chooses one."""
 
-    def __init__(self, model, sizes: tuple[int, ...] = ()):
+    def __init__(self, vlm, sizes: tuple[int, ...] = ()):
         super().__init__()
-        self.model, self.sizes = model, sizes
-        self.reader = nn.Linear(model.config.vision_config.hidden_size, sum(sizes)) if sizes else None
+        self.vlm, self.sizes = vlm, sizes
+        self.probe = nn.Linear(vlm.config.vision_config.hidden_size, sum(sizes)) if sizes else None
 
     def forward(self, share=(1.0,), answers=None, **batch) -> torch.Tensor:
         """The loss of a part of a batch. share: see with_shares."""
         if answers is not None:
-            features = self.model.vision_features(batch["pixel_values"]).mean(dim=1)
-            return common_loss(self.reader(features).float().split(self.sizes, dim=1), answers) * share[0]
-        loss = self.model(**batch)["loss"] * share[0]
+            features = self.vlm.vision_features(batch["pixel_values"]).mean(dim=1)
+            return common_loss(self.probe(features).float().split(self.sizes, dim=1), answers) * share[0]
+        loss = self.vlm(**batch)["loss"] * share[0]
         if "pixel_values" in batch or "vision_features" in batch:
             return loss
         return loss + sum(p.sum() for p in self.parameters() if p.requires_grad) * 0  # what encodes images has a gradient: 0
@@ -223,7 +223,7 @@ def stages(args, epoch: int, common: dict) -> list[Stage]:
     frozen, plan, first = frozen_parts(args, common), [], args.projector_steps
     if has_vision_stage(args, common):
         why = f"the answers to {len(common)} common questions, by a linear layer: there must be something to talk about"
-        plan.append(Stage("vision", why, args.vision_steps or 400, (PARTS["vision"], "reader")))
+        plan.append(Stage("vision", why, args.vision_steps or 400, (PARTS["vision"], "probe")))
     if first is None:  # where both towers come trained, or nearly so, and what is between them does not
         first = 0 if args.model else 20 if plan else steps // 10 if args.vision and args.lm else 0
     if first and args.fusion == "early":  # the gates of "cross" are closed at first, and let no gradient through to it
@@ -244,7 +244,7 @@ def train_only(learner: Learner, stage: Stage, args) -> list[dict]:
     trained_before = {PARTS["vision"]: args.vision, PARTS["projector"]: args.model, PARTS["language"]: args.lm}
     for part in stage.parts:
         module = learner.get_submodule(part).requires_grad_(True)
-        if part == PARTS["vision"] and learner.model.config.vision_feature_layer is not None:
+        if part == PARTS["vision"] and learner.vlm.config.vision_feature_layer is not None:
             final_norm = module.norm if isinstance(module, ViTModel) else module.vision_model.post_layernorm
             final_norm.requires_grad_(False)  # comes after the features that are used
         if part == PARTS["language"] and args.lora:
@@ -361,7 +361,7 @@ def main(argv=None) -> None:
         for step in run.steps(stage.name, stage.steps, batches, optimizers, "samples", size, seconds):
             if stage.name == "language" and run.evaluates(step):
                 with run.evaluation() as eval_learner:
-                    found = ask(eval_learner.model, processor, tests[:QUICK], args.blind, run.stop_if_asked)
+                    found = ask(eval_learner.vlm, processor, tests[:QUICK], args.blind, run.stop_if_asked)
                     run.log(**logged({"test": found}))
             set_learning_rate(optimizers, cosine_schedule(run.progress, args.warmup))
             generator = run.seed_step(step)
@@ -378,9 +378,9 @@ def main(argv=None) -> None:
     lost = left_out(packed)
     if run.is_main and not args.dry_run:
         with run.evaluation() as eval_learner:
-            found = {"test": ask(eval_learner.model, processor, tests, args.blind, run.stop_if_asked)}
+            found = {"test": ask(eval_learner.vlm, processor, tests, args.blind, run.stop_if_asked)}
             run.log(**logged(found))
-            leave_behind(run, eval_learner.model, processor, {"test": tests}, found, "llava", **lost)
+            leave_behind(run, eval_learner.vlm, processor, {"test": tests}, found, "llava", **lost)
     run.barrier()
 
 

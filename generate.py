@@ -173,10 +173,10 @@ def answer(talk: Conversation, question: str, attention: str | None = None) -> N
     if attention and talk.images and not talk.answer_ids:
         print("the answer is empty: no attention to draw", file=sys.stderr)
     elif attention and talk.images:
-        from extras.attention_maps import group_into_words, where_it_looks
+        from extras.attention_maps import attention_over_image_tokens, group_into_words
         from lib.figures import attention_overlay
 
-        maps = where_it_looks(talk.model, talk.answer_ids, [talk.prompt_ids], image_features=talk.features)
+        maps = attention_over_image_tokens(talk.model, talk.answer_ids, [talk.prompt_ids], image_features=talk.features)
         words, maps = group_into_words(talk.answer_ids, maps, talk.processor.decode)
         attention_overlay(talk.images, words, maps, attention, title=question.replace(IMAGE_TOKEN, "").strip())
 

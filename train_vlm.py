@@ -52,11 +52,11 @@ class Stage(NamedTuple):
 # late: few of a step's questions tell each digit, and Muon's step is of the same length whether the gradient is sure or not.
 STAGES = (
     Stage("vision", "digit, colour and place of each patch, from the generator's labels: there must be something to talk about",
-          ("model.vision_tower", "reader"), 0.02, 0.4),
+          ("vlm.vision_tower", "probe"), 0.02, 0.4),
     Stage("projector", "both towers frozen: a projector that is still random would only disturb them",
-          ("model.multi_modal_projector",), 0.02, 0.02),
+          ("vlm.multi_modal_projector",), 0.02, 0.02),
     Stage("language", "the projector and the language model learn to answer",
-          ("model.multi_modal_projector", "model.language_model"), 0.01, 0.58),
+          ("vlm.multi_modal_projector", "vlm.language_model"), 0.01, 0.58),
 )  # fmt: skip
 VISION_BATCH = 64  # scenes a step of stage 1
 LABELS = 11, len(COLOURS) + 1, len(PLACES[3])  # digits and colours, each with "nothing", and places
@@ -120,18 +120,18 @@ def build(args):
 
 
 class Learner(nn.Module):
-    """What is trained: the model and, in stage 1, a linear layer that reads from each patch's features what is in it."""
+    """What is trained: the model and, in stage 1, a linear probe, which tells from each patch's features what is in it."""
 
-    def __init__(self, model):
+    def __init__(self, vlm):
         super().__init__()
-        self.model = model
-        self.reader = nn.Linear(model.config.vision_config.hidden_size, sum(LABELS))
+        self.vlm = vlm
+        self.probe = nn.Linear(vlm.config.vision_config.hidden_size, sum(LABELS))
 
     def forward(self, share=(1.0, 1.0, 1.0), patch_labels=None, **batch) -> torch.Tensor:
         """The loss of a part of a batch. share: see with_shares."""
         if patch_labels is None:
-            return self.model(**batch)["loss"] * share[0]
-        return scene_loss(self.reader(self.model.vision_features(batch["pixel_values"])), patch_labels, share)
+            return self.vlm(**batch)["loss"] * share[0]
+        return scene_loss(self.probe(self.vlm.vision_features(batch["pixel_values"])), patch_labels, share)
 
 
 def scene_loss(logits: torch.Tensor, labels: torch.Tensor, share=(1.0, 1.0, 1.0)) -> torch.Tensor:
@@ -161,7 +161,7 @@ def stages(args) -> dict[Stage, int]:
     if args.blind or args.vision:
         return {projector: args.projector_steps, language: args.steps} if args.projector_steps else {language: args.steps}
     if not args.vision_steps:  # then the tower learns with the rest
-        language = language._replace(parts=(language.parts[0], "model.vision_tower", language.parts[1]))
+        language = language._replace(parts=(language.parts[0], "vlm.vision_tower", language.parts[1]))
     steps = {vision: args.vision_steps, projector: args.projector_steps, language: args.steps}
     return {stage: count for stage, count in steps.items() if count}
 
@@ -202,7 +202,7 @@ def main(argv=None) -> None:
         for step in run.steps(stage.name, steps, batches, optimizers, "samples", size, seconds):
             if stage.name == "language" and run.evaluates(step):
                 with run.evaluation() as eval_learner:
-                    evaluate(run, eval_learner.model, processor, most=QUICK)
+                    evaluate(run, eval_learner.vlm, processor, most=QUICK)
             set_learning_rate(optimizers, cosine_schedule(run.progress, args.warmup))
             run.seed_step(step)
             for batch in run.parts(with_shares(run, next(batches))):
@@ -215,8 +215,8 @@ def main(argv=None) -> None:
     # ---- what the run leaves ----
     if run.is_main and not args.dry_run:
         with run.evaluation() as eval_learner:
-            found = evaluate(run, eval_learner.model, processor)
-            leave_behind(run, eval_learner.model, processor, test_questions(args.eval_count), found, "scenes")
+            found = evaluate(run, eval_learner.vlm, processor)
+            leave_behind(run, eval_learner.vlm, processor, test_questions(args.eval_count), found, "scenes")
     run.barrier()
 
 

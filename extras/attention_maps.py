@@ -14,7 +14,7 @@ of four corners, the hottest image token for the colour lay in the corner asked 
 
 In a model with cross-attention the weights are those of the cross-attention layers, whose rows sum to 1 over the images.
 
-    maps = where_it_looks(model, answer_ids, **processor(["What is this? <image>"], ["photo.jpg"]))
+    maps = attention_over_image_tokens(model, answer_ids, **processor(["What is this? <image>"], ["photo.jpg"]))
     words, maps = group_into_words(answer_ids, maps, tokenizer.decode)
     figures.attention_overlay([image], words, maps, "attention.png")
 
@@ -36,7 +36,7 @@ METHODS = ("mean", "rollout")
 
 
 @torch.no_grad()
-def where_it_looks(
+def attention_over_image_tokens(
     model: MllamaForConditionalGeneration,
     answer_ids: Sequence[int],
     input_ids,

@@ -21,7 +21,7 @@ from PIL import Image, ImageDraw
 
 from data.images import decode_image
 from data.scenes import INKS, PAPERS, SceneConfig
-from extras.attention_maps import group_into_words, where_it_looks
+from extras.attention_maps import attention_over_image_tokens, group_into_words
 from lib import figures
 from lib.checkpoint import load_vlm
 from lib.cli import positive_int, run_cli
@@ -109,7 +109,7 @@ class Talk(Conversation):
             yield text
         self.words, self.maps = [], torch.zeros(0)
         if self.answer_ids:
-            maps = where_it_looks(self.model, self.answer_ids, [self.prompt_ids], image_features=self.features)
+            maps = attention_over_image_tokens(self.model, self.answer_ids, [self.prompt_ids], image_features=self.features)
             self.words, self.maps = group_into_words(self.answer_ids, maps, self.processor.decode)
 
     def seen(self) -> torch.Tensor:

@@ -235,7 +235,8 @@ class Run:
             yield to_device(part, self.device)
 
     def clip_and_step(self, optimizers: list[torch.optim.Optimizer], clip: float) -> None:
-        """Scale the gradients down to the norm `clip` if it is larger, let each optimizer step, and drop the gradients.
+        """Scale the gradients of `raw` (all its parameters together) down to the norm `clip` if theirs is larger, let each
+        optimizer step, and drop the gradients.
 
         Where a gradient overflowed in fp16, all optimizers and all processes skip the step together: clipping has spread what
         is not finite over all gradients, and the scaler would look at one optimizer's, of one process, at a time."""

@@ -90,14 +90,14 @@ def draw(folder: Path, model, processor, items: list[Item], found: dict, rows: l
 
 def draw_attention(path: Path, model, processor, item: Item) -> None:
     """What the model attends to for each word that it says to this item."""
-    from extras.attention_maps import group_into_words, where_it_looks
+    from extras.attention_maps import attention_over_image_tokens, group_into_words
 
     batch = processor(None, [item.images], [item.messages], add_generation_prompt=True)
     batch = {key: value.to(next(model.parameters()).device) for key, value in batch.items()}
     (ids,) = model.generate(**batch, max_new_tokens=MOST_NEW_TOKENS, stop_tokens=stop_tokens(processor.tokenizer))
     if not ids:
         return
-    maps = where_it_looks(model, ids, batch["input_ids"], batch["pixel_values"])
+    maps = attention_over_image_tokens(model, ids, batch["input_ids"], batch["pixel_values"])
     words, maps = group_into_words(ids, maps, processor.decode)
     question = item.messages[-1]["content"].replace(IMAGE_TOKEN, "").strip()
     figures.attention_overlay([image_tensor(image) for image in item.images], words, maps, path, title=question)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from extras.attention_maps import METHODS, group_into_words, where_it_looks
+from extras.attention_maps import METHODS, attention_over_image_tokens, group_into_words
 from extras.cross_attention import CrossAttentionConfig, CrossAttentionVLM
 from lib import figures
 from lib.trace import record
@@ -55,7 +55,7 @@ def traced(model, batch, answer=ANSWER) -> dict:
 def test_a_map_is_what_the_trace_says(model):
     """By loops: token k was produced at the place before it; image token n of picture i lies in row n // w, column n % w."""
     batch = prompt(model)
-    maps, layers = where_it_looks(model, ANSWER, **batch), traced(model, batch)
+    maps, layers = attention_over_image_tokens(model, ANSWER, **batch), traced(model, batch)
     ids = batch["input_ids"][0].tolist()
     cross, (I, h, w) = isinstance(model, CrossAttentionVLM), maps.shape[1:]
     assert maps.shape[0] == len(ANSWER) and (h, w) == ((2, 3) if model.config.pixel_shuffle == 2 else (4, 6))
@@ -74,9 +74,9 @@ def test_a_map_is_what_the_trace_says(model):
 def test_rollout_is_the_product_of_the_layers(model):
     """Share by share: what a token holds after a layer is half its own, half what it looked at."""
     batch = prompt(model)
-    maps, layers = where_it_looks(model, ANSWER, **batch, method="rollout"), traced(model, batch)
+    maps, layers = attention_over_image_tokens(model, ANSWER, **batch, method="rollout"), traced(model, batch)
     if isinstance(model, CrossAttentionVLM):
-        assert torch.equal(maps, where_it_looks(model, ANSWER, **batch))
+        assert torch.equal(maps, attention_over_image_tokens(model, ANSWER, **batch))
         return
     S, first = layers[0].shape[-1], batch["input_ids"].shape[1] - 1
     holds = [[float(s == t) for s in range(S)] for t in range(S)]
@@ -96,11 +96,11 @@ def test_no_token_looks_at_later_ones(model, method):
     batch = prompt(model)
     if not isinstance(model, CrossAttentionVLM):
         assert all(bool((weights.triu(1) == 0).all()) for weights in traced(model, batch))
-    maps = where_it_looks(model, ANSWER, **batch, method=method)
+    maps = attention_over_image_tokens(model, ANSWER, **batch, method=method)
     for k in range(1, len(ANSWER) + 1):
-        other = where_it_looks(model, [*ANSWER[:k], 40], **batch, method=method)
+        other = attention_over_image_tokens(model, [*ANSWER[:k], 40], **batch, method=method)
         assert torch.allclose(other[:k], maps[:k], atol=1e-6)
-    changed = where_it_looks(model, [9, *ANSWER[1:]], **batch, method=method)
+    changed = attention_over_image_tokens(model, [9, *ANSWER[1:]], **batch, method=method)
     assert not torch.allclose(changed[1:], maps[1:], atol=1e-4)
 
 
@@ -108,8 +108,8 @@ def test_features_made_before_give_the_same_maps(model):
     batch = prompt(model)
     with torch.no_grad():
         features = model.image_features(batch["pixel_values"])
-    again = where_it_looks(model, ANSWER, batch["input_ids"].tolist(), image_features=features)
-    assert torch.equal(again, where_it_looks(model, ANSWER, **batch))
+    again = attention_over_image_tokens(model, ANSWER, batch["input_ids"].tolist(), image_features=features)
+    assert torch.equal(again, attention_over_image_tokens(model, ANSWER, **batch))
 
 
 def test_a_planted_look_lands_on_its_place(model):
@@ -117,7 +117,7 @@ def test_a_planted_look_lands_on_its_place(model):
     batch = prompt(model)
     with torch.no_grad():
         features = model.image_features(batch["pixel_values"])
-    before = where_it_looks(model, ANSWER, batch["input_ids"], image_features=features)
+    before = attention_over_image_tokens(model, ANSWER, batch["input_ids"], image_features=features)
     h, w = before.shape[2:]
     for image, row, column in ((0, 1, 2), (1, h - 1, 0)):
         planted = features.clone().requires_grad_()
@@ -133,7 +133,7 @@ def test_a_planted_look_lands_on_its_place(model):
             (grad,) = torch.autograd.grad(weights[0, :, -len(ANSWER) :, place].clamp(min=1e-9).log().sum(), planted)
             with torch.no_grad():
                 planted[image, row * w + column] += grad[image, row * w + column]
-        gain = where_it_looks(model, ANSWER, batch["input_ids"], image_features=planted.detach()) - before
+        gain = attention_over_image_tokens(model, ANSWER, batch["input_ids"], image_features=planted.detach()) - before
         gain = gain.sum(dim=0)
         assert tuple(int(i) for i in torch.unravel_index(gain.argmax(), gain.shape)) == (image, row, column)
 
@@ -176,14 +176,14 @@ def test_tokens_become_words(pieces, words):
 @pytest.mark.parametrize("model", ["shuffled"], indirect=True)
 def test_what_has_no_map_is_refused(model, changes, message):
     with pytest.raises(ValueError, match=message):
-        where_it_looks(model, **{"answer_ids": ANSWER, **prompt(model), **changes})
+        attention_over_image_tokens(model, **{"answer_ids": ANSWER, **prompt(model), **changes})
 
 
 @pytest.mark.parametrize("model", ["shuffled"], indirect=True)
 def test_tokens_that_lie_on_no_grid_are_a_strip(model):
     """As of a projector that asks its own questions of the patches: here 5 tokens of an image in place of 2 x 3."""
     model.config.text_config.num_image_tokens = 5
-    maps = where_it_looks(model, ANSWER, prompt(model)["input_ids"], image_features=torch.randn(2, 5, 32))
+    maps = attention_over_image_tokens(model, ANSWER, prompt(model)["input_ids"], image_features=torch.randn(2, 5, 32))
     assert maps.shape == (len(ANSWER), 2, 1, 5)
     heat = torch.tensor([[0.0, 0.0, 0.0, 1.0, 0.0]])
     drawn = figures.heat_over(torch.full((3, 20, 25), 128, dtype=torch.uint8), heat)
@@ -195,7 +195,7 @@ def test_tokens_that_lie_on_no_grid_are_a_strip(model):
 def test_a_model_in_training_is_refused_and_left_as_it_was(model):
     model.train()
     with pytest.raises(ValueError, match="call model.eval"):
-        where_it_looks(model, ANSWER, **prompt(model))
+        attention_over_image_tokens(model, ANSWER, **prompt(model))
     assert model.training and replace(model.config) == model.config
 
 

@@ -29,7 +29,7 @@ from vit_scratch import ViTConfig, ViTModel
 
 FLAGS = "--size tiny --device cpu --workers 1 --batch-size 4 --pixel-shuffle 2 --eval-count 1 --save-every 1000".split()
 FLAGS += "--projector-steps 2 --steps 3".split()  # stages end after steps 2 and 5
-VISION, PROJECTOR, LANGUAGE = "model.vision_tower.", "model.multi_modal_projector.", "model.language_model."
+VISION, PROJECTOR, LANGUAGE = "vlm.vision_tower.", "vlm.multi_modal_projector.", "vlm.language_model."
 
 
 def printed(*flags) -> list[str]:
@@ -164,7 +164,7 @@ def test_transformers_gives_the_same_answers(tmp_path, name, join):
 @pytest.mark.parametrize(
     "flags, common, expected",
     [
-        ("", {"odd?": {"no": 0, "yes": 1}}, {"vision": (VISION, "reader."), "projector": (PROJECTOR,),
+        ("", {"odd?": {"no": 0, "yes": 1}}, {"vision": (VISION, "probe."), "projector": (PROJECTOR,),
                                              "language": (PROJECTOR, LANGUAGE)}),
         ("", {}, {"projector": (PROJECTOR,), "language": (PROJECTOR, VISION, LANGUAGE)}),
         ("--freeze lm", {}, {"language": (PROJECTOR, VISION)}),
@@ -176,7 +176,7 @@ def test_transformers_gives_the_same_answers(tmp_path, name, join):
 )  # fmt: skip
 def test_a_stage_trains_its_parts_and_no_other(source, flags, common, expected):
     args, learner = initial(*flags.replace("RUN", str(source)).split())
-    learner = Learner(learner.model, tuple(map(len, common.values())))
+    learner = Learner(learner.vlm, tuple(map(len, common.values())))
     plan = {stage.name: stage for stage in stages(args, 10, common)}
     names = [name for name, _ in learner.named_parameters()]
     for stage, parts in expected.items():
@@ -211,7 +211,7 @@ def test_lora_trains_its_matrices_and_the_projector(runs, source, photos):
 @pytest.mark.parametrize("fusion", ["early", "cross"])
 def test_qlora_packs_what_comes_trained_and_trains_only_around_it(source, fusion):
     args, learner = initial("--vision", source, "--lm", source, "--qlora", 2, "--fusion", fusion)
-    language, before = learner.model.language_model, from_pretrained(source).language_model.state_dict()
+    language, before = learner.vlm.language_model, from_pretrained(source).language_model.state_dict()
     packed = {name: layer for name, layer in language.named_modules() if isinstance(layer, Linear4bit)}
     assert len(packed) == 2 * 7, "of two layers; those between start untrained and stay as they are"
     for name, layer in packed.items():
@@ -252,7 +252,7 @@ def test_new_layers_between_trained_ones_learn_at_the_rate_of_new_ones(source):
     args, learner = initial("--lm", source, "--fusion", "cross", "--lr", 3e-3, "--lr-pretrained", 5e-5, "--muon-lr", 0)
     groups = train_only(learner, stages(args, 10, {})[-1], args)
     of = {id(p): group["lr"] for group in groups for p in group["params"]}
-    words = learner.model.language_model
+    words = learner.vlm.language_model
     assert {of[id(p)] for name, p in words.named_parameters() if "cross_layers" in name} == {3e-3}
     assert {of[id(p)] for name, p in words.named_parameters() if "cross_layers" not in name} == {5e-5}
 
@@ -271,7 +271,7 @@ def test_the_parts_of_a_run_are_taken_over_exactly(source, fusion):
     theirs, (_, learner) = from_pretrained(source), initial(
         "--vision", source, "--lm", source, "--fusion", fusion, "--seed", 7)  # fmt: skip
     for part in ("vision_tower", "language_model"):
-        ours, given = getattr(learner.model, part).state_dict(), getattr(theirs, part).state_dict()
+        ours, given = getattr(learner.vlm, part).state_dict(), getattr(theirs, part).state_dict()
         assert all(torch.equal(ours[name], tensor) for name, tensor in given.items())
         assert len(ours) == len(given) or (fusion, part) == ("cross", "language_model")
 
@@ -280,7 +280,7 @@ def test_a_whole_model_learns_on_from_what_it_knows(runs, source, photos):
     flags = ["--model", source, "--pixel-shuffle", 1, "--freeze", "none", "--projector-steps", 0]
     _, learner = initial(*flags, "--seed", 7)
     theirs = from_pretrained(source).state_dict()
-    assert all(torch.equal(tensor, theirs[name]) for name, tensor in learner.model.state_dict().items())
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in learner.vlm.state_dict().items())
     assert train(*flags, "--steps", 2, "--data", photos / "scenes.json", "--out", runs / "on")["steps"] == 2
     first, again = load_vlm(source)[1], load_vlm(runs / "on")[1]
     question = [{"role": "user", "content": "<image>What?"}, {"role": "assistant", "content": "red"}]
@@ -323,7 +323,7 @@ def test_a_run_continues_from_a_text_model_and_its_folder_opens(runs, text_model
     assert len(answer(model, processor, scene_items("test", 1, per_scene=2), max_new_tokens=2)) == 2
     given = model.language_model.state_dict()
     _, learner = initial("--lm", runs / "from text", "--vision", runs / "from text")
-    for name, tensor in learner.model.language_model.state_dict().items():
+    for name, tensor in learner.vlm.language_model.state_dict().items():
         assert torch.equal(tensor[: len(given[name])], given[name]), name  # new tokens come last
 
 

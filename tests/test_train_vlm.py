@@ -170,11 +170,11 @@ def test_a_stage_is_announced_with_its_reason(whole):
 
 # ---- what is trained ---------------------------------------------------------------------------------------------------
 
-VISION, PROJECTOR, LANGUAGE = "model.vision_tower.", "model.multi_modal_projector.", "model.language_model."
+VISION, PROJECTOR, LANGUAGE = "vlm.vision_tower.", "vlm.multi_modal_projector.", "vlm.language_model."
 
 
 def test_a_stage_trains_its_parts_and_not_a_bit_of_the_others(whole):
-    expected = {"vision": (VISION, "reader."), "projector": (PROJECTOR,), "language": (PROJECTOR, LANGUAGE)}
+    expected = {"vision": (VISION, "probe."), "projector": (PROJECTOR,), "language": (PROJECTOR, LANGUAGE)}
     starts = ["vision", "projector", "language", "end"]
     for stage, after in zip(starts, starts[1:], strict=False):
         before, now = whole[2][stage], whole[2][after]
