@@ -85,6 +85,9 @@ PEER_GONE = ("Connection closed by peer", "Connection reset by peer", "NCCL comm
 
 def run_cli(main) -> None:
     """Run a script's main(): what the user got wrong becomes one line on stderr and exit code 2, not a traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # what a terminal's or a pipe's encoding lacks is written as \u..., and ends nothing
+            stream.reconfigure(errors="backslashreplace")
     try:
         main()
     except BrokenPipeError:  # the reader of our output, such as `head`, has had enough

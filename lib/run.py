@@ -39,11 +39,11 @@ from tqdm import tqdm
 
 from lib.devices import find_device, find_dtype, has_bf16_products
 from lib.distributed import all_gather, data_parallel, gathered, is_sharded, shard, sharded_like, start_processes
-from lib.files import sweep
+from lib.folder_lock import take_folder
 from lib.memory import DryRun, mib, recompute_blocks
 from lib.metrics import Metrics
 from lib.optim import EMA
-from lib.run_state import check_settings, comparable_settings, load_state, save_state
+from lib.run_state import check_settings, comparable_settings, kept_state, load_state, save_state
 
 LOG_EVERY = 20  # steps: looking at a loss makes a GPU wait, so it is not done more often
 
@@ -83,8 +83,7 @@ class Run:
 
         self.folder = Path(args.out)
         if self.is_main and not args.dry_run:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            sweep(self.folder)
+            take_folder(self.folder)
         self.state = load_state(self.folder) if args.resume else None  # what a stopped run left
         if self.state is not None:
             check_settings(args, self.state.get("settings"))
@@ -352,8 +351,8 @@ class Run:
         if self._bad_step >= 0:
             peak = max(group["initial_lr"] for optimizer in self.optimizers for group in optimizer.param_groups)
             raise FloatingPointError(
-                f"the loss is not finite at step {int(self._bad_step)}: try a lower --lr (now {peak:g}) or "
-                "--dtype fp32; a state saved earlier is still good for --resume"
+                f"the loss is not finite at step {int(self._bad_step)}: try a lower --lr (now {peak:g}) or --dtype fp32"
+                f"{kept_state(self.folder)}"
             )
 
     def log(self, **figures: float) -> None:

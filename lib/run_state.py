@@ -20,9 +20,14 @@ def save_state(run: str | Path, state: dict) -> None:
             torch.save(state, tmp)
         except RuntimeError as error:  # torch's way to say that a write failed
             reason = str(error).splitlines()[0]
-            raise OSError(f"{path} cannot be written ({reason}): is the disk full? The state before is still good") from None
+            raise OSError(f"{path} cannot be written ({reason}): is the disk full?{kept_state(run)}") from None
 
     write_atomic(path, write)
+
+
+def kept_state(run: str | Path) -> str:
+    """What to add to an error that ends a run: a promise only where there is something to keep it."""
+    return "; the state saved before is as it was" if (Path(run) / "state.pt").exists() else ""
 
 
 # What reading a damaged state meets. A pickle that is more than tensors, numbers and texts is refused unread.

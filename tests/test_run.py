@@ -1,5 +1,6 @@
 """Laws of lib/run.py and lib/optim.py: a resumed run is the uninterrupted run, bit for bit; parts, processes change nothing."""
 
+import io
 import json
 import os
 import re
@@ -13,16 +14,18 @@ import pytest
 import torch
 import torch.nn as nn
 from safetensors.torch import load_file
+from tqdm import tqdm
 
 import train_vit
 from calls import printed, refused
 from lib.checkpoint import from_pretrained
-from lib.cli import argument_parser
+from lib.cli import argument_parser, run_cli
 from lib.devices import find_device
 from lib.memory import recompute_blocks
 from lib.metrics import Metrics, read_metrics
 from lib.optim import EMA, cosine_schedule, make_optimizers, parameter_groups, set_learning_rate
 from lib.run import Run
+from lib.run_state import save_state
 from vit_scratch import ViTConfig, ViTModel
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -160,6 +163,63 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_its_step(tmp_path, capsys)
 )
 def test_bad_settings_are_one_line_and_exit_code_2(tmp_path, capsys, flags, message):
     assert message in refused(capsys, train_vit.main, *TINY, "--out", tmp_path / "run", *flags)
+
+
+def test_a_second_process_may_not_write_to_the_folder_and_a_crash_leaves_no_lock(tmp_path, capsys):
+    """Two runs with the same --out mixed their metrics, and each replaced the other's state. --dry-run writes nothing."""
+    code = "import sys; from pathlib import Path; from lib.folder_lock import take_folder; take_folder(Path(sys.argv[1]))"
+    code += "; print('taken', flush=True); sys.stdin.read()"
+    other = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert other.stdout.readline() == "taken\n"
+    for flags in ([], ["--resume"]):
+        error = refused(capsys, train_vit.main, *TINY, "--out", tmp_path, *flags)
+        assert f"process {other.pid} is writing to this folder" in error
+    assert {path.name for path in tmp_path.iterdir()} == {"lock"}
+    other.kill(), other.wait(), other.stdin.close(), other.stdout.close()
+    for _ in range(2):  # and this process may, as often as it likes
+        tiny_run(tmp_path)
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
+def test_what_a_terminal_cannot_write_ends_nothing(monkeypatch, encoding):
+    """A row's text, a file's name, an answer: one letter that the terminal's encoding lacks was a traceback in hour three."""
+    text = "caf\u00e9 \u2192 \u4f60 \udcff"  # the last one: of a file name that is no UTF-8
+    out, err = (io.TextIOWrapper(io.BytesIO(), encoding, write_through=True) for _ in range(2))
+    monkeypatch.setattr(sys, "stdout", out), monkeypatch.setattr(sys, "stderr", err)
+
+    def main():
+        print(text)
+        for _ in tqdm([1], desc=text):
+            tqdm.write(text)
+        raise ValueError(text)
+
+    with pytest.raises(SystemExit, match="2"):
+        run_cli(main)
+    written = text.encode(encoding, "backslashreplace")
+    assert out.buffer.getvalue() == written + b"\n" + written + b"\n" and b"error: " + written in err.buffer.getvalue()
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_a_run_that_ends_promises_no_state_that_was_never_saved(tmp_path, monkeypatch, saved):
+    """A full disk met by the first save said "The state before is still good"; so did a loss that is not finite."""
+    if saved:
+        save_state(tmp_path, {"settings": {}})
+
+    def full(state, file):
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match="is the disk full") as error:
+        save_state(tmp_path, {"settings": {}})
+    run = tiny_run(tmp_path)
+    model = run.place(nn.Linear(1, 1))
+    with pytest.raises(FloatingPointError, match="lower --lr") as loss:
+        for _ in run.steps("", 1, NoData(), make_optimizers(parameter_groups(model, 0.05, 1e-2))):
+            run.loss += float("nan")
+            run.steps_done += 1
+    assert {str(each.value).endswith("; the state saved before is as it was") for each in (error, loss)} == {saved}
 
 
 def test_resuming_with_other_settings_is_refused(finished, capsys):
