@@ -49,10 +49,15 @@ from vit_scratch import sincos_positions
 
 # ---- settings --------------------------------------------------------------------------------------------------------
 
-# The one dial: (vision tower, text tower, vocabulary of the tokenizer that is trained here). "tiny" sees like train_vlm.py's
-# "tiny", the others like train_vit.py's of the same name.
+# The one dial: (vision tower, text tower, vocabulary of the tokenizer that is trained here). "mini" sees like train_vlm.py's
+# "small", the larger ones like train_vit.py's of the same name.
 SIZES = {
-    "tiny": (
+    "tiny": (  # for tests: it learns next to nothing
+        {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2},
+        {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2},
+        400,
+    ),
+    "mini": (
         {"hidden_size": 192, "num_hidden_layers": 4, "num_attention_heads": 6},
         {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2},
         2048,
@@ -93,7 +98,7 @@ def parse_args(argv=None):
     add("--test-data", metavar="FILE.json", help="held-out rows; default: --test-part of --data, split by image")
     add("--test-part", type=positive_float, default=0.1)
     add("--split-seed", type=not_negative_int, default=0, help="another test part, where a folder or digits come without")
-    add("--size", choices=list(SIZES), default="tiny", help="width and depth of both towers")
+    add("--size", choices=list(SIZES), default="mini", help="width and depth of both towers; tiny: for tests")
     add("--image-size", type=positive_int, help="pixels; default depends on the data set")
     add("--patch-size", type=positive_int, help="pixels; default depends on the data set")
     add("--tokens", type=positive_int, help="to which every caption is filled up or cut; default: what the longest needs, at "

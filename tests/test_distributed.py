@@ -32,7 +32,7 @@ from lib.cli import run_cli  # noqa: E402
 from lib.distributed import gathered  # noqa: E402
 
 VIT = "--hidden-size 16 --layers 2 --heads 2 --pooling cls --batch-size 32 --epochs 0.05 --drop-path 0 --augment none".split()
-SIGLIP = "--dataset digits --batch-size 8 --steps 2 --tokens 8 --augment none".split()
+SIGLIP = "--size tiny --dataset digits --batch-size 8 --steps 2 --tokens 8 --augment none".split()
 SCENES = "--size tiny --batch-size 4 --per-scene 3 --vision-steps 1 --projector-steps 1 --steps 3 --eval-count 1".split()
 SCENES += ["--save-every", "3"]
 LLAVA = "--size tiny --batch-size 4 --image-size 32 --steps 3 --eval-count 1 --isolated".split()

@@ -47,12 +47,11 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system can
 
 SCRIPTS = ("train_vit", "train_vlm", "extras.train_siglip", "extras.train_llmvit")
 COMMON = "--device cpu --workers 1 --save-every 2".split()
-EYES = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
 FLAGS = {  # small ones, of some ten steps
     "train_vit": "--hidden-size 32 --layers 2 --heads 2 --batch-size 64 --epochs 0.5 --ema 0.9 --dropout 0.1 --eval-every 4",
     "train_vlm": "--size tiny --batch-size 4 --per-scene 3 --eval-count 1 --vision-steps 3 "
     "--projector-steps 2 --steps 6 --eval-every 8 --ema 0.9",
-    "extras.train_siglip": "--size dot --batch-size 8 --eval-count 10 --steps 8 --tokens 64 --dropout 0.1 --eval-every 4",
+    "extras.train_siglip": "--size tiny --batch-size 8 --eval-count 10 --steps 8 --tokens 64 --dropout 0.1 --eval-every 4",
     "extras.train_llmvit": "--batch-size 32 --epochs 0.2 --frozen-steps 4 --grad-accum 2 --eval-every 4",
 }
 
@@ -65,8 +64,6 @@ def smaller(script) -> None:
     if script.__name__ == "extras.train_llmvit":
         encoder = {"hidden_dim": 16, "num_encoder_layers": 1, "nhead": 2}
         script.SIZES["tiny"] = encoder, {"vocab_size": 64, "hidden_size": 32, "n_heads": 2, "n_layers": 2, "hidden_dim": 48}
-    elif script.__name__ == "extras.train_siglip":
-        script.SIZES["dot"] = EYES, {**EYES, "hidden_size": 16}, 400
     elif script.__name__ == "train_vlm":
         script.VISION_BATCH = 4
         script.scene_items = lambda split, count, seed: scene_items(split, 1, seed, 2)

@@ -27,6 +27,7 @@ from model import Llama3ForCausalLM, LLAMA32Config
 from siglip import SiglipVisionConfig
 from vit_scratch import ViTConfig, ViTModel
 
+pytestmark = pytest.mark.usefixtures("undrawn")
 FLAGS = "--size tiny --device cpu --workers 1 --batch-size 4 --pixel-shuffle 2 --eval-count 1 --save-every 1000".split()
 FLAGS += "--projector-steps 2 --steps 3".split()  # stages end after steps 2 and 5
 VISION, PROJECTOR, LANGUAGE = "vlm.vision_tower.", "vlm.multi_modal_projector.", "vlm.language_model."
@@ -47,13 +48,6 @@ def initial(*flags):
     model, _ = build(args, scenes.corpus())
     finetune_vlm.add_lora(args, model)
     return args, Learner(model)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def undrawn():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(vlm_report, "draw", lambda *args: None)
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,6 @@ import warnings
 import zipfile
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -15,6 +14,7 @@ from PIL import Image
 from data import folders
 from data.datasets import load_images
 from data.folders import load_folder
+from samples import encoded, noise
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
@@ -23,17 +23,6 @@ SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("VLM_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache" / "folders"
-
-
-def encoded(image: Image.Image, kind: str = "PNG", **options) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
-
-
-def noise(width: int = 12, height: int = 8, mode: str = "RGB", seed: int = 0) -> Image.Image:
-    values = np.random.RandomState(seed).randint(0, 256, (height, width, 3)).astype(np.uint8)
-    return Image.fromarray(values).convert(mode)
 
 
 # ---- folders and archives ----

@@ -9,17 +9,7 @@ from PIL import Image, ImageOps
 
 from data import images
 from data.images import decode_image
-
-
-def encoded(image: Image.Image, kind: str = "PNG", **options) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
-
-
-def noise(width: int = 12, height: int = 8, mode: str = "RGB", seed: int = 0) -> Image.Image:
-    values = np.random.RandomState(seed).randint(0, 256, (height, width, 3)).astype(np.uint8)
-    return Image.fromarray(values).convert(mode)
+from samples import encoded, noise
 
 
 def palette_with_a_hole() -> bytes:

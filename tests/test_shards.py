@@ -20,7 +20,6 @@ from data.shard_stream import LANES, ShardStream, epoch_order
 from data.shards import ShardImages, Shards, check_shards, main, pack_shards, scan, unpack_shards
 from extras import train_siglip
 from lib import run as training
-from lib import vlm_report
 
 ROWS, PER_SHARD = 60, 7
 
@@ -286,19 +285,15 @@ def test_what_cannot_be_done_is_one_line(tmp_path, monkeypatch, capsys, words, m
 
 # ---- training --------------------------------------------------------------------------------------------------------
 
-SMALL = (
-    {"image_size": 32, "patch_size": 16, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2},
-    {"hidden_size": 32, "n_heads": 2, "n_kv_groups": 1, "n_layers": 1, "hidden_dim": 48, "max_position_embeddings": 256},
-    300,
-)
 VLM = "--size tiny --batch-size 4 --image-size 32 --steps 5 --eval-count 1 --save-every 3 --device cpu".split()
-TOWERS = "--dataset llava --batch-size 4 --image-size 32 --patch-size 16 --steps 4 --device cpu".split()
+TOWERS = "--size tiny --dataset llava --batch-size 4 --image-size 32 --patch-size 16 --steps 4 --device cpu".split()
 
 
 def data_flags(packed):
     return ["--data", str(packed[1] / "shard-*.tar"), "--test-data", str(packed[1].parent / "train.json")]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_model_is_trained_from_shards_and_resumed_bit_for_bit(packed, tmp_path, monkeypatch, capsys):
     save = training.save_state
 
@@ -307,7 +302,6 @@ def test_a_model_is_trained_from_shards_and_resumed_bit_for_bit(packed, tmp_path
         (run / f"{state['steps_done']}.pt").write_bytes((run / "state.pt").read_bytes())
 
     monkeypatch.setattr(training, "save_state", keep)
-    monkeypatch.setattr(vlm_report, "draw", lambda *_: None)
     flags = [*VLM, *data_flags(packed)]
     finetune_vlm.main([*flags, "--out", str(tmp_path / "whole")])
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
@@ -322,7 +316,6 @@ def test_a_model_is_trained_from_shards_and_resumed_bit_for_bit(packed, tmp_path
 def test_towers_are_trained_from_shards(packed, tmp_path, monkeypatch, capsys):
     """Of rows with exactly one picture."""
     monkeypatch.setattr(train_siglip, "draw", lambda *_: None)
-    monkeypatch.setitem(train_siglip.SIZES, "tiny", ({k: SMALL[0][k] for k in list(SMALL[0])[2:]},) * 2 + (300,))
     train_siglip.main([*TOWERS, *data_flags(packed), "--out", str(tmp_path)])
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["steps"] == 4
 

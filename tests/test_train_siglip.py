@@ -27,17 +27,15 @@ from siglip import SiglipConfig, SiglipTwoTower, sigmoid_loss
 
 Test.__test__ = False  # no test of pytest's
 draw = train_siglip.draw
-EYES = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-DOT = (EYES, {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}, 400)  # a --size for tests
+VISION, TEXT, _ = train_siglip.SIZES["tiny"]
 SAME = "--steps 3 --tokens 64".split()
-COMMON = "--size dot --device cpu --workers 1 --batch-size 8 --eval-count 10 --save-every 1000".split()
+COMMON = "--size tiny --device cpu --workers 1 --batch-size 8 --eval-count 10 --save-every 1000".split()
 
 
 @pytest.fixture(autouse=True, scope="module")
 def quick():
-    """A smaller size and gallery, and pictures only where a test asks for them."""
+    """A smaller gallery, and pictures only where a test asks for them."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(train_siglip.SIZES, "dot", DOT)
         patch.setattr(caption_pairs, "GALLERY", 20)
         patch.setattr(train_siglip, "draw", lambda *args: None)
         yield
@@ -134,9 +132,9 @@ def test_the_loss_is_a_question_about_every_pair(M, share, chunk):
 
 def towers(dropout: float) -> SiglipTwoTower:
     torch.manual_seed(1)
-    eyes = EYES | {"image_size": 16, "patch_size": 8, "attention_dropout": dropout}
-    text = DOT[1] | {"vocab_size": 40, "max_position_embeddings": 6, "projection_size": 32, "attention_dropout": dropout}
-    return SiglipTwoTower(SiglipConfig(eyes, text)).train()
+    vision = VISION | {"image_size": 16, "patch_size": 8, "attention_dropout": dropout}
+    text = TEXT | {"vocab_size": 40, "max_position_embeddings": 6, "projection_size": 32, "attention_dropout": dropout}
+    return SiglipTwoTower(SiglipConfig(vision, text)).train()
 
 
 def gradients_of(model, parts: int, batch, rank: int = 0, world_size: int = 1) -> tuple[float, list[torch.Tensor]]:
@@ -231,7 +229,7 @@ def test_the_figures_of_classes():
 
 def test_it_learns(runs, monkeypatch):
     """Here ten captions are all there is to learn: guessing would give 0.1."""
-    monkeypatch.setitem(train_siglip.SIZES, "dot", (EYES | {"hidden_size": 64, "num_hidden_layers": 2}, DOT[1], 400))
+    monkeypatch.setitem(train_siglip.SIZES, "tiny", (VISION | {"hidden_size": 64, "num_hidden_layers": 2}, TEXT, 400))
     found = train("--dataset", "digits", "--steps", 60, "--batch-size", 64, "--out", runs / "learning")
     assert found["test_zero_shot_accuracy"] > 0.3
 

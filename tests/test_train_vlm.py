@@ -18,6 +18,7 @@ from lib import run_state, vlm_report, weights
 from lib.vlm_parts import train_tokenizer
 
 DRAW = vlm_report.draw
+pytestmark = pytest.mark.usefixtures("undrawn")  # but for one test
 FLAGS = "--size tiny --device cpu --workers 1 --batch-size 4 --per-scene 2 --eval-count 1 --save-every 1000".split()
 FLAGS += "--vision-steps 2 --projector-steps 2 --steps 3".split()  # stages end after steps 2, 4 and 7
 
@@ -38,14 +39,6 @@ def refused(capsys, *flags) -> str:
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     return tmp_path_factory.mktemp("runs")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def undrawn():
-    """Runs are drawn in one test only."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(vlm_report, "draw", lambda *args: None)
-        yield
 
 
 @pytest.fixture(scope="module")
