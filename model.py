@@ -431,7 +431,7 @@ class MllamaForConditionalGeneration(nn.Module):
 
     def _find_placeholders(self, image_features, input_ids, attention_mask=None, image_token_id=None) -> torch.Tensor:
         """Where images belong, bool [B, T]. Raises ValueError unless there are as many places as features to fill them."""
-        I, N = (0, 0) if image_features is None else (len(image_features), self.config.text_config.num_image_tokens)
+        I, N = 0 if image_features is None else len(image_features), self.config.text_config.num_image_tokens
         if image_token_id is None:
             image_token_id = self.config.image_token_id
         assert image_token_id is not None or not I, "MLLAMAConfig needs image_token_id (a processor's batch brings it, too)"
@@ -441,7 +441,8 @@ class MllamaForConditionalGeneration(nn.Module):
         if (found := int(places.sum())) != I * N:
             raise ValueError(
                 f"the text has {found} image placeholders (token id {int(image_token_id)}), but {I} images x {N} features are "
-                f"{I * N}: give every image its <image>, and the processor the model's num_image_tokens"
+                f"{I * N}: call MllamaImageProcessor(tokenizer, num_image_token={N}, ...) with the prompts "
+                "and their images: it writes so many for each <image>"
             )
         return places
 

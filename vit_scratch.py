@@ -6,7 +6,8 @@ of words (PatchEmbedding), the mask goes (ViTMultiHeadAttention), a CLS token is
 
     model = ViTModel(ViTConfig.preset("vit-s16", num_labels=10))
     model(pixel_values)                                  # [B, num_labels]
-    model(pixel_values, output_hidden_states=True)       # [B, N+1, D]: CLS first, then the patches row by row
+    out = model(pixel_values, output_hidden_states=True) # [B, N+1, D]: CLS first, then the patches row by row
+    out.hidden_states[layer]                             # the same before the final norm, after so many blocks: 0, 1, ...
     model.features(pixel_values, layer=-2)               # [B, N, D]: patches alone, as a language model gets them
     python train_vit.py                                  # train one on handwritten digits in two minutes
 
@@ -194,16 +195,24 @@ class ViTModel(nn.Module):
             self.embeddings.position_embedding[0, 1:] = sincos_positions(self.config.grid, self.config.hidden_size)
 
     def forward(self, pixel_values: torch.Tensor, output_hidden_states: bool = False) -> torch.Tensor:
-        """pixel_values [B, C, H, W] -> logits [B, num_labels]; with output_hidden_states, the last normed [B, 1+R+N, D]."""
-        x = self.norm(self.run_blocks(pixel_values))
+        """pixel_values [B, C, H, W] -> logits [B, num_labels]; with output_hidden_states, the last normed [B, 1+R+N, D], which
+        has two attributes by the names of transformers' outputs: `last_hidden_state`, itself, and `hidden_states`, a tuple of
+        what enters the first block and what each block returns."""
+        states = [] if output_hidden_states else None
+        last = self.run_blocks(pixel_values, states=states)
+        x = self.norm(last)
         if output_hidden_states:
-            return x
+            out = x.view_as(x)  # the same numbers: a tensor with itself as an attribute would stay in memory
+            out.last_hidden_state, out.hidden_states = x, (*states, last)
+            return out
         return self.classifier(x[:, 0] if self.config.pooling == "cls" else x[:, 1 + self.config.num_registers :].mean(dim=1))
 
-    def run_blocks(self, pixel_values: torch.Tensor, count: int | None = None) -> torch.Tensor:
-        """[B, C, H, W] -> [B, 1+R+N, D], after the first `count` blocks; all unless given."""
+    def run_blocks(self, pixel_values: torch.Tensor, count: int | None = None, states: list | None = None) -> torch.Tensor:
+        """[B, C, H, W] -> [B, 1+R+N, D], after the first `count` blocks; all unless given. states: a list for their inputs."""
         x = self.pre_norm(self.embeddings(pixel_values))
         for block in self.blocks[:count]:
+            if states is not None:
+                states.append(x)
             x = block(x)
         return x
 
@@ -221,7 +230,7 @@ class ViTModel(nn.Module):
         """[B, C, H, W] -> [B, N, D]: the patches row by row, without CLS and registers, after the final norm. layer: a hidden
         state before that norm instead, counted as in transformers: 0 the embeddings, 1 the first block's output, ..."""
         if layer is None:
-            x = self(pixel_values, output_hidden_states=True)
+            x = self.norm(self.run_blocks(pixel_values))
         else:  # later blocks are not computed
             x = self.run_blocks(pixel_values, range(len(self.blocks) + 1)[layer])
         return x[:, 1 + self.config.num_registers :]

@@ -129,7 +129,7 @@ class ViTEncoder(PatchEncoder):
         )  # fmt: skip
 
     def encode(self, images: torch.Tensor) -> torch.Tensor:
-        return self.vit.classifier(self.vit(images, output_hidden_states=True)[:, 1:])
+        return self.vit.classifier(self.vit.features(images))
 
 
 ENCODERS = {"vit": ViTEncoder, "patch_embed": PatchEncoder}

@@ -164,8 +164,16 @@ def test_patch_grid_keeps_every_pixel_and_numbers_the_patches(apart):
     assert [t.get_text() for t in figure.axes[0].texts] == ["0", "1", "2", "3"]
     framed = [p.get_xy() for p in figure.axes[0].patches if p.get_linewidth() == 3]
     assert framed == [(3 + gap, 2 + gap)]
-    with pytest.raises(ValueError, match="cannot be cut"):
-        figures.patch_grid(image, (3, 3))
+    with pytest.raises(ValueError, match="4x6 image cannot be cut into 5x3"):
+        figures.patch_grid(image, (5, 3))
+
+
+def test_patch_grid_draws_the_whole_patches_of_a_photo():
+    """The posts' 64 pixels on a photo of 224: nine whole patches, and a margin that is in none of them."""
+    photo = torch.randint(0, 256, (3, 224, 224), dtype=torch.uint8)
+    figure = figures.patch_grid(photo, 64)
+    assert torch.equal(torch.tensor(images(figure)[0].tolist()), photo[:, :192, :192].permute(1, 2, 0).long())
+    assert [t.get_text() for t in figure.axes[0].texts] == [*map(str, range(9))]
 
 
 def test_pca_finds_the_direction_that_was_put_in_and_keeps_its_sense():

@@ -222,14 +222,18 @@ def clouds(groups: Mapping[str, torch.Tensor], names: Mapping[str, Sequence[str]
     return finish(figure, path)
 
 
-def patch_grid(image: torch.Tensor, patch: tuple[int, int], path=None, title="", apart=False, numbers=True, mark=()):
-    """image uint8 [C, H, W] with the lines along which it is cut into patches (height, width in pixels), and the number of
-    each; apart: the patches with gaps between them; mark: numbers of patches to frame. Raises ValueError unless they fit."""
-    (H, W), (h, w) = image.shape[1:], patch
-    if H % h or W % w:
-        raise ValueError(f"a {H}x{W} image cannot be cut into {h}x{w} patches")
-    gap = max(1, round(0.12 * min(h, w))) if apart else 0
+def patch_grid(
+    image: torch.Tensor, patch: int | tuple[int, int], path=None, title="", apart=False, numbers=True, mark=()
+):  # fmt: skip
+    """image uint8 [C, H, W] with the lines along which it is cut into patches (pixels: one number, or height and width), and
+    the number of each; what is left over below and at the right is not drawn. apart: the patches with gaps between them; mark:
+    numbers of patches to frame. Raises ValueError where not even one patch fits."""
+    (H, W), (h, w) = image.shape[1:], (patch, patch) if isinstance(patch, int) else patch
     across, down = W // w, H // h
+    if not across * down:
+        raise ValueError(f"a {H}x{W} image cannot be cut into {h}x{w} patches")
+    H, W = down * h, across * w
+    gap = max(1, round(0.12 * min(h, w))) if apart else 0
     canvas = torch.full((3, H + gap * (down - 1), W + gap * (across - 1)), 255, dtype=torch.uint8)
     corners = [(r * (h + gap), c * (w + gap)) for r in range(down) for c in range(across)]
     for k, (top, left) in enumerate(corners):

@@ -336,13 +336,30 @@ def test_lora_starts_as_the_layer_it_wraps_and_is_its_formula(bias):
     assert set(grads(layer)) == {"lora_a", "lora_b"}
 
 
-def test_a_layer_made_from_sizes_takes_the_weight_that_is_copied_in():
-    """As the posts do it. A bias nobody asked for would stay random, and move what the layer computes."""
-    child, x = nn.Linear(6, 5, bias=False), torch.randn(2, 3, 6)
-    lora = Linear_LORA(6, 5, rank=2, alpha=6, dropout=0.1)
-    lora.linear.weight.data.copy_(child.weight.data)
-    close(lora.eval()(x), child(x))
-    assert lora.linear.bias is None and Linear_LORA(6, 5, bias=True).linear.bias is not None
+def test_the_posts_loop_that_puts_lora_in_changes_nothing_at_first(ids):
+    """A layer made from sizes takes the weight that is copied in. A bias nobody asked for would stay random, and move the
+    logits by 1.2."""
+
+    def put_lora(module, rank=4, alpha=16, dropout=0.0):
+        for name, child in module.named_children():
+            if isinstance(child, nn.Linear):
+                in_dim, out_dim = child.in_features, child.out_features
+                lora = Linear_LORA(in_dim, out_dim, rank=rank, alpha=alpha, dropout=dropout)
+                lora.linear.weight.data.copy_(child.weight.data)
+                setattr(module, name, lora)
+            else:
+                put_lora(child, rank, alpha, dropout)
+
+    model, same = make(), make()
+    expected = model(ids).logits
+    put_lora(model, dropout=0.1)
+    close(model.eval()(ids).logits, expected)
+    assert isinstance(model.lm_head, Linear_LORA)
+    convert_linears_to_lora(same, rank=4, alpha=16, dropout=0.0, target_module_classes=(torch.nn.Linear,))
+    close(same(ids).logits, expected)
+    layers = [sum(isinstance(layer, Linear_LORA) for layer in each.modules()) for each in (model, same)]
+    assert layers == [22, 21]  # ours leaves the head as it is
+    assert Linear_LORA(6, 5).linear.bias is None and Linear_LORA(6, 5, bias=True).linear.bias is not None
 
 
 @pytest.mark.parametrize(
@@ -592,6 +609,12 @@ def test_the_placeholder_comes_with_the_config_or_the_batch(token):
         known(ids, pixels[:1])
     with pytest.raises(AssertionError, match="needs image_token_id"):
         unknown(ids, pixels)
+
+
+def test_one_placeholder_for_an_image_is_refused_and_says_what_writes_all_of_them():
+    """Ids made by hand, with the one <image> that other models expand."""
+    with pytest.raises(ValueError, match=r"has 1 image .*call MllamaImageProcessor\(.*num_image_token=16, .*<image>"):
+        make_vlm()(torch.tensor([[5, IMAGE, 9]]), torch.randn(1, 3, 16, 16))
 
 
 @pytest.mark.parametrize("images", [None, 2, 4])

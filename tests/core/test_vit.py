@@ -1,6 +1,7 @@
 """Laws of vit_scratch.py: it is gpt.py's block without the mask, and images of the wrong size are an error, never a guess."""
 
 import re
+import weakref
 
 import pytest
 import torch
@@ -42,6 +43,20 @@ def test_shapes_and_names(images):
     assert seen["blocks.0.attn.weights"].shape == (2, 4, 16, 16)
     torch.testing.assert_close(seen["blocks.1.attn.weights"].sum(-1), torch.ones(2, 4, 16))
     torch.testing.assert_close(seen["norm"], hidden)
+
+
+def test_outputs_have_the_names_that_the_posts_read(images):
+    """`outputs.hidden_states[layer]` and `.last_hidden_state`, as of transformers' models: depth + 1, the embeddings first."""
+    model = make()
+    with record(model, "embeddings", "blocks.?") as seen:
+        outputs = model(images, output_hidden_states=True)
+    assert isinstance(outputs.hidden_states, tuple)
+    torch.testing.assert_close(outputs.hidden_states, tuple(seen.values()))
+    assert len(outputs.hidden_states) == 1 + 3 and outputs.hidden_states[-2].shape == (2, 1 + 3 * 5, 32)
+    assert torch.equal(outputs.last_hidden_state, outputs) and torch.equal(model.norm(outputs.hidden_states[-1]), outputs)
+    kept = weakref.ref(outputs)
+    del outputs
+    assert kept() is None  # it does not hold itself
 
 
 def test_features_are_the_patches_of_the_layer_that_is_asked_for(images):
