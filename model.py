@@ -36,6 +36,7 @@ LLAMA32_ROPE = {
     **{"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
     **{"original_max_position_embeddings": 8192},
 }
+QWEN = {"vocab_size": 151936, "rope_base": 1e6, "rms_norm_eps": 1e-6, "tie_word_embeddings": True}
 LLAMA32 = {"n_kv_groups": 8, "context_length": 131072, "rope_scaling": LLAMA32_ROPE, "tie_word_embeddings": True}
 
 
@@ -75,6 +76,14 @@ class LLAMA32Config:
         },
         "llama-3.2-1b": LLAMA32,
         "llama-3.2-3b": {**LLAMA32, "hidden_size": 3072, "n_heads": 24, "n_layers": 28},
+        "qwen2.5-0.5b": {
+            **{**QWEN, "hidden_size": 896, "n_heads": 14, "n_kv_groups": 2, "n_layers": 24, "hidden_dim": 4864},
+            **{"max_position_embeddings": 32768, "attention_bias": True, "output_bias": False},
+        },
+        "qwen3-0.6b": {
+            **{**QWEN, "hidden_size": 1024, "n_heads": 16, "n_kv_groups": 8, "n_layers": 28, "hidden_dim": 3072},
+            **{"max_position_embeddings": 40960, "head_dim": 128, "qk_norm": True},
+        },
     }
 
     def __post_init__(self):

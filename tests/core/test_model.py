@@ -15,6 +15,7 @@ import model as m
 from extras.cross_attention import CrossAttentionConfig, CrossAttentionVLM
 from lib.checks import checked
 from lib.fast_decode import fast_step
+from lib.layouts.llama import read_llama
 from lib.tokenizer import BPETokenizer
 from lib.trace import record
 from model import (
@@ -129,6 +130,42 @@ def test_llama_has_transformers_logits_loss_and_hidden_states(transformers, tmp_
         close(ours(ids, attention_mask=mask, labels=labels)["loss"], expected.loss)
         for name, state in zip(("embed_tokens", "layers.0", "layers.1", "norm"), expected.hidden_states, strict=True):
             close(seen[f"model.{name}"][real], state[real])
+
+
+@pytest.mark.parametrize(
+    ("preset", "parameters"),
+    [
+        *(("smollm2-135m", 134_515_008), ("llama-3.2-1b", 1_235_814_400), ("llama-3.2-3b", 3_212_749_824)),
+        *(("qwen2.5-0.5b", 494_032_768), ("qwen3-0.6b", 596_049_920)),
+    ],
+)
+def test_published_sizes(preset, parameters):
+    with torch.device("meta"):
+        model = Llama3ForCausalLM(LLAMA32Config.preset(preset))
+    assert sum(p.numel() for p in model.parameters()) == parameters
+
+
+QWENS = {  # as config.json has it
+    "qwen2.5-0.5b": {
+        **{"model_type": "qwen2", "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24},
+        **{"num_attention_heads": 14, "num_key_value_heads": 2, "max_position_embeddings": 32768, "sliding_window": 32768},
+    },
+    "qwen3-0.6b": {
+        **{"model_type": "qwen3", "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28},
+        **{"num_attention_heads": 16, "num_key_value_heads": 8, "max_position_embeddings": 40960, "head_dim": 128},
+        **{"attention_bias": False, "rope_scaling": None, "sliding_window": None},
+    },
+}
+
+
+@pytest.mark.parametrize("preset", QWENS)
+def test_a_qwens_preset_is_what_its_published_config_says(transformers, preset):
+    """Read as it is published, and as transformers writes it today."""
+    published = {**QWENS[preset], "hidden_act": "silu", "rms_norm_eps": 1e-6, "tie_word_embeddings": True, "vocab_size": 151936}
+    published |= {"rope_theta": 1000000, "initializer_range": 0.02, "attention_dropout": 0.0, "use_sliding_window": False}
+    today = transformers.AutoConfig.for_model(**published).to_dict()
+    for config in (published, today):
+        assert read_llama(config, published["model_type"]) == LLAMA32Config.preset(preset)
 
 
 @pytest.mark.parametrize("preset", ["llama-3.2-1b", "llama-3.2-3b", "smollm2-135m"])
