@@ -74,7 +74,7 @@ def parse_args(argv=None):
         "SigLIP, ViT, CLIP, DINOv2, LLaVA, Idefics3")  # fmt: skip
     add("--lm", metavar="SOURCE", help="take language model and tokenizer of a run, a .gguf file, or a folder or hub name: "
         "LLaMA, Mistral, Qwen2, Qwen3, GPT-2")  # fmt: skip
-    add("--image-size", type=positive_int, help="pixels; default: the tower's")
+    add("--image-size", type=positive_int, help="pixels; default: the tower's, whose positions are resized to it")
     add("--patch-size", type=positive_int, help="pixels; default --size's")
     add("--projector", choices=["linear", "mlp"], default="linear", help="linear: Idefics3's; mlp: LLaVA's two layers, which "
         "read the tower before its last norm (on scenes they learn far more slowly)")  # fmt: skip
@@ -116,8 +116,8 @@ def parse_args(argv=None):
         if chosen:
             parser.error(f"--model {args.model} brings its own: leave out {', '.join(chosen)}")
         args.vision = args.lm = args.model
-    if args.vision and (args.image_size or args.patch_size):
-        parser.error(f"--{'image' if args.image_size else 'patch'}-size cannot be chosen with --vision: the tower has its own")
+    if args.vision and args.patch_size:
+        parser.error("--patch-size cannot be chosen with --vision: the tower has its own")
     if args.projector == "mlp" and args.pixel_shuffle > 1:
         parser.error("--pixel-shuffle goes with --projector linear: no published layout has it with an mlp")
     if args.fsdp and args.cache_features is not None:
@@ -141,7 +141,7 @@ def build(args, texts: list[str]):
     vision = checked(SiglipVisionConfig, **{**vision_settings, **changes})
     image_settings = {"image_mean": IMAGENET_STANDARD_MEAN, "image_std": IMAGENET_STANDARD_STD}
     if args.vision:
-        vision, image_settings = find_part(args.vision, "vision"), tower_image_settings(args.vision)
+        vision, image_settings = find_part(args.vision, "vision", args.image_size), tower_image_settings(args.vision)
     if args.lm:
         text, tokenizer = find_part(args.lm, "lm"), BPETokenizer.from_pretrained(args.lm)
         if len(tokenizer) > text.config.vocab_size:

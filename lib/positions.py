@@ -1,11 +1,12 @@
 """A vision tower for images of another size: its learned positions are resized once, when it is loaded."""
 
-from dataclasses import replace
+from dataclasses import fields
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from lib.checks import checked
 from lib.weights import empty_model
 
 
@@ -18,8 +19,10 @@ def resize_positions(positions: torch.Tensor, old: tuple[int, int], new: tuple[i
 
 
 def resized_tower(tower: nn.Module, image_size: int | tuple[int, int]) -> nn.Module:
-    """A SiglipModel, its vision transformer or a ViTModel for images of image_size pixels, with the weights of `tower`."""
-    config = replace(tower.config, image_size=image_size)
+    """A SiglipModel, its vision transformer or a ViTModel for images of image_size pixels, with the weights of `tower`. Raises
+    ValueError for a size that its patches do not divide."""
+    settings = {field.name: getattr(tower.config, field.name) for field in fields(tower.config)}
+    config = checked(type(tower.config), **{**settings, "image_size": image_size})
     new = empty_model(type(tower), config)
     state = tower.state_dict()
     (name,) = (name for name in state if "embeddings.position_embedding" in name)

@@ -14,6 +14,7 @@ import torch.nn as nn
 from gpt import GPT
 from lib.files import find_source
 from lib.image_settings import around_image, read_image_settings
+from lib.positions import resized_tower
 from lib.tokenizer import BPETokenizer
 from model import Llama3ForCausalLM, LLAMA32Config, MLLAMAConfig, MllamaForConditionalGeneration
 from processing_mllama import MllamaImageProcessor
@@ -53,23 +54,23 @@ def with_chat_template(tokenizer: BPETokenizer) -> BPETokenizer:
     return tokenizer
 
 
-def find_part(source: str, part: str) -> nn.Module:
-    """The vision tower ("vision") or the language model ("lm") of any checkpoint that has one. Raises ValueError for others."""
+def find_part(source: str, part: str, image_size: int | None = None) -> nn.Module:
+    """The vision tower ("vision") or the language model ("lm") of any checkpoint that has one. image_size: pixels that the
+    tower is to read; its positions are resized. Raises ValueError for other checkpoints."""
     from lib.checkpoint import from_pretrained
 
-    model = from_pretrained(source)
-    if isinstance(model, MllamaForConditionalGeneration):
-        return model.vision_tower if part == "vision" else model.language_model
-    if part == "vision" and isinstance(model, SiglipTwoTower):
-        tower = SiglipModel(model.config.vision_config)
-        tower.vision_model = model.vision_model
-        return tower
-    if part == "vision" and isinstance(model, ViTModel):
-        return as_tower(model)
-    if not isinstance(model, SiglipModel if part == "vision" else Llama3ForCausalLM | GPT):
+    found = from_pretrained(source)
+    if isinstance(found, MllamaForConditionalGeneration):
+        found = found.vision_tower if part == "vision" else found.language_model
+    elif part == "vision" and isinstance(found, SiglipTwoTower):
+        towers, found = found, SiglipModel(found.config.vision_config)
+        found.vision_model = towers.vision_model
+    elif part == "vision" and isinstance(found, ViTModel):
+        found = as_tower(found)
+    if not isinstance(found, SiglipModel | ViTModel if part == "vision" else Llama3ForCausalLM | GPT):
         wanted = "a vision tower (SigLIP, ViT, CLIP, DINOv2)" if part == "vision" else "a decoder (LLaMA, Mistral, Qwen, GPT-2)"
-        raise ValueError(f"--{part} {source} is a {type(model).__name__}: it must be {wanted}, or a model that has one")
-    return model
+        raise ValueError(f"--{part} {source} is a {type(found).__name__}: it must be {wanted}, or a model that has one")
+    return resized_tower(found, image_size) if image_size else found
 
 
 def as_tower(vit: ViTModel) -> ViTModel:

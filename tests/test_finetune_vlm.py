@@ -448,7 +448,7 @@ REFUSED = [
     ("--vision LM", "is a Llama3ForCausalLM: it must be a vision tower"),
     ("--vision /nowhere", "/nowhere"),
     ("--lm /nowhere.gguf", "/nowhere.gguf"),
-    ("--vision RUN --image-size 32", "--image-size cannot be chosen with --vision"),
+    ("--vision RUN --patch-size 8", "--patch-size cannot be chosen with --vision"),
     ("--vision RUN --patch-size 8", "--patch-size cannot be chosen with --vision"),
     ("--image-size 8", "8x8"),
     ("--pixel-shuffle 3", "3"),

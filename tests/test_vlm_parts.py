@@ -43,6 +43,15 @@ def test_a_classifier_becomes_a_tower_with_the_same_features(tmp_path, channels)
     close(tower.features(x.expand(-1, 3, -1, -1)), model.features(x))
 
 
+def test_a_tower_reads_images_of_another_size(tmp_path):
+    """Its positions are resized, as from_pretrained resizes them; a size that its patches do not divide gets a line."""
+    save_pretrained(vit(), tmp_path)
+    x = torch.rand(2, 3, 24, 24)
+    close(find_part(tmp_path, "vision", 24).features(x), from_pretrained(tmp_path, image_size=24).features(x))
+    with pytest.raises(ValueError, match="18x18 image cannot be cut into 4x4 patches"):
+        find_part(tmp_path, "vision", 18)
+
+
 def test_images_of_other_channels_are_refused():
     with pytest.raises(ValueError, match="a ViT for images of 4 channels is no tower here"):
         as_tower(vit(num_channels=4))
