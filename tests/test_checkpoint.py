@@ -192,7 +192,7 @@ SPOILED = {
     "config size is text": (lambda f: edit_config(f, n_embd="wide"), "does not describe a gpt2"),
     "unknown model type": (lambda f: edit_config(f, model_type="mamba"), "model_type 'mamba': known are gpt2, vit"),
     "unknown activation": (lambda f: edit_config(f, activation_function="relu"), "activation 'relu' is not implemented"),
-    "unsupported attention": (lambda f: edit_config(f, add_cross_attention=True), "add_cross_attention set"),
+    "unsupported attention": (lambda f: edit_config(f, add_cross_attention=True), "add_cross_attention is True: only False"),
     "negative size": (lambda f: edit_config(f, n_layer=-3), "num_hidden_layers is -3"),
 }
 

@@ -8,6 +8,7 @@ from functools import partial
 import torch.nn as nn
 
 from lib.checks import checked
+from lib.layouts.settings import check_settings
 
 
 @dataclass(frozen=True)
@@ -103,8 +104,10 @@ def prefix_layout(model, read_config, write_config, prefixes=None, spellings=Non
     return Layout(model, read_config, write_config, names, clean, **more)
 
 
-def own_settings(published: dict, config_class: type) -> dict:
-    """What config.json says of the settings of one of our configs, with tuples again where JSON has lists."""
+def own_settings(published: dict, config_class: type, harmless: str = "") -> dict:
+    """What config.json says of the settings of one of our configs, with tuples again where JSON has lists. harmless: what may
+    stand there besides."""
+    check_settings(published, config_class.__name__, [f.name for f in fields(config_class)], {}, harmless)
 
     def tuples(value):
         return {key: tuples(inner) for key, inner in value.items()} if isinstance(value, dict) else size_from_json(value)

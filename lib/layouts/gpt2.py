@@ -3,14 +3,20 @@
 from gpt import GPT, GPTConfig
 from lib.checks import checked
 from lib.layouts.common import Layout, Name, activation, block_names
+from lib.layouts.settings import check_settings
+
+READ = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "n_inner", "activation_function", "layer_norm_epsilon")
+NEUTRAL = {
+    **{"scale_attn_weights": (True,), "scale_attn_by_inverse_layer_idx": (False,), "is_causal": (True,)},
+    "tie_word_embeddings": (True,),  # gpt.py has one matrix for both
+}
+# n_ctx is n_positions again; attention in fp32, reordered or not, is the same; summary_*: of a head that is not read.
+HARMLESS = "n_ctx reorder_and_upcast_attn summary_activation summary_first_dropout summary_proj_to_labels summary_type"
+HARMLESS += " summary_use_proj"
 
 
 def read_gpt2_config(published: dict) -> GPTConfig:
-    for key in ("scale_attn_by_inverse_layer_idx", "add_cross_attention"):
-        if published.get(key):
-            raise ValueError(f"this GPT-2 has {key} set, which gpt.py does not implement")
-    if published.get("tie_word_embeddings") is False:
-        raise ValueError("this GPT-2 has an untied head, which gpt.py does not implement")
+    check_settings(published, "gpt2", READ, NEUTRAL, HARMLESS)
     return checked(
         GPTConfig,
         vocab_size=published["vocab_size"],

@@ -4,6 +4,7 @@ from functools import partial
 
 from lib.checks import checked
 from lib.layouts.common import TOKEN_IDS, own_layout, prefix_layout, unusual, with_defaults
+from lib.layouts.settings import check_settings
 from model import Llama3ForCausalLM, LLAMA32Config
 
 LLAMA = {
@@ -33,8 +34,15 @@ LLAMA_SETTINGS = {  # ours: theirs
 }
 HANDLED = (*LLAMA_SETTINGS, "max_position_embeddings", "rope_base", "rope_scaling", "dropout", "attention", "num_image_tokens")
 
+READ = (*LLAMA_SETTINGS.values(), "hidden_act", "rope_parameters", "rope_scaling", "rope_theta")
+READ += ("sliding_window", "use_sliding_window", "layer_types", "max_window_layers")
+NEUTRAL = {"is_causal": (True,), "partial_rotary_factor": (1, None)}
+# What SmolLM's training code and the text models of Idefics3 leave there; transformers does not look at it either.
+HARMLESS = "is_llama_config rope_interleaved qk_layer_norms use_resampler perceiver_config pixel_shuffle_factor"
+
 
 def read_llama(published: dict, kind: str = "llama") -> LLAMA32Config:
+    check_settings(published, kind, READ, NEUTRAL, HARMLESS)
     given = with_defaults(published, DEFAULTS[kind])
     if given.get("hidden_act", "silu") != "silu":
         raise ValueError(f"the activation {given['hidden_act']!r} is not implemented for a {kind}, only silu is")
@@ -56,7 +64,9 @@ def check_window(published: dict, kind: str, context: int) -> None:
     """Raises ValueError where tokens attend to a window shorter than the context, which is not implemented."""
     window = published.get("sliding_window", 4096 if kind == "mistral" else None)
     used = kind == "mistral" or published.get("use_sliding_window", False)
-    if "sliding_attention" in (published.get("layer_types") or ()) or (used and window is not None and window < context):
+    if any(layer != "full_attention" for layer in published.get("layer_types") or ()):
+        raise ValueError(f"layer_types is {published['layer_types']!r:.80}: only full_attention is implemented")
+    if used and window is not None and window < context:
         raise ValueError(f"sliding_window is {window}, shorter than the context of {context}: only full attention is here")
 
 

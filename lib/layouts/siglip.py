@@ -4,6 +4,7 @@ from functools import partial
 
 from lib.checks import checked
 from lib.layouts.common import PUBLISHED_ACTIVATION, activation, own_layout, prefix_layout, size_from_json, with_defaults
+from lib.layouts.settings import check_settings
 from siglip import SiglipConfig, SiglipModel, SiglipTextConfig, SiglipTextTransformer, SiglipTwoTower, SiglipVisionConfig
 from vit_scratch import pair
 
@@ -13,10 +14,13 @@ SIGLIP_TOWER = {
 }
 SIGLIP_VISION = {**SIGLIP_TOWER, "image_size": 224, "patch_size": 16, "num_channels": 3, "vision_use_head": True}
 SIGLIP_TEXT = {**SIGLIP_TOWER, "vocab_size": 32000, "max_position_embeddings": 64, "projection_size": None}
+# max_image_size, size, use_base_siglip: left by SmolVLM's training code. How to prepare images stands in another file.
+HARMLESS = "tie_word_embeddings max_image_size size use_base_siglip projection_dim"
 
 
 def read_tower(published: dict, config_class, defaults: dict):
     """A SiglipVisionConfig or SiglipTextConfig. defaults: what an absent setting means, and so which settings there are."""
+    check_settings(published, published.get("model_type") or "SigLIP tower", defaults, {}, HARMLESS)
     given = with_defaults(published, defaults)
     settings = {key: size_from_json(given[key]) for key in defaults}
     return checked(config_class, **{**settings, "hidden_act": activation(settings["hidden_act"])})
@@ -51,6 +55,7 @@ def write_siglip_text(config: SiglipTextConfig) -> dict:
 
 
 def read_siglip(published: dict) -> SiglipConfig:
+    check_settings(published, "siglip", ("vision_config", "text_config"), {}, HARMLESS)
     towers = [published.get(key) or {} for key in ("vision_config", "text_config")]
     return checked(SiglipConfig, vision_config=read_vision(towers[0]), text_config=read_siglip_text(towers[1]))
 

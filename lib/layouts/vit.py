@@ -11,6 +11,7 @@ import torch
 
 from lib.checks import checked
 from lib.layouts.common import PUBLISHED_ACTIVATION, Layout, Name, activation, block_names, respell, size_from_json, unusual
+from lib.layouts.settings import check_settings
 from vit_scratch import ViTConfig, ViTModel
 
 # ---- what config.json says -----------------------------------------------------------------------------------------------
@@ -20,9 +21,13 @@ HANDLED = (*SHARED, "num_labels", "intermediate_size", "hidden_act", "layer_norm
 HANDLED += ("attention", "pooling", "position_init", "id2label")
 
 
-def read_settings(published: dict, defaults: dict) -> dict:
-    """The settings that all these towers share, by our names. defaults: what an absent one means."""
+def read_settings(published: dict, kind: str, defaults: dict, more: tuple = (), neutral: dict | None = None) -> dict:
+    """The settings that all these towers share, by our names. defaults: what an absent one means; more, neutral: what this kind
+    has besides (see check_settings)."""
     given = {**defaults, **{key: value for key, value in published.items() if value is not None}}
+    if "head_dim" in published:  # transformers' towers obey it, though their configs do not declare it
+        neutral = {**(neutral or {}), "head_dim": (given["hidden_size"] // given["num_attention_heads"],)}
+    check_settings(published, kind, (*defaults, *more), neutral or {}, HARMLESS)
     settings = {key: size_from_json(given[key]) for key in SHARED}
     return settings | {"hidden_act": activation(given["hidden_act"]), "layer_norm_eps": given["layer_norm_eps"]}
 
@@ -30,15 +35,21 @@ def read_settings(published: dict, defaults: dict) -> dict:
 VIT = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "image_size": 224, "patch_size": 16}
 VIT |= {"num_channels": 3, "hidden_act": "gelu", "layer_norm_eps": 1e-12}
 DINOV2 = {**VIT, "patch_size": 14, "layer_norm_eps": 1e-6}
+REGISTERS = {**DINOV2, "patch_size": 16}
 CLIP = {**VIT, "patch_size": 32, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}
+# Of parts and outputs that are not read: poolers, decoders of masked images, features for backbones, CLIP's projections.
+HARMLESS = "pooler_act pooler_output_size encoder_stride apply_layernorm out_features out_indices reshape_hidden_states"
+HARMLESS += " stage_names use_mask_token projection_dim vocab_size tie_word_embeddings"
 
 
-def read_vit_config(published: dict) -> ViTConfig:
+def read_vit_config(published: dict, pooling: tuple = ("cls",)) -> ViTConfig:
     labels = published.get("id2label")
+    if labels and published.get("num_labels", len(labels)) != len(labels):
+        raise ValueError(f"num_labels is {published['num_labels']}, but id2label names {len(labels)}")
     bare = published.get("architectures") == ["ViTModel"]  # no classifier, as in Google's -in21k
     return checked(
         ViTConfig,
-        **read_settings(published, VIT),
+        **read_settings(published, "vit", VIT, ("intermediate_size", "qkv_bias"), {"pooling": pooling}),
         num_labels=0 if bare else len(labels) if labels else published.get("num_labels", 2),
         intermediate_size=published.get("intermediate_size", 3072),
         qkv_bias=published.get("qkv_bias", True),
@@ -74,7 +85,8 @@ def vit_misfit(config: ViTConfig) -> str:
 def read_dinov2(published: dict, registers: int) -> ViTConfig:
     if published.get("use_swiglu_ffn"):
         raise ValueError("use_swiglu_ffn is true: DINOv2's giant, whose MLP is gated, is not implemented")
-    settings = read_settings(published, DINOV2)
+    kind, defaults = ("dinov2_with_registers", REGISTERS) if registers else ("dinov2", DINOV2)
+    settings = read_settings(published, kind, defaults, ("mlp_ratio", "qkv_bias", "num_register_tokens", "use_swiglu_ffn"))
     return checked(
         ViTConfig,
         **settings,
@@ -109,12 +121,19 @@ def dinov2_misfit(config: ViTConfig, registers: int) -> str:
 def read_clip(published: dict) -> ViTConfig:
     return checked(
         ViTConfig,
-        **read_settings(published, CLIP),
+        **read_settings(published, "clip_vision_model", CLIP, ("intermediate_size",)),
         intermediate_size=published.get("intermediate_size", 3072),
         num_labels=0,
         patch_bias=False,
         pre_norm=True,
     )
+
+
+def read_whole_clip(published: dict) -> ViTConfig:
+    """Old files say in vision_config_dict what holds; transformers lets it replace all of vision_config."""
+    parts = ("vision_config", "text_config", "vision_config_dict", "text_config_dict")
+    check_settings(published, "clip", parts, {}, "projection_dim")
+    return read_clip(published.get("vision_config_dict") or published.get("vision_config") or {})
 
 
 def write_clip(config: ViTConfig) -> dict:
@@ -232,8 +251,8 @@ LAYOUTS = {
     },
     "clip_vision_model": CLIP_LAYOUT,
     "clip": Layout(
-        ViTModel, lambda published: read_clip(published.get("vision_config") or {}), write_clip, clip_names, clean_clip,
+        ViTModel, read_whole_clip, write_clip, clip_names, clean_clip,
         lambda config: "it has a text tower, too",
     ),
-    "vit_scratch": Layout(ViTModel, read_vit_config, write_vit_config, vit_names),
+    "vit_scratch": Layout(ViTModel, partial(read_vit_config, pooling=("cls", "mean")), write_vit_config, vit_names),
 }  # fmt: skip

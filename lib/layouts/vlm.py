@@ -15,6 +15,7 @@ from lib.layouts.gpt2 import LAYOUTS as GPT2_LAYOUTS
 from lib.layouts.llama import DEFAULTS as LLAMA_KINDS
 from lib.layouts.llama import LAYOUTS as LLAMA_LAYOUTS
 from lib.layouts.llama import llama_misfit, read_llama, write_llama
+from lib.layouts.settings import check_settings
 from lib.layouts.siglip import LAYOUTS as SIGLIP_LAYOUTS
 from lib.layouts.siglip import SIGLIP_VISION, read_tower, vision_misfit, write_vision
 from lib.layouts.vit import LAYOUTS as VIT_LAYOUTS
@@ -45,8 +46,10 @@ NO_VLM_PARAMETER = NO_PARAMETER + r"|^(vision_tower|model)\.(vision_model\.)?hea
 
 
 def read_part(published: dict, part: str, known: Sequence[str]) -> dict:
-    """vision_config or text_config. Raises ValueError where it is of a kind that is not implemented."""
-    config = published.get(part) or {}
+    """vision_config or text_config. Raises ValueError where it is absent or of a kind that is not implemented."""
+    config = published.get(part)
+    if config is None:
+        raise ValueError(f"it has no {part}")
     kind = config.get("model_type")
     if kind is not None and kind not in known:
         raise ValueError(f"{part} is a {kind}: only {' or '.join(known)} is implemented")
@@ -80,10 +83,15 @@ def bare(config):
     return replace(config, **({"vision_use_head": False} if isinstance(config, SiglipVisionConfig) else {"num_labels": 0}))
 
 
+LLAVA_READ = ("vision_config", "text_config", "vision_feature_layer", "vision_feature_select_strategy", "image_token_id")
+LLAVA_READ += ("image_token_index", "projector_hidden_act", "multimodal_projector_bias", "tie_word_embeddings")
+
+
 def read_llava(published: dict) -> MLLAMAConfig:
+    check_settings(published, "llava", LLAVA_READ, {"is_causal": (True,)}, "image_seq_length vocab_size")
     given = with_defaults(published, {"vision_feature_layer": -2, "vision_feature_select_strategy": "default"})
     tower, decoder = part_kinds(given)
-    vision, text = given.get("vision_config") or {}, given.get("text_config") or {}
+    vision, text = given["vision_config"], given["text_config"]
     strategy, expected = given["vision_feature_select_strategy"], "full" if tower.startswith("siglip") else "default"
     if strategy != expected:
         why = "which drops the first patch of a tower without a class token" if expected == "full" else "with the class token"
@@ -213,7 +221,9 @@ MOST_PATCHES = 4096  # a side: the published models have 64 at most
 IDEFICS3_KINDS = ("idefics3_vision", "idefics3", "smolvlm_vision", "smolvlm")  # Idefics3's own name for SigLIP's tower
 
 
-def read_idefics3(published: dict) -> MLLAMAConfig:
+def read_idefics3(published: dict, kind: str) -> MLLAMAConfig:
+    read = ("vision_config", "text_config", "scale_factor", "image_token_id", "tie_word_embeddings")
+    check_settings(published, kind, read, {"is_causal": (True,)}, "vocab_size image_seq_len")
     vision = read_part(published, "vision_config", IDEFICS3_KINDS)
     text = read_part(published, "text_config", ("llama",))
     given = with_defaults(published, {"scale_factor": 2, "image_token_id": 128257, "tie_word_embeddings": False})
@@ -271,7 +281,7 @@ PART_CLASSES = {"vision_config": (SiglipVisionConfig, ViTConfig), "text_config":
 
 
 def read_own(published: dict) -> MLLAMAConfig:
-    settings = own_settings(published, MLLAMAConfig)
+    settings = own_settings(published, MLLAMAConfig, "fusion")
     for name, classes in PART_CLASSES.items():  # what a part is stands beside its settings; older files have SigLIP and LLaMA
         part = dict(settings[name])
         settings[name] = part = {key: value for key, value in part.items() if key != "class"}
@@ -314,7 +324,7 @@ LAYOUTS = {
     ),
     **{
         kind: prefix_layout(
-            MllamaForConditionalGeneration, read_idefics3, partial(write_idefics3, kind=kind, name=name),
+            MllamaForConditionalGeneration, partial(read_idefics3, kind=kind), partial(write_idefics3, kind=kind, name=name),
             IDEFICS3_PREFIXES, None, NO_VLM_PARAMETER, misfit=idefics3_misfit, modules=IDEFICS3_PREFIXES,
         )
         for kind, name in (("idefics3", "Idefics3"), ("smolvlm", "SmolVLM"))
