@@ -29,7 +29,7 @@ from data.features import FrozenFeatures
 from data.image_cache import ImageCache
 from data.llava import LlavaRows
 from data.llava_batches import LlavaBatches, ShardBatches
-from data.rows import FIRST_ROWS, is_sharded, load_rows, some
+from data.rows import FIRST_ROWS, load_rows, some, streams
 from data.shards import ShardImages
 from data.warp import GEOMETRY, warp
 from lib.answers import Item, prompt_ids, row_items
@@ -101,8 +101,8 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if not args.data:
         parser.error("--data FILE.json is missing, or shards: 'DIR/shard-*.tar'")
-    if is_sharded(args.data) and (not args.test_data or args.cache_features is not None):
-        parser.error(f"--data {args.data}: shards need --test-data FILE.json, and are too many for --cache-features")
+    if streams(args) and args.cache_features is not None:
+        parser.error(f"--data {args.data} with --test-data is read from front to back: leave out --cache-features")
     args.out = args.out or f"runs/vlm-own{'-blind' if args.blind else ''}"
     args.freeze = None if args.freeze is None else sorted(set(args.freeze.split(",")) - {"none", ""})
     if set(args.freeze or ()) - {"vision", "lm"}:
@@ -271,7 +271,7 @@ def train_only(learner: Learner, stage: Stage, args) -> list[dict]:
 def conversations(args, run: Run, rows, model, processor, common: dict) -> LlavaBatches:
     """Batches for stages 2 and 3."""
     settings = processor.image_size, processor.image_mean, processor.image_std, processor.resample, processor.do_pad_square
-    sharded, frozen, features = is_sharded(args.data), "vision" in frozen_parts(args, common), None
+    sharded, frozen, features = streams(args), "vision" in frozen_parts(args, common), None
     images = (ShardImages if sharded else ImageCache)(*settings)
     if args.cache_features is not None and not frozen:
         raise ValueError("--cache-features: the vision tower is trained, so its features change: add --freeze vision")
@@ -330,8 +330,8 @@ def main(argv=None) -> None:
 
     # ---- data, model ----
     rows, test_rows = load_rows(args, run)
-    first = rows.head(FIRST_ROWS) if is_sharded(args.data) else rows
-    common = {} if is_sharded(args.data) else common_questions(rows)
+    first = rows.head(FIRST_ROWS) if streams(args) else rows
+    common = {} if streams(args) else common_questions(rows)
     model, processor = build(args, [message["content"] for row in first for message in row.messages])
     if model.config.text_config.vocab_size > LARGE_VOCABULARY:
         model.language_model.token_loss = chunked_cross_entropy

@@ -127,16 +127,11 @@ def add_image_tokens_to_prompts(prompts: Sequence[str], num_image_token: int, ar
 
 
 def to_messages(conversation) -> list[dict[str, str]]:
-    """A LLaVA-style row, or turns {"from", "value"} or {"role", "content"}, as turns of the last kind. Raises ValueError."""
-    turns = conversation.get("conversations") if isinstance(conversation, dict) else conversation
-    try:
-        turns = [(t.get("role") or t["from"], t["content"] if "content" in t else t["value"]) for t in turns]
-    except (TypeError, AttributeError, KeyError):
-        turns = []
-    if not turns or not all(role in ROLES and isinstance(text, str) for role, text in turns):
-        wanted = '{"from": "human" or "gpt", "value": text} or {"role": "user" or "assistant", "content": text}'
-        raise ValueError(f"{conversation!r:.200} is not a conversation: give a list of turns, each {wanted}")
-    return [{"role": ROLES[role], "content": text} for role, text in turns]
+    """A row, or the turns of a conversation, in any spelling that data/spellings.py reads, as turns {"role", "content"}. Raises
+    ValueError."""
+    from data.spellings import conversation_of
+
+    return conversation_of(conversation)
 
 
 def images_per_prompt(images, named: Sequence[int]) -> list[list]:

@@ -23,8 +23,9 @@ from PIL import Image
 from data.archives import DAMAGED, open_archive
 from data.datasets import load_images
 from data.folders import arrange
-from data.llava import kind_of, parsed
+from data.row_files import parsed
 from data.scenes import MIX, SPLITS, make_scenes, questions
+from data.spellings import kind_of
 from lib.cli import not_negative_int, positive_int, run_cli
 from lib.files import new_folder, one_line, write_json
 from processing_mllama import IMAGE_TOKEN

@@ -52,6 +52,7 @@ class _Plan:
     folders: set[str] = field(default_factory=set)  # classes that have a folder, maybe an empty one
     skipped: list[tuple[str, str]] = field(default_factory=list)  # (entry, reason)
     notes: list[str] = field(default_factory=list)
+    has_parts: bool = False  # the files say themselves what is the test part
 
 
 def arrange(entries: dict[str, int], split_seed: int) -> _Plan:
@@ -91,7 +92,8 @@ def arrange(entries: dict[str, int], split_seed: int) -> _Plan:
             raise ValueError(
                 f"classes {name!r} and {spellings[name.casefold()]!r} differ only in case: rename one folder"
             )
-    if not (has_parts and test):
+    plan.has_parts = bool(has_parts and test)
+    if not plan.has_parts:
         plan.files = _split(plan.files, split_seed)
     elif unused:
         plan.notes.append(f"{', '.join(sorted(unused))} left alone: {test}/ is the test part")

@@ -1,18 +1,21 @@
-"""LLaVA-style JSON, the interchange format of visual conversations: checked before training, read without surprises after.
+"""Conversations about images, checked before training, read without surprises after.
 
     rows = LlavaRows.read("train.json", "images")            # every row is checked now, not at hour three
     print(rows.report())                                     # rows, usable rows, the first ten problems
     train, held_out = rows.split(0.1, seed=0)                # no image is on both sides
 
-The file is a list of {"id", "image": name, [names] or absent, "conversations": [{"from": "human" | "gpt" | "system", "value":
-text}, ...]} (Liu et al. 2023, Visual Instruction Tuning), or .jsonl with one such object a line. Each <image> in the texts
-is one of the row's images, in order. Beside that we know "kinds", one word a question, by which evaluation sorts its scores.
-Rows are counted from 1; those of a .jsonl are its lines. check.py is the command that reports on a file, convert.py makes some.
+The format that all others are read as is LLaVA's JSON: a list of {"id", "image": name, [names] or absent, "conversations":
+[{"from": "human" | "gpt" | "system", "value": text}, ...]} (Liu et al. 2023, Visual Instruction Tuning). Each <image> in the
+texts is one of the row's images, in order. Beside that we know "kinds", one word a question, by which evaluation sorts its
+scores; "accepted", for each question a list of other right answers; "isolated": true, where questions are asked apart from each
+other. What else is read: data/spellings.py (rows), data/row_files.py (files). Rows are counted from 1; those of a .jsonl or
+.csv are its lines. check.py is the command that reports on a file, convert.py makes some.
 """
 
-import json
+import io
 import os
 import stat
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PureWindowsPath
@@ -22,20 +25,18 @@ from PIL import Image
 from tqdm import tqdm
 
 from data.images import FORMATS, decoding_threads
+from data.row_files import RowFile, is_streamed, keep_image, read_file
+from data.spellings import Row, RowError, read_row
 from lib.files import one_line
-from processing_mllama import IMAGE_TOKEN, MAX_ASPECT, ROLES
+from processing_mllama import IMAGE_TOKEN, MAX_ASPECT
 
 # ---- one row ---------------------------------------------------------------------------------------------------------
 
 
-class RowError(ValueError):
-    """(field, what): what makes a row unusable."""
-
-
 @dataclass(frozen=True)
 class LlavaRow:
-    """A conversation that passed all checks. Each image has its <image> in the messages: where the file names none for its
-    one image, the first question begins with it, as the processor would have it, so that rows of both sorts share a batch.
+    """A conversation that passed all checks. Each image has its <image> in the messages: where the file names none, the first
+    question begins with them, as the processor would have it, so that rows of both sorts share a batch.
     """
 
     number: int  # in the file, from 1
@@ -43,94 +44,37 @@ class LlavaRow:
     images: tuple[Path, ...]
     messages: list[dict[str, str]]  # {"role": "system", "user" or "assistant", "content": text}
     kinds: tuple[str, ...] | None  # one per question
+    accepted: tuple[tuple[str, ...], ...] | None = None  # for each question, what else is right
+    isolated: bool = False  # its questions are asked apart from each other: captions of one image
+
+    @classmethod
+    def of(cls, number: int, row: Row, images: Iterable) -> "LlavaRow":
+        name = str(number) if row.id is None else row.id
+        return cls(number, name, tuple(images), row.messages, row.kinds, row.accepted, row.isolated)
+
+    @property
+    def conversations(self) -> list[list[dict[str, str]]]:
+        """What is learned from it: the conversation, or one for each of its isolated questions."""
+        return isolated_turns(self.messages) if self.isolated else [self.messages]
 
 
-def kind_of(value) -> str:
-    """What a JSON value is, in words. Its content stays out of it: that may be long, or nested without end."""
-    names = {type(None): "missing", bool: "true or false", str: "a text", list: "a list", dict: "an object"}
-    return names.get(type(value), "a number")
-
-
-def checked_text(field: str, value) -> str:
-    if not isinstance(value, str):
-        raise RowError(field, f"is {kind_of(value)}: a text was expected")
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise RowError(field, "holds half of a surrogate pair, which is no text") from None
-    return value
-
-
-def checked_messages(turns) -> list[dict[str, str]]:
-    """Perhaps a system turn, then alternating human and gpt, to the last answer. Raises RowError."""
-    if not isinstance(turns, list) or not turns:
-        raise RowError("conversations", f"is {'empty' if turns == [] else kind_of(turns)}: a list of turns was expected")
-    messages, expected = [], ("system", "user")
-    for k, turn in enumerate(turns):
-        field = f"conversations[{k}]"
-        if not isinstance(turn, dict):
-            raise RowError(field, f'is {kind_of(turn)}: {{"from": ..., "value": ...}} was expected')
-        who = checked_text(f"{field}.from", turn.get("from"))
-        text = checked_text(f"{field}.value", turn.get("value"))
-        role = ROLES.get(who)
-        if role is None:
-            raise RowError(f"{field}.from", f"is {who[:40]!r}: human, gpt or system was expected")
-        if role not in expected:
-            raise RowError(f"{field}.from", f"is {who!r}, out of turn: first system or not, then alternating human and gpt")
-        if role == "assistant" and not text.strip():
-            raise RowError(f"{field}.value", "is an empty answer")
-        if role == "assistant" and IMAGE_TOKEN in text:
-            raise RowError(f"{field}.value", f"has {IMAGE_TOKEN} in an answer: images belong to questions")
-        messages.append({"role": role, "content": text})
-        expected = ("assistant",) if role == "user" else ("user",)
-    if role != "assistant":
-        raise RowError(field, "has no answer: the last turn must be gpt's")
-    return messages
-
-
-def checked_path(field: str, name, folder: Path) -> Path:
+def checked_path(field: str, name: str, folder: Path) -> Path:
     """Where the image lies. Links inside the folder may lead out of it: they are its owner's. Raises RowError."""
-    name = checked_text(field, name)
     if not name or "\0" in name:
         raise RowError(field, f"is {name[:40]!r}: the name of an image was expected")
+    if "\\" in name and not os.path.lexists(folder / name):  # written on Windows
+        if PureWindowsPath(name).drive:
+            raise RowError(field, f"is {name[:80]!r}, an absolute path: name it from the images folder on")
+        name = name.replace("\\", "/")
     if os.path.isabs(name) or PureWindowsPath(name).is_absolute():
-        raise RowError(field, f"is {name[:80]!r}, an absolute path: name it from the images folder on")
+        inside = os.path.relpath(os.path.normpath(name), os.path.abspath(folder))
+        if inside.split(os.sep)[0] == os.pardir:
+            raise RowError(field, f"is {name[:80]!r}, an absolute path outside {folder}: pass --images with a folder above it")
+        return folder / inside
     inside = os.path.normpath(name)
     if inside.split(os.sep)[0] == os.pardir or os.path.isabs(inside):
         raise RowError(field, f"is {name[:80]!r}, which leaves the images folder")
     return folder / inside
-
-
-def checked_row(number: int, raw, folder: Path) -> LlavaRow:
-    """A row of the file, its images not yet opened. Raises RowError."""
-    if not isinstance(raw, dict):
-        raise RowError("row", f"is {kind_of(raw)}: an object was expected")
-    name = number if raw.get("id") is None else raw["id"]
-    if not isinstance(name, (str, int)) or isinstance(name, bool):
-        raise RowError("id", f"is {kind_of(name)}: a text or a number was expected")
-    messages = checked_messages(raw.get("conversations"))
-    match raw.get("image"):
-        case None:
-            images = ()
-        case list() as names:
-            images = tuple(checked_path(f"image[{k}]", one, folder) for k, one in enumerate(names))
-        case one:
-            images = (checked_path("image", one, folder),)
-    places = count_images(messages)
-    if len(images) == 1 and not places:
-        first = next(message for message in messages if message["role"] == "user")
-        first["content"] = IMAGE_TOKEN + first["content"]
-    elif len(images) != places:
-        raise RowError("image", f"there are {len(images)} images, but the conversation says {IMAGE_TOKEN} {places} times")
-    kinds = raw.get("kinds")
-    if kinds is not None:
-        if not isinstance(kinds, list):
-            raise RowError("kinds", f"is {kind_of(kinds)}: a list of texts was expected")
-        kinds = tuple(checked_text(f"kinds[{k}]", kind) for k, kind in enumerate(kinds))
-        asked = sum(message["role"] == "user" for message in messages)
-        if len(kinds) != asked:
-            raise RowError("kinds", f"there are {len(kinds)} kinds for {asked} questions")
-    return LlavaRow(number, str(name), images, messages, kinds)
 
 
 def count_images(messages: Iterable[dict[str, str]]) -> int:
@@ -164,7 +108,7 @@ def questions_of_row(row: LlavaRow, isolated: bool = False) -> list[tuple[list[d
     Earlier questions and their true answers are among the messages, unless isolated (see isolated_turns). The images that go
     with the messages are row.images[: count_images(messages)].
     """
-    turns = isolated_turns(row.messages) if isolated else [row.messages]
+    turns = isolated_turns(row.messages) if isolated else row.conversations
     asked = [
         (turn[:k], turn[k]["content"]) for turn in turns for k, message in enumerate(turn) if message["role"] == "assistant"
     ]
@@ -175,56 +119,27 @@ def questions_of_row(row: LlavaRow, isolated: bool = False) -> list[tuple[list[d
 # ---- all rows --------------------------------------------------------------------------------------------------------
 
 
-def parsed(data: bytes):
-    """JSON from bytes. Raises ValueError with the reason."""
-    try:
-        return json.loads(data.decode("utf-8-sig"))
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
+def find_images(folder: Path, rows: Iterable[Row]) -> Path:
+    """The folder of the rows' file or its "images", whichever holds more of the first hundred images that are named."""
+    named = [name for row in rows for name in row.images if isinstance(name, str)][:100]
+    names = [name.replace("\\", "/") for name in named]
+    return max((folder, folder / "images"), key=lambda where: sum(os.path.isfile(os.path.join(where, one)) for one in names))
 
 
-def read_rows(path: Path) -> tuple[list[tuple[int, object]], list[tuple[int, str, str]]]:
-    """(number, row) of all that can be parsed, and the problems of lines that cannot. Raises ValueError for a file that is
-    no JSON list; in a .jsonl only the line that is damaged, such as a last one cut short, is lost."""
-    data = path.read_bytes()
-    if path.suffix.lower() == ".jsonl":
-        rows, problems = [], []
-        for number, line in enumerate(data.split(b"\n"), start=1):
-            if line.strip():
-                try:
-                    rows.append((number, parsed(line)))
-                except ValueError as error:
-                    problems.append((number, "line", f"is damaged or cut off ({one_line(error)})"))
-        return rows, problems
-    try:
-        rows = parsed(data)
-    except ValueError as error:
-        hint = (
-            "one object a line? Then name it .jsonl" if "Extra data" in str(error) else "it is damaged or cut off, get it again"
-        )
-        raise ValueError(f"{path} is not valid JSON ({one_line(error)}): {hint}") from None
-    if not isinstance(rows, list):
-        raise ValueError(f"{path} holds {kind_of(rows)}, not a list of rows: is it LLaVA-style JSON?")
-    return list(enumerate(rows, start=1)), []
-
-
-def find_images(folder: Path, rows: Iterable[dict]) -> Path:
-    """The folder of the JSON file or its "images", whichever holds more of the first hundred images that are named."""
-    named = [row["image"] for row in rows if isinstance(row, dict) and isinstance(row.get("image"), (str, list))]
-    named = [one for name in named[:100] for one in ([name] if isinstance(name, str) else name[:1]) if isinstance(one, str)]
-    return max((folder, folder / "images"), key=lambda where: sum(os.path.isfile(os.path.join(where, one)) for one in named))
-
-
-def header_problem(path: Path) -> str | None:
+def header_problem(image: Path | bytes) -> str | None:
     """Why an image can be of no use, by its header alone: damage further on shows when ImageCache decodes it."""
     try:
-        about = path.stat()
-        if not stat.S_ISREG(about.st_mode):
-            return "is not a file"
-        if not about.st_size:
+        if isinstance(image, Path):
+            about = image.stat()
+            if not stat.S_ISREG(about.st_mode):
+                return "is not a file"
+            size = about.st_size
+        else:
+            size, image = len(image), io.BytesIO(image)
+        if not size:
             return "is empty (0 bytes)"
-        with Image.open(path, formats=FORMATS) as image:
-            width, height = image.size
+        with Image.open(image, formats=FORMATS) as opened:
+            width, height = opened.size
     except Image.UnidentifiedImageError:
         return "is not an image in a format that is read here"
     except FileNotFoundError:
@@ -244,6 +159,60 @@ def size_problem(width: int, height: int) -> str | None:
     return None
 
 
+def spelled_rows(file: RowFile, notes: Counter) -> list[tuple[int, Row]]:
+    """(number, row) of those that can be read; file.problems gains those of the others. Images that are no files of their own
+    become some, in the cache folder. notes: see read_row."""
+    found = []
+    for number, raw in file.rows:
+        try:
+            if isinstance(raw, RowError):
+                raise raw
+            row = raw if isinstance(raw, Row) else read_row(raw, notes)
+            found.append((number, row._replace(images=[kept(image, k, row) for k, image in enumerate(row.images)])))
+        except RowError as wrong:
+            file.problems.append((number, *wrong.args))
+    return found
+
+
+def field_of(k: int, images: Sequence) -> str:
+    return "image" if len(images) == 1 else f"image[{k}]"
+
+
+def kept(image: str | bytes, k: int, row: Row) -> str | Path:
+    """The file of an image that is bytes; a name as it is. Raises RowError."""
+    if isinstance(image, bytes) and (problem := header_problem(image)):
+        raise RowError(field_of(k, row.images), problem)
+    return keep_image(image) if isinstance(image, bytes) else image
+
+
+def with_whole_images(rows: Sequence[LlavaRow], folder: Path, progress: bool):
+    """(the rows whose images' headers are whole, the problems of the others)."""
+    paths = list(dict.fromkeys(path for row in rows for path in row.images))
+    with decoding_threads(16) as pool:
+        found = pool.map(header_problem, paths)
+        found = list(tqdm(found, "checking", len(paths), unit=" images", disable=not progress))
+    bad, usable, problems = {path: what for path, what in zip(paths, found, strict=True) if what}, [], []
+    for row in rows:
+        k = next((k for k, path in enumerate(row.images) if path in bad), None)
+        if k is None:
+            usable.append(row)
+        else:
+            name = os.path.relpath(row.images[k], folder)
+            problems.append((row.number, field_of(k, row.images), f"{name[:80]!r} {bad[row.images[k]]}"))
+    return usable, problems
+
+
+def problem_lines(form: str, problems: Sequence[tuple], most: int = 10) -> list[str]:
+    """The first of them, a line each, and how many more there are."""
+    lines = [form.format(*problem) for problem in problems[:most]]
+    return lines + [f"and {len(problems) - most:,} more"] * (len(problems) > most)
+
+
+def noted(notes: Counter) -> tuple[str, ...]:
+    """A line for each sort of note, the most frequent first."""
+    return tuple(f"{count:,} rows: {what}" for what, count in notes.most_common())
+
+
 @dataclass(frozen=True)
 class LlavaRows(Sequence):
     """The usable rows of a file, and why the others are not: the first problem of each."""
@@ -253,52 +222,43 @@ class LlavaRows(Sequence):
     rows: list[LlavaRow]
     total: int  # rows in the file
     problems: list[tuple[int, str, str]]  # (row number, field, what)
+    notes: tuple[str, ...] = ()  # what was read otherwise than it is written, and which keys are not used
 
     @classmethod
-    def read(cls, json_path: str | Path, images_dir: str | Path | None = None, progress: bool = False) -> "LlavaRows":
-        """Checks every row and opens every image's header. images_dir: see find_images for what it is by default.
+    def read(cls, source: str | Path, images_dir: str | Path | None = None, progress: bool = False) -> "LlavaRows":
+        """Checks every row and opens every image's header. source: see data/row_files.py. images_dir: see find_images for what
+        it is by default. Images that are no files of their own are written to the cache folder (keep_image).
 
-        Raises FileNotFoundError for a file or folder that is not there, ValueError for one that is no JSON list or has no
-        usable row. Everything else is in `problems`.
+        Raises FileNotFoundError for a file or folder that is not there, ValueError for one that has no usable row. Everything
+        else is in `problems`.
         """
-        source = Path(json_path)
-        if not source.exists():
-            raise FileNotFoundError(f"{source} does not exist: name a LLaVA-style .json or .jsonl file")
-        if not source.is_file():
-            raise ValueError(f"{source} is not a file: name a LLaVA-style .json or .jsonl file")
-        raw, problems = read_rows(source)
-        folder = find_images(source.parent, (row for _, row in raw)) if images_dir is None else Path(images_dir)
+        from data.rows import open_streamed
+
+        notes, name = Counter(), Path(source).name
+        file = open_streamed(source, images_dir).whole(progress) if is_streamed(source) else read_file(Path(source))
+        spelled, found = spelled_rows(file, notes), []
+        folder = find_images(file.folder, (row for _, row in spelled)) if images_dir is None else Path(images_dir)
         if not folder.is_dir():
-            raise FileNotFoundError(f"{folder} is no folder: name the one that the images in {source.name} lie in")
-        total, rows = len(raw) + len(problems), []
-        for number, row in raw:
+            raise FileNotFoundError(f"{folder} is no folder: name the one that the images in {name} lie in")
+        total, problems = len(spelled) + len(file.problems), file.problems
+        for number, row in spelled:
             try:
-                rows.append(checked_row(number, row, folder))
+                places = [image if isinstance(image, Path) else checked_path(field_of(k, row.images), image, folder)
+                          for k, image in enumerate(row.images)]  # fmt: skip
+                found.append(LlavaRow.of(number, row, places))
             except RowError as wrong:
                 problems.append((number, *wrong.args))
-        paths = list(dict.fromkeys(path for row in rows for path in row.images))
-        with decoding_threads(16) as pool:
-            found = pool.map(header_problem, paths)
-            found = list(tqdm(found, "checking", len(paths), unit=" images", disable=not progress))
-        bad, usable = {path: what for path, what in zip(paths, found, strict=True) if what}, []
-        for row in rows:
-            k = next((k for k, path in enumerate(row.images) if path in bad), None)
-            if k is None:
-                usable.append(row)
-            else:
-                field = "image" if len(row.images) == 1 else f"image[{k}]"
-                problems.append((row.number, field, f"{str(row.images[k].relative_to(folder))[:80]!r} {bad[row.images[k]]}"))
-        problems.sort(key=lambda problem: problem[0])
+        usable, unusable = with_whole_images(found, folder, progress)
+        problems = sorted(problems + unusable, key=lambda problem: problem[0])
         if not usable:
             first = "; the first, row {}, {}: {}".format(*problems[0]) if problems else ""
             raise ValueError(f"{source} has {total} rows and none is usable{first}")
-        return cls(source, folder, usable, total, problems)
+        return cls(Path(source), folder, usable, total, problems, (*file.notes, *noted(notes)))
 
     def report(self) -> str:
-        """What is in the file, in up to twelve lines."""
+        """What is in the file, in up to twelve lines, and one for each sort of thing that was read otherwise than written."""
         lines = [f"{self.source}: {self.total:,} rows, {self.total - len(self.problems):,} usable, images in {self.folder}"]
-        lines += ["row {}, {}: {}".format(*problem) for problem in self.problems[:10]]
-        return "\n".join(lines + [f"and {len(self.problems) - 10:,} more"] * (len(self.problems) > 10))
+        return "\n".join(lines + problem_lines("row {}, {}: {}", self.problems) + list(self.notes))
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -86,7 +86,7 @@ class LlavaBatches(InOrder):
 
     def sample(self, row: LlavaRow) -> Sample | None:
         """The row's ids and labels, or None if it is too long."""
-        conversations = isolated_turns(row.messages) if self.isolated else [row.messages]
+        conversations = isolated_turns(row.messages) if self.isolated else row.conversations
         sample = encode_sample(self.processor, conversations, len(row.images))
         if len(sample) <= self.length and sample.depth <= self.context:
             return sample

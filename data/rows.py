@@ -1,35 +1,68 @@
-"""The rows of a run on one's own data: those of a LLaVA-style file or of shards, and held-out ones.
+"""The rows of a run on one's own data: those of a file or a folder, read whole or from front to back, and held-out ones.
 
-    rows, test_rows = load_rows(args, run)             # --data, --images, --test-data or --test-part
+rows, test_rows = load_rows(args, run)             # --data, --images, --test-data or --test-part
 """
 
 import random
+from pathlib import Path
 
 from data.llava import LlavaRows
+from data.row_files import is_streamed
 from data.shards import Shards
+from data.streamed import StreamedRows
+from data.tables import Tables
 
-FIRST_ROWS = 5000  # of shards: what a tokenizer is trained on
-
-
-def is_sharded(data: str) -> bool:
-    """Whether --data names shards, and no file."""
-    return data.endswith(".tar")
+FIRST_ROWS = 5000  # of rows that are streamed: what a tokenizer is trained on
+LARGEST_WHOLE = 1 << 32  # bytes of such files that are read whole, for a part of them to be held out
 
 
-def load_rows(args, run) -> tuple[LlavaRows | Shards, LlavaRows]:
+def streams(args) -> bool:
+    """Whether training reads --data from front to back: tars and tables, where --test-data says what is held out."""
+    return is_streamed(args.data) and bool(args.test_data)
+
+
+def open_streamed(source, images_dir=None, index: Path | None = None, progress: bool = False) -> StreamedRows:
+    """Shards or tables. images_dir: of images that tables only name; index: see Shards.open. Raises ValueError or an OSError
+    where they hold nothing."""
+    return Shards.open(source, index, progress) if str(source).endswith(".tar") else Tables.open(source, images_dir)
+
+
+def load_rows(args, run) -> tuple[LlavaRows | StreamedRows, LlavaRows]:
     """(training, held-out) rows, after saying what is wrong with the others. Raises ValueError or an OSError where there is
     nothing to train on."""
-    if is_sharded(args.data):
+    if streams(args):
         with run.main_first():
-            rows = Shards.open(args.data, None if args.dry_run else run.folder / "shards.npz", run.is_main)
+            rows = open_streamed(args.data, args.images, None if args.dry_run else run.folder / "shards.npz", run.is_main)
+        check_first(rows)
     else:
-        rows = LlavaRows.read(args.data, args.images, run.is_main)
+        if is_streamed(args.data):
+            check_size(args.data)
+        with run.main_first():  # it writes the images that are no files of their own
+            rows = LlavaRows.read(args.data, args.images, run.is_main)
     run.print(rows.report())
     if args.test_data:
         test = LlavaRows.read(args.test_data, args.images, run.is_main)
         run.print(test.report())
         return rows, test
     return rows.split(args.test_part, args.seed)
+
+
+def check_first(rows: StreamedRows, count: int = 100) -> None:
+    """Raises ValueError where not one of the first rows is usable: then hardly any other is."""
+    lost = {}
+    if not any(row for row in rows.read(range(min(count, len(rows))), lost)):
+        place, why = next(iter(lost.items()))
+        raise ValueError(f"{rows.source}: none of the first {len(lost)} rows is usable; {place}: {why}")
+
+
+def check_size(source: str) -> None:
+    """Raises ValueError where tars or tables are too large to be read whole."""
+    size = sum(path.stat().st_size for path in open_streamed(source).paths)
+    if size > LARGEST_WHOLE:
+        raise ValueError(
+            f"--data {source} holds {size / 1e9:.1f} GB: pass --test-data, and it is read from front to back; without, it is "
+            f"read whole for --test-part to be held out, up to {LARGEST_WHOLE / 1e9:.1f} GB"
+        )
 
 
 def some(rows: LlavaRows, count: int) -> LlavaRows:

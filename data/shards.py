@@ -14,14 +14,13 @@ shard_stream.py draws batches from them.
 
 import argparse
 import contextlib
-import glob
-import hashlib
 import io
 import itertools
 import json
 import sys
 import tarfile
 import zipfile
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -34,9 +33,12 @@ from tqdm import tqdm
 
 from data.image_cache import ImageCache
 from data.images import decoding_threads
-from data.llava import LlavaRow, LlavaRows, RowError, checked_row, image_groups, parsed
+from data.llava import LlavaRow, LlavaRows, image_groups
+from data.row_files import decoded, merged
+from data.spellings import RowError, read_row
+from data.streamed import ShardImage, StreamedRows
 from lib.cli import positive_int, run_cli
-from lib.files import new_folder, one_line, write_atomic, write_json
+from lib.files import matching_files, new_folder, one_line, write_atomic, write_json
 from processing_mllama import ROLES, normalize, rescale, to_pixels
 
 SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "ico", "jp2", "avif", "img")  # of images
@@ -83,8 +85,8 @@ def scan(path: Path) -> tuple[np.ndarray, list[str]]:
                 continue
             if end > size:
                 problems.append(f"{key} is cut off")
-            elif "json" not in suffixes:
-                problems.append(f"{key} has no .json")
+            elif not {"json", "txt"} & {*suffixes}:
+                problems.append(f"{key} has no .json or .txt")
             elif end - start > LARGEST_ROW:
                 problems.append(f"{key} has {end - start:,} bytes, more than {LARGEST_ROW:,}")
             else:
@@ -101,52 +103,39 @@ def scan(path: Path) -> tuple[np.ndarray, list[str]]:
     return np.array(rows, dtype=np.int64).reshape(-1, 2), problems
 
 
-@dataclass(eq=False)
-class ShardImage:
-    """An image of a row: its file's bytes, and once it was decoded its pixels, uint8 [3, S, S], in their place."""
-
-    name: str  # shard/member
-    data: bytes
-    pixels: torch.Tensor | None = None
-
-
-def row_of(data: bytes, shard: Path, number: int) -> LlavaRow:
-    """A row from its part of the shard, its images as ShardImage objects. Raises RowError, ValueError and TarError."""
+def members_of_row(data: bytes) -> tuple[dict, list[tuple[str, bytes]]]:
+    """(what a part of a shard says of its row, (name, content) of its images). Raises ValueError and TarError."""
     with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
         plain = (member for member in tar if member.isreg() and not member.issparse())
         members = [(member.name, tar.extractfile(member).read()) for member in plain]
-    raw = next((parsed(content) for name, content in members if (split_name(name) or ("", ""))[1] == "json"), None)
-    images = [(name, content) for name, content in members if name.rpartition(".")[2].lower() in SUFFIXES]
-    if isinstance(raw, dict):
-        named = raw.get("image") or []
-        named = [named] if isinstance(named, str) else named
-        if isinstance(named, list) and len(named) > len(images):
-            raise RowError("image", f"there are {len(named)} named and {len(images)} in the shard")
-        raw["image"] = [str(k) for k in range(len(images))] or None
-    row = checked_row(number, raw, Path())
-    return replace(row, images=tuple(ShardImage(f"{shard.name}/{name}", content) for name, content in images))
+    said = {(split_name(name) or ("", ""))[1]: content for name, content in members}
+    raw = merged(said.get("json"), None if "txt" not in said else decoded(said["txt"])[0])
+    return raw, [(name, content) for name, content in members if name.rpartition(".")[2].lower() in SUFFIXES]
+
+
+def row_of(data: bytes, shard: Path, number: int, notes: Counter) -> LlavaRow:
+    """A row from its part of the shard, its images as ShardImage objects. Raises RowError, ValueError and TarError."""
+    raw, images = members_of_row(data)
+    row = read_row(raw, notes, [content for _, content in images])
+    names = {content: f"{shard.name}/{name}" for name, content in images}
+    return LlavaRow.of(number, row, (ShardImage(names[content], content) for content in row.images))
 
 
 # ---- all shards ------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Shards:
+class Shards(StreamedRows):
     """Where the rows of many shards are, and what is wrong with them as far as headers tell."""
 
-    source: str
-    paths: list[Path]
     spans: np.ndarray  # int64 [rows, 2]: bytes of its shard
-    starts: np.ndarray  # int64 [shards + 1]: the first row of each
-    problems: list[tuple[str, str]]  # (shard, what)
+    called = "shards"
 
     @classmethod
     def open(cls, pattern: str | Path, index: Path | None = None, progress: bool = False) -> "Shards":
         """All files that the pattern names, in the order of their names. index: a file that keeps what was found in them, for
         as long as they stay as they are. Raises FileNotFoundError where there are none, ValueError where no row is whole."""
-        paths = [Path(path) for path in sorted(glob.glob(str(pattern)))]
-        if not paths:
-            raise FileNotFoundError(f"{pattern} names no file: give shards as 'DIR/shard-*.tar', in quotes")
+        paths = matching_files(pattern)
         facts = json.dumps([(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in paths])
         known = read_index(index, facts) if index else None
         if known is None:
@@ -156,7 +145,7 @@ class Shards:
             spans = np.concatenate([rows for rows, _ in found])
             starts = np.cumsum([0, *(len(rows) for rows, _ in found)])
             problems = [(path.name, what) for path, (_, wrong) in zip(paths, found, strict=True) for what in wrong]
-            known = spans, starts, problems
+            known = starts, problems, spans
             if index:
                 write_atomic(index, partial(write_index, facts, *known))
         shards = cls(str(pattern), paths, *known)
@@ -165,23 +154,12 @@ class Shards:
             raise ValueError(f"{pattern}: no shard holds a row that is whole{first}")
         return shards
 
-    def __len__(self) -> int:
-        return len(self.spans)
-
     @property
-    def fingerprint(self) -> str:
-        """Of the rows' places, by which a resumed run knows its data."""
-        names = repr([path.name for path in self.paths]).encode()
-        return hashlib.sha256(names + self.spans.tobytes() + self.starts.tobytes()).hexdigest()
+    def places(self) -> np.ndarray:
+        return self.spans
 
-    def report(self) -> str:
-        lines = [f"{self.source}: {len(self.paths):,} shards, {len(self):,} rows"]
-        lines += ["{}: {}".format(*problem) for problem in self.problems[:10]]
-        return "\n".join(lines + [f"and {len(self.problems) - 10:,} more"] * (len(self.problems) > 10))
-
-    def read(self, numbers: Iterable[int], lost: dict[str, str]) -> Iterator[LlavaRow | None]:
-        """Rows by number, from 0; None for one that is damaged, the reason in `lost`. A shard stays open for as long as one row
-        after the other lies in it."""
+    def read(self, numbers: Iterable[int], lost: dict[str, str], notes: Counter | None = None) -> Iterator[LlavaRow | None]:
+        """See StreamedRows."""
         for shard, group in itertools.groupby(numbers, lambda number: np.searchsorted(self.starts, number, side="right") - 1):
             path, file = self.paths[shard], None
             with contextlib.ExitStack() as opened:
@@ -190,31 +168,27 @@ class Shards:
                     try:
                         file = file or opened.enter_context(path.open("rb"))
                         file.seek(start)
-                        row = row_of(file.read(end - start), path, number + 1)
+                        row = row_of(file.read(end - start), path, number + 1, Counter() if notes is None else notes)
                     except (OSError, ValueError, OverflowError, tarfile.TarError) as error:
                         why = ": ".join(error.args) if isinstance(error, RowError) else f"cannot be read ({one_line(error)})"
                         row, lost[f"{path.name} row {number - self.starts[shard] + 1}"] = None, why
                     yield row
 
-    def head(self, count: int) -> list[LlavaRow]:
-        """The usable ones of the first rows."""
-        return [row for row in self.read(range(min(count, len(self))), {}) if row]
 
-
-def write_index(facts: str, spans, starts, problems, path: Path) -> None:
+def write_index(facts: str, starts, problems, spans, path: Path) -> None:
     with path.open("wb") as file:
         texts = [np.frombuffer(text.encode(), np.uint8) for text in (facts, json.dumps(problems))]
         np.savez(file, spans=spans, starts=starts, facts=texts[0], problems=texts[1])
 
 
 def read_index(path: Path, facts: str):
-    """(spans, starts, problems), or None where there is no index of these very files."""
+    """(starts, problems, spans), or None where there is no index of these very files."""
     try:
         with np.load(path, allow_pickle=False) as found:
             if found["facts"].tobytes().decode() != facts:
                 return None
             problems = [tuple(problem) for problem in json.loads(found["problems"].tobytes())]
-            return found["spans"], found["starts"], problems
+            return found["starts"], problems, found["spans"]
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return None
 
@@ -284,7 +258,9 @@ def json_of(row: LlavaRow, images: Sequence[str]) -> dict:
     """A row as LLaVA-style JSON, with its images under these names."""
     raw = {"id": row.id, "conversations": [{"from": SAYS[m["role"]], "value": m["content"]} for m in row.messages]}
     raw |= {"image": images[0] if len(images) == 1 else list(images)} if images else {}
-    return raw | ({"kinds": list(row.kinds)} if row.kinds else {})
+    raw |= {"kinds": list(row.kinds)} if row.kinds else {}
+    raw |= {"accepted": [list(each) for each in row.accepted]} if row.accepted else {}
+    return raw | ({"isolated": True} if row.isolated else {})
 
 
 def unpack_shards(pattern: str, folder: Path) -> str:

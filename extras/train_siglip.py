@@ -30,7 +30,7 @@ from torch.utils.checkpoint import checkpoint
 
 from data.augment import PRESETS as AUGMENTATIONS
 from data.datasets import evenly
-from data.rows import is_sharded
+from data.rows import streams
 from extras.caption_pairs import ClassPairs, RowPairs, ScenePairs, ShardPairs, Test, true_pairs
 from lib import figures
 from lib.checkpoint import from_pretrained, save_pretrained
@@ -117,8 +117,6 @@ def parse_args(argv=None):
             setattr(args, key, value)
     if args.dataset == "llava" and not args.data:
         parser.error("--dataset llava needs --data FILE.json, or shards: 'DIR/shard-*.tar'")
-    if args.dataset == "llava" and is_sharded(args.data) and not args.test_data:
-        parser.error(f"--data {args.data}: shards need --test-data FILE.json")
     if args.caption.count("{}") != 1 or "{" in args.caption.replace("{}", ""):
         parser.error(f"--caption {args.caption!r} must hold {{}} once, where the class stands")
     if args.chunk:  # for a contrastive loss the same thing: all negatives stay in it
@@ -292,7 +290,7 @@ def main(argv=None) -> None:
     run = Run(args)
 
     # ---- data ----
-    rows = ShardPairs if args.dataset == "llava" and is_sharded(args.data) else RowPairs
+    rows = ShardPairs if args.dataset == "llava" and streams(args) else RowPairs
     pairs = {"scenes": ScenePairs, "llava": rows}.get(args.dataset, ClassPairs)(args, run)
     quick = pairs.tests(quick=True)
 

@@ -1,5 +1,6 @@
 """Files: found here or on the hub, read with one line about what is wrong, written whole or not at all."""
 
+import glob
 import json
 import os
 import re
@@ -76,6 +77,19 @@ def read_json(path: Path | str) -> dict:
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds a JSON {type(value).__name__}, an object was expected")
     return value
+
+
+def matching_files(pattern: str | Path) -> list[Path]:
+    """The files that a pattern such as 'DIR/shard-*.tar' names, sorted. Square brackets are taken as they stand wherever there
+    is such a folder or file. Raises FileNotFoundError where there is none."""
+    if Path(pattern).exists():
+        return [Path(pattern)]
+    folder, name = os.path.split(pattern)
+    folder = glob.escape(folder) if os.path.isdir(folder) else folder
+    found = glob.glob(os.path.join(folder, name)) or glob.glob(os.path.join(folder, name.replace("[", "[[]")))
+    if not found:
+        raise FileNotFoundError(f"{pattern} names no file: give several as 'DIR/shard-*.tar', in quotes")
+    return sorted(map(Path, found))
 
 
 def need(condition, source, reason: str) -> None:

@@ -460,7 +460,7 @@ REFUSED = [
     ("--freeze vision --shift 0.1", "--shift: the vision tower is frozen"),
     ("--fusion cross --freeze lm", "--fusion cross --freeze lm: .* add --lora"),
     ("--data /nowhere.json", "/nowhere.json does not exist"),
-    ("--data a-*.tar", "shards need --test-data"),
+    ("--data a-*.tar", "a-.*.tar names no file"),
     ("--data OBJECT", "not a list of rows"),
     ("--images /nowhere", "/nowhere is no folder"),
     ("--test-data /nowhere.json", "/nowhere.json does not exist"),

@@ -318,10 +318,3 @@ def test_towers_are_trained_from_shards(packed, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(train_siglip, "draw", lambda *_: None)
     train_siglip.main([*TOWERS, *data_flags(packed), "--out", str(tmp_path)])
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["steps"] == 4
-
-
-@pytest.mark.parametrize("module, flags", [(finetune_vlm, []), (train_siglip, ["--dataset", "llava"])])
-def test_shards_need_test_data(module, flags, capsys):
-    with pytest.raises(SystemExit):
-        module.parse_args([*flags, "--data", "a-*.tar"])
-    assert "shards need --test-data" in capsys.readouterr().err
