@@ -1,5 +1,5 @@
-"""Laws of data/spellings.py and row_files.py: each known spelling of a row says the same as LLaVA's, and a row whose image cannot
-be placed is left out and named, never trained as text alone."""
+"""Laws of data/spellings.py and row_files.py: each known spelling of a row says the same as LLaVA's, and a row whose image
+cannot be placed is left out and named, never trained as text alone."""
 
 import base64
 import json
