@@ -123,6 +123,8 @@ class MLLAMAConfig:
             self.projector_bias = self.projector_type == "mlp"
         rows, columns = vision.grid
         assert rows % r == 0 and columns % r == 0, f"{rows}x{columns} patches cannot be joined {r}x{r} (pixel_shuffle)"
+        layer, L = self.vision_feature_layer or 0, vision.num_hidden_layers
+        assert -L - 1 <= layer <= L, f"vision_feature_layer is {layer}: the tower has 0 to {L}, or -1 to {-L - 1}"
         self.vision_config = replace(vision)
         self.text_config = replace(text, num_image_tokens=rows * columns // r**2)
 

@@ -3,7 +3,7 @@
     python -m data.convert easy-vqa easy_vqa.tar FOLDER
     python -m data.convert coco-captions coco_captions_permissive.tar FOLDER
     python -m data.convert classes photos.zip FOLDER         # class/*.jpg, each answered with "A photo of a CLASS."
-    python -m data.convert digits FOLDER                     # train_vit.py's handwritten digits: "What digit is this?"
+    python -m data.convert digits FOLDER                     # train_vit.py's handwritten digits: "What digit is this?", "seven"
     python -m data.convert scenes FOLDER --split test --count 200      # of data/scenes.py, into FOLDER/scenes.json and images/
 
 Sources are archives or folders. FOLDER appears when all of it is written, or not at all.
@@ -29,6 +29,8 @@ from data.spellings import kind_of
 from lib.cli import not_negative_int, positive_int, run_cli
 from lib.files import new_folder, one_line, write_json
 from processing_mllama import IMAGE_TOKEN
+
+DIGIT_WORDS = "zero one two three four five six seven eight nine".split()
 
 
 @contextmanager
@@ -192,7 +194,8 @@ def convert_classes(source: Path, folder: Path, per_class: int | None, question:
 
 
 def convert_digits(folder: Path, size: int = 16, split_seed: int = 0) -> str:
-    """The handwritten digits that train_vit.py learns, of size x size pixels and in the same split, a row per image."""
+    """The handwritten digits that train_vit.py learns, of size x size pixels and in the same split, a row per image, named in
+    words."""
     with new_folder(folder) as whole:
         (whole / "images").mkdir()
         counts = []
@@ -201,7 +204,7 @@ def convert_digits(folder: Path, size: int = 16, split_seed: int = 0) -> str:
             for number, (image, label) in enumerate(zip(dataset.images, dataset.labels.tolist(), strict=True)):
                 name = f"{part}-{number}"
                 Image.fromarray(image[0].numpy()).save(whole / "images" / f"{name}.png")
-                turn = "What digit is this?", dataset.classes[label], "digit"
+                turn = "What digit is this?", DIGIT_WORDS[label], "digit"
                 rows.append(row_about_image(name, f"{name}.png", [turn]))
             write_rows(whole / f"{part}.json", rows)
             counts.append(f"{len(rows):,} {part}")

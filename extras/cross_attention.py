@@ -59,14 +59,17 @@ class GatedCrossAttention(nn.Module):
     def keys_and_values(self, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Image features [B, S, D] -> k and v [B, KV heads, S, head_dim]; they have no positions, so they are not rotated."""
         attn = self.cross_attn
-        return attn.heads(attn.k_proj(features)), attn.heads(attn.v_proj(features))
+        k, v = attn.heads(attn.k_proj(features)), attn.heads(attn.v_proj(features))
+        return (attn.k_norm(k) if attn.qk_norm else k), v
 
     def forward(self, x, k, v, visible):
         """x [B, T, D]; visible: bool [B, T, S], which image features each token sees. One that sees none stays as it is."""
         sees = visible.any(dim=-1, keepdim=True)
         mask = (visible | ~sees)[:, None]  # a softmax over nothing is NaN
-        q = self.cross_attn.heads(self.cross_attn.q_proj(self.input_layernorm(x)))
-        x = x + self.attn_gate.tanh() * self.cross_attn.attend(q, k, v, mask) * sees
+        attn = self.cross_attn
+        q = attn.heads(attn.q_proj(self.input_layernorm(x)))
+        q = attn.q_norm(q) if attn.qk_norm else q
+        x = x + self.attn_gate.tanh() * attn.attend(q, k, v, mask) * sees
         return x + self.mlp_gate.tanh() * self.mlp(self.post_attention_layernorm(x)) * sees
 
 

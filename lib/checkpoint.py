@@ -191,6 +191,17 @@ def save_pretrained(
     return kind
 
 
+def layout_line(model: nn.Module, folder: str | Path, kind: str) -> str:
+    """Which layout save_pretrained has chosen, `kind`, and where it is none that transformers opens, why."""
+    if is_published(kind):
+        return f"{folder} is a {kind} folder, which transformers opens"
+    try:
+        choose_layout(model, "published")
+    except ValueError as error:
+        return f"{folder} is in this project's own layout ({kind}), which transformers does not open: {error}"
+    return f"{folder} is in this project's own layout ({kind}), as asked"
+
+
 def is_published(kind: str) -> bool:
     return not kind.endswith("_scratch")
 

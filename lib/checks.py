@@ -51,6 +51,8 @@ def checked(config_class: type, **settings):
             raise
         raise ValueError(f"{found[1]} has no setting {found[2]}") from None
     check_types(config)
+    if hasattr(config, "projector_type") and config.vision_config.num_channels != 3:
+        raise ValueError(f"its tower reads images of {config.vision_config.num_channels} channels: it must be 3, RGB")
     return config
 
 

@@ -76,7 +76,7 @@ def find_part(source: str, part: str, image_size: int | None = None) -> nn.Modul
 def as_tower(vit: ViTModel) -> ViTModel:
     """A ViT as the tower of a vision-language model: without its classifier, and for RGB. Of a ViT for grey images each filter
     becomes three, a third for each channel, which is the same for grey."""
-    config = replace(vit.config, num_labels=0, id2label=None, num_channels=3)
+    config = replace(vit.config, num_labels=0, id2label=None, num_channels=3, pooling="cls")  # which no tower does
     state = {name: tensor for name, tensor in vit.state_dict().items() if not name.startswith("classifier.")}
     if vit.config.num_channels == 1:
         filters = state["embeddings.projection.weight"]
@@ -114,7 +114,9 @@ def assemble(
     if isinstance(text, LLAMA32Config):  # without what a decoder with cross-attention has beside it
         text = LLAMA32Config(**{field.name: getattr(text, field.name) for field in fields(LLAMA32Config)})
     config = config_class(vision, text, **join)
-    places = config.text_config.num_image_tokens
+    places, context = config.text_config.num_image_tokens, config.text_config.context_length
+    if places >= context:
+        raise ValueError(f"an image is {places} tokens, the language model reads {context}: pass a smaller --image-size")
     settings = {"around_image": around_image(config), **image_settings}
     processor = MllamaImageProcessor(tokenizer, places, vision.image_size, add_location_tokens=False, **settings)
     vocabulary = max(len(tokenizer), decoder.config.vocab_size if decoder else 0)

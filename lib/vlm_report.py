@@ -15,7 +15,7 @@ import torch
 from lib import figures
 from lib.answers import MOST_NEW_TOKENS, Item, answer, image_key, mean_answer_loss
 from lib.chat import stop_tokens
-from lib.checkpoint import from_pretrained, save_pretrained
+from lib.checkpoint import from_pretrained, layout_line, save_pretrained
 from lib.files import read_json, write_json
 from lib.lora import lora_layers
 from lib.scores import score
@@ -38,7 +38,7 @@ def logged(found: dict[str, dict]) -> dict[str, float]:
 def leave_behind(run, model, processor, tests: dict[str, list[Item]], found: dict[str, dict], dataset: str, **more) -> None:
     """Save the model, draw, write result.json, and print it. more: further entries of it, before the last ones."""
     args = run.args
-    save_run(run.folder, model, processor, {"dataset": dataset, **vars(args)})
+    run.print(save_run(run.folder, model, processor, {"dataset": dataset, **vars(args)}))
     draw(run.folder, model, processor, tests["test"], found["test"], run.metrics.read(), args.blind)
     result = {"blind": args.blind}
     for split, facts in found.items():
@@ -55,8 +55,9 @@ def leave_behind(run, model, processor, tests: dict[str, list[Item]], found: dic
     print(json.dumps(result))
 
 
-def save_run(folder: Path, model, processor, settings: dict) -> None:
-    """The model as a published checkpoint folder with its processor; the LoRA corrections by themselves as well."""
+def save_run(folder: Path, model, processor, settings: dict) -> str:
+    """The model as a published checkpoint folder with its processor; the LoRA corrections by themselves as well. Returns a line
+    that says which layout it is."""
     ends = {"eos_token_id": processor.tokenizer.eos_token_id, "pad_token_id": processor.tokenizer.pad_token_id}
     kind = save_pretrained(model, folder, **ends)
     processor.save_pretrained(folder, kind if kind in ("llava", "idefics3") else None)
@@ -66,6 +67,7 @@ def save_run(folder: Path, model, processor, settings: dict) -> None:
         save_lora(model, folder / "lora")
     write_json(folder / "settings.json", settings)
     from_pretrained(folder)  # what was written can be read
+    return layout_line(model, folder, kind)
 
 
 def draw(folder: Path, model, processor, items: list[Item], found: dict, rows: list[dict], blind: bool) -> None:

@@ -11,6 +11,7 @@ import torch
 
 from data import convert
 from data.convert import easy_vqa_kind, main
+from data.datasets import load_images
 from data.image_cache import ImageCache
 from data.llava import LlavaRows, questions_of_row
 from lib.cli import run_cli
@@ -262,3 +263,12 @@ def test_the_real_captions(tmp_path):
     assert len(paths) == 83 and not cache.unreadable
     assert torch.equal(torch.stack([cache[path] for path in paths[:8]]), process_images(paths[:8], (32, 32)))
     assert set(json.loads((tmp_path / "out" / "credits.json").read_text())) == {path.name for path in paths}
+
+
+def test_digits_are_named_in_words_in_the_split_of_the_classifier(tmp_path, capsys):
+    main(["digits", str(tmp_path / "digits")])
+    assert "1,437 train and 360 test images" in capsys.readouterr().out
+    rows = json.loads((tmp_path / "digits" / "test.json").read_text())
+    _, test = load_images("digits", image_size=16)
+    words = "zero one two three four five six seven eight nine".split()
+    assert [row["conversations"][1]["value"] for row in rows] == [words[label] for label in test.labels.tolist()]

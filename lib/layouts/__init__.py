@@ -22,6 +22,27 @@ FAMILIES = {  # model_type: the module of this package that knows it; of several
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "llama_scratch"), "llama"),
     **dict.fromkeys(("llava", "idefics3", "smolvlm", "mllama_scratch"), "vlm"),
 }
+NOT_READ = {  # model_type: the one thing that is missing
+    **dict.fromkeys(("swin", "swinv2"), "its stages merge patches, so it has no one grid of them"),
+    **dict.fromkeys(("convnext", "convnextv2", "resnet"), "a network of convolutions, without patches that attend"),
+    "deit": "DeiT with a distillation token; a DeiT without one is published as vit",
+    "beit": "relative positions in its attention",
+    "vit_mae": "a ViT that leaves out three quarters of its patches at random",
+    "dinov3_vit": "2-D rotary positions",
+    **dict.fromkeys(("siglip2", "siglip2_vision_model"), "NaFlex, for images of any proportions; fixed-size ones say siglip"),
+    "clip_text_model": "CLIP's text tower: of CLIP only the image tower is read",
+    **dict.fromkeys(("bert", "distilbert", "roberta"), "bidirectional attention over text, and norms after attention and MLP"),
+    **dict.fromkeys(("gemma", "gemma2", "gemma3", "gemma3_text"), "GELU in the gated MLP, norms that add 1, scaled embeddings"),
+    "smollm3": "layers without rotary positions (NoPE) between those with them",
+    "phi3": "queries, keys and values in one matrix",
+    **dict.fromkeys(("llava_next", "llava_onevision"), "images cut into tiles"),
+    "idefics2": "a perceiver between tower and decoder",
+    "paligemma": "Gemma, and bidirectional attention over image and prompt",
+    **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_vl"), "rotary positions in two (tower) and three (decoder) dimensions"),
+    **dict.fromkeys(("pixtral", "mistral3"), "2-D rotary positions in the tower"),
+    "molmo": "tiles, and attention that pools 2x2 patches",
+    "mllama": "Meta's Llama 3.2 Vision: a tower of two stages over tiles, and cross-attention with norms of its own",
+}
 CLASSES = {  # model class: its family
     "GPT": "gpt2",
     "ViTModel": "vit",
@@ -37,7 +58,9 @@ def family(name: str) -> dict[str, Layout]:
 
 
 def find_layout(model_type: str) -> Layout:
-    """Raises ValueError for a model_type that is not known."""
+    """Raises ValueError for a model_type that is not known, saying what is missing where that is known."""
+    if isinstance(model_type, str) and model_type in NOT_READ.keys() - FAMILIES.keys():
+        raise ValueError(f"model_type {model_type!r}, which is not read here: {NOT_READ[model_type]}")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise ValueError(f"model_type {model_type!r}: known are {', '.join(FAMILIES)}")
     return family(FAMILIES[model_type])[model_type]
