@@ -2,13 +2,13 @@
 
 Mirrors: llmvit (B. J. Bodner, 2024), whose calls it takes. An encoder makes a vector of each patch; an embedder brings the
 vectors to, or near, the embeddings of words; the language model's blocks and a classification head do the rest. Read
-vit_scratch.py and model.py first. `python train_llmvit.py` trains one, and draws which words the patches became.
+vit_scratch.py and model.py first. `python -m extras.train_llmvit` trains one, and draws which words the patches became.
 
     model = LLMVIT(AutoModelForSequenceClassification.from_pretrained("bert-base-uncased", num_labels=10),
                    EncoderConfig(img_size=28, patch_size=7, in_channels=1), EmbedderConfig("knn", k=4))
     model = LLMVIT(LanguageClassifier(checkpoint.from_pretrained("model.gguf"), num_labels=10))         # or one of our own
     model(images, labels)                                # {"logits": [B, K], "loss"}; without labels the logits alone
-    model.words(images, tokenizer)["words"]              # for each picture, row and column of the grid: the nearest words
+    model.words(images, tokenizer)["words"]              # for each image, row and column of the grid: the nearest words
 
 Axes: B batch, N patches, D width of the language model, V words, M vectors (all patches of a batch), K classes.
 """
@@ -23,8 +23,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from gpt import GPT
-from model import Llama3ForCausalLM
+from extras.bert import Bert
+from gpt import GPT, Output
+from model import Llama3ForCausalLM, Llama3Model
 from vit_scratch import ViTConfig, ViTModel, pair, sincos_positions
 
 # ---- configuration ---------------------------------------------------------------------------------------------------
@@ -226,19 +227,19 @@ def gaussian_kl(mean: torch.Tensor, var: torch.Tensor, target_mean: torch.Tensor
 
 
 class LanguageClassifier(nn.Module):
-    """A decoder of gpt.py or model.py with a linear layer over classes in place of its word head, which it loses.
+    """A decoder of gpt.py or model.py, or a Bert, with a linear layer over classes in place of its word head, which it loses.
 
     pooling: what that layer reads, the "last" position (which alone has seen all others) or the "mean" of all.
     """
 
-    def __init__(self, model: GPT | Llama3ForCausalLM, num_labels: int, pooling: str = "last"):
+    def __init__(self, model: GPT | Llama3ForCausalLM | Bert, num_labels: int, pooling: str = "last"):
         super().__init__()
-        if not isinstance(model, GPT | Llama3ForCausalLM):
-            raise ValueError(f"a {type(model).__name__} is no decoder of ours: it must be a GPT or a Llama3ForCausalLM")
+        if not isinstance(model, GPT | Llama3ForCausalLM | Bert):
+            raise ValueError(f"a {type(model).__name__} is no language model here: it must be a GPT, Llama3ForCausalLM or Bert")
         if pooling not in ("last", "mean"):
             raise ValueError(f"pooling is {pooling!r}: it must be last or mean")
         self.config, self.pooling = model.config, pooling
-        self.decoder = model if isinstance(model, GPT) else model.model
+        self.decoder = model.model if isinstance(model, Llama3ForCausalLM) else model
         if isinstance(model, GPT):
             model.lm_head = None  # the word embedding again
         self.score = nn.Linear(model.config.hidden_size, num_labels)
@@ -246,11 +247,12 @@ class LanguageClassifier(nn.Module):
         nn.init.zeros_(self.score.bias)
 
     def get_input_embeddings(self) -> nn.Embedding:
-        return self.decoder.token_embedding if isinstance(self.decoder, GPT) else self.decoder.embed_tokens
+        return self.decoder.embed_tokens if isinstance(self.decoder, Llama3Model) else self.decoder.token_embedding
 
     def forward(self, inputs_embeds: torch.Tensor) -> dict[str, torch.Tensor]:
         """[B, N, D] -> {"logits": [B, K]}."""
-        x = self.decoder.hidden_states(inputs_embeds) if isinstance(self.decoder, GPT) else self.decoder(inputs_embeds)
+        llama = isinstance(self.decoder, Llama3Model)
+        x = self.decoder(inputs_embeds) if llama else self.decoder.hidden_states(inputs_embeds)
         return {"logits": self.score(x[:, -1] if self.pooling == "last" else x.mean(dim=1))}
 
 
@@ -396,13 +398,13 @@ class LLMVIT(nn.Module):
 
     # ---- use ----
 
-    def forward(self, images: torch.Tensor, labels: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+    def forward(self, images: torch.Tensor, labels: torch.Tensor | None = None) -> Output:
         """images [B, C, H, W], labels [B] or, as probabilities, [B, K] -> {"logits": [B, K]} and, with labels, "loss" (in
         training and evaluation), and "embedding_loss" where it counts. Raises ValueError for pictures of a wrong shape."""
         x, words = self.encoder(images), self._words_of(self.model)
         B, N, D = x.shape
         read = self.embedder(x.view(B * N, D), words).view(B, N, D)
-        out = {"logits": self.model(inputs_embeds=read if words is None else read.to(words.dtype))["logits"]}
+        out = Output(logits=self.model(inputs_embeds=read if words is None else read.to(words.dtype))["logits"])
         if labels is not None:
             out["loss"] = self.criterion(out["logits"].float(), labels)
             if self.embedding_loss_weight and words is not None:

@@ -1,18 +1,18 @@
 """Train a language model to classify images (llmvit.py): an encoder learns to say what it sees in the model's own words.
 
-    python train_llmvit.py                                           digits, a small language model from scratch, 2 minutes
-    python train_llmvit.py --dataset mnist --data DIR --lm SmolLM2.gguf --lm-layers 2 --lora 8 --max-seconds 540
-    python train_llmvit.py ... --qlora                               the same with the language model in 4 bits
-    python train_llmvit.py ... --random-lm                           the same shape with random weights: what did it know?
-    python train_llmvit.py ... --no-lm                               the same encoder and no language model at all
-    python train_llmvit.py ... --embedder knn|max|direct             k words mixed, one word, or vectors that are no words
-    python train_llmvit.py --out runs/llmvit-digits --resume         go on after Ctrl-C, exactly
+    python -m extras.train_llmvit                               digits, a small language model from scratch, 2 minutes
+    python -m extras.train_llmvit --dataset mnist --data DIR --lm DISTILBERT --lm-layers 2 --lora 8 --max-seconds 540
+    python -m extras.train_llmvit ... --qlora                   the same with the language model in 4 bits
+    python -m extras.train_llmvit ... --random-lm               the same shape with random weights: what did it know?
+    python -m extras.train_llmvit ... --no-lm                   the same encoder and no language model at all
+    python -m extras.train_llmvit ... --embedder knn|max|direct   k words mixed, one word, or vectors that are no words
+    python -m extras.train_llmvit --out runs/llmvit-digits --resume         go on after Ctrl-C, exactly
 
-A language model is taken from a LLaMA or GPT-2 in any form that checkpoint.py reads. On a CPU the search for the nearest of
-SmolLM2's 49,152 words takes longer than all else: --words keeps the first so many whole words of the vocabulary.
+--lm is a LLaMA-like, a GPT-2, a BERT or a DistilBERT, in any form that lib/checkpoint.py reads (llmvit_backbones.py). On a CPU
+the search for the nearest of SmolLM2's 49,152 words takes longer than all else: --words keeps the first so many whole words.
 
-Writes runs/llmvit-DATASET/: the model (config.json, model.safetensors; from_run reads it), metrics.jsonl, curves.png,
-confusion.png, samples.png and words.png: which word each patch became. The last line printed is JSON.
+Writes runs/llmvit-DATASET/: the model (config.json, model.safetensors; generate.py classifies with it), metrics.jsonl,
+curves.png, confusion.png, samples.png and words.png: which word each patch became. The last line printed is JSON.
 """
 
 import json
@@ -26,27 +26,15 @@ from data.augment import PRESETS as AUGMENTATIONS
 from data.augment import Augment, normalize_images
 from data.batches import Batches
 from data.datasets import DATASETS, ImageDataset, evenly
-from extras.llmvit import (
-    EMBEDDERS,
-    ENCODERS,
-    LLMVIT,
-    METRICS,
-    EmbedderConfig,
-    EncoderConfig,
-    LanguageClassifier,
-    NoLanguageModel,
-)
-from gpt import GPT, GPTConfig
+from extras.llmvit import EMBEDDERS, ENCODERS, LLMVIT, METRICS, EmbedderConfig, EncoderConfig
+from extras.llmvit_backbones import KINDS, MODEL_TYPE, WordList, load_language_model, make_backbone, save_run, word_matrix
 from lib import figures
-from lib.checkpoint import from_pretrained
 from lib.classification import accuracy, default_patch, draw_answers, load_data, predict
 from lib.cli import argument_parser, not_negative_float, not_negative_int, positive_float, positive_int, run_cli
-from lib.files import read_json, write_json
+from lib.files import write_json
 from lib.optim import cosine_schedule, make_optimizers, parameter_groups, set_learning_rate
 from lib.run import Run
-from lib.tokenizer import BPETokenizer
-from lib.weights import naming, read_safetensors, write_tensors
-from model import Llama3ForCausalLM, LLAMA32Config, convert_linears_to_lora
+from model import Llama3ForCausalLM, LLAMA32Config
 from vit_scratch import pair
 
 # ---- settings --------------------------------------------------------------------------------------------------------
@@ -61,25 +49,27 @@ RECIPES = {
 }
 # The one dial: the encoder, and the language model where none is given, whose "words" mean what training makes them mean.
 SIZES = {
-    "tiny": (
+    "tiny": (  # for tests: it learns next to nothing
+        {"hidden_dim": 16, "num_encoder_layers": 1, "nhead": 2},
+        {"vocab_size": 64, "hidden_size": 32, "n_heads": 2, "n_layers": 2, "hidden_dim": 48},
+    ),
+    "small": (
         {"hidden_dim": 128, "num_encoder_layers": 2, "nhead": 4},
         {"vocab_size": 256, "hidden_size": 128, "n_heads": 4, "n_layers": 2, "hidden_dim": 384},
     ),
-    "small": (
+    "medium": (
         {"hidden_dim": 192, "num_encoder_layers": 4, "nhead": 6},
         {"vocab_size": 512, "hidden_size": 256, "n_heads": 4, "n_layers": 4, "hidden_dim": 768},
     ),
 }
 SCRATCH = {"max_position_embeddings": 4096, "rope_base": 10000.0, "tie_word_embeddings": True}
-MODEL_TYPE = "llmvit_scratch"
-KINDS = {"llama": (Llama3ForCausalLM, LLAMA32Config), "gpt2": (GPT, GPTConfig)}
 
 
 def parse_args(argv=None):
     parser = argument_parser(__doc__, lr=1e-3, batch_size=None)
     add = parser.add_argument
     add("--dataset", choices=list(DATASETS), default="digits")
-    add("--size", choices=list(SIZES), default="tiny", help="of the encoder, and of a language model from scratch")
+    add("--size", choices=list(SIZES), default="small", help="of the encoder, and of a new language model; tiny: for tests")
     add("--image-size", type=positive_int, help="pixels; default the data set's own")
     add("--patch-size", type=positive_int, help="pixels; images that it does not divide are padded; default as the data set")
     add("--split-seed", type=not_negative_int, default=0, help="another test part, where the data come without one")
@@ -93,7 +83,8 @@ def parse_args(argv=None):
     add("--metric", choices=METRICS, default="cosine_similarity", help="by which max finds its word")
     add("--embedding-loss", type=not_negative_float, default=0.0, help="weight of the distance between the distributions of "
         "vectors and words")  # fmt: skip
-    add("--lm", metavar="SOURCE", help="a LLaMA or GPT-2 run, folder, .gguf file or hub name; default: a small one, untrained")
+    add("--lm", metavar="SOURCE", help="a LLaMA-like, GPT-2, BERT or DistilBERT: run, folder, .gguf file or hub name; "
+        "default: a small one, untrained")
     add("--lm-layers", type=positive_int, metavar="N", help="keep its first N layers; default: all")
     add("--words", type=not_negative_int, default=4000, metavar="N", help="keep the first N whole words of its vocabulary, or "
         "what there is of them, as the dictionary; 0: all of its tokens (slow on a CPU)")  # fmt: skip
@@ -126,93 +117,23 @@ def parse_args(argv=None):
     return args
 
 
-# ---- the language model: cut to size ---------------------------------------------------------------------------------
+# ---- model -----------------------------------------------------------------------------------------------------------
 
 
-class WordList:
-    """The words that were kept, in their new order: what a tokenizer is to a whole vocabulary."""
-
-    def __init__(self, words: list[str]):
-        self.words = words
-
-    def decode(self, ids) -> str:
-        return "".join(self.words[i] for i in ids)
-
-
-def whole_words(tokenizer: BPETokenizer, most: int, size: int) -> list[int]:
-    """The first ids below `size`, `most` at most, that stand for a space and three letters or more: byte-pair merges are
-    learned in the order of their frequency, so these are common words, and some beginnings of words."""
-    found = []
-    for i in range(min(len(tokenizer), size)):
-        text = tokenizer.decode([i])
-        if text.startswith(" ") and text[1:].isalpha() and len(text) > 3:
-            found.append(i)
-            if len(found) == most:
-                break
-    if not found:
-        raise ValueError(f"--words {most}: none of the {size:,} tokens is a whole word: take them all with --words 0")
-    return found
-
-
-@torch.no_grad()
-def cut(lm: GPT | Llama3ForCausalLM, layers: int | None, ids: list[int] | None) -> GPT | Llama3ForCausalLM:
-    """The first layers of a decoder with some rows of its word embedding, as a new model. Raises ValueError for more layers
-    than there are."""
-    gpt = isinstance(lm, GPT)
-    depth, rows = ("num_hidden_layers", "token_embedding") if gpt else ("n_layers", "model.embed_tokens")
-    have = getattr(lm.config, depth)
-    if layers is not None and layers > have:
-        raise ValueError(f"--lm-layers {layers}: the language model has {have}")
-    count = {depth: layers or have, "vocab_size": lm.config.vocab_size if ids is None else len(ids)}
-    changes = count if gpt else {**count, "tie_word_embeddings": True}  # its own head is not used
-    with torch.device("meta"):
-        new = type(lm)(replace(lm.config, **changes))
-    old = lm.state_dict()
-    if ids is not None:
-        old[f"{rows}.weight"] = old[f"{rows}.weight"][ids]
-    head = old[f"{rows}.weight"]
-    new.load_state_dict({name: head if name == "lm_head.weight" else old[name] for name in new.state_dict()}, assign=True)
-    new.tie_weights()
-    return new.requires_grad_(True)
-
-
-def load_language_model(args) -> tuple[GPT | Llama3ForCausalLM, list[str]]:
-    """The decoder and how its words are spelled."""
+def language_model(args) -> tuple[nn.Module, list[str] | None]:
+    """--lm, or a small one from scratch, and how its words are spelled."""
     if not args.lm:
         settings = {**SIZES[args.size][1], **SCRATCH}
         settings["n_layers"] = args.lm_layers or settings["n_layers"]
-        lm = Llama3ForCausalLM(LLAMA32Config(**settings))
-        return lm, [f"#{i}" for i in range(settings["vocab_size"])]
-    lm = from_pretrained(args.lm)
-    if not isinstance(lm, GPT | Llama3ForCausalLM):
-        raise ValueError(f"--lm {args.lm} is a {type(lm).__name__}: it must be a LLaMA or a GPT-2")
-    tokenizer, size = BPETokenizer.from_pretrained(args.lm), lm.config.vocab_size
-    ids = whole_words(tokenizer, args.words, size) if args.words and not args.no_lm else None
-    spelled = [tokenizer.decode([i]) if i < len(tokenizer) else f"#{i}" for i in (ids or range(size))]
-    lm = cut(lm, args.lm_layers, ids)
-    return (type(lm)(lm.config) if args.random_lm else lm), spelled
-
-
-def with_corrections(decoder: nn.Module, lora: dict | None, qlora: bool) -> None:
-    """Freeze a decoder under LoRA, in 4 bits if so wished, in place."""
-    if lora is None:
-        return
-    decoder.requires_grad_(False)
-    if qlora:
-        from lib.quant import Linear4bit, quantize_
-
-        quantize_(decoder)
-        lora = {**lora, "target_module_classes": (nn.Linear, Linear4bit)}
-    convert_linears_to_lora(decoder, **lora)
-
-
-# ---- model -----------------------------------------------------------------------------------------------------------
+        return Llama3ForCausalLM(LLAMA32Config(**settings)), [f"#{i}" for i in range(settings["vocab_size"])]
+    lm, words = load_language_model(args.lm, args.lm_layers, None if args.no_lm else args.words)
+    return (type(lm)(lm.config) if args.random_lm else lm), words
 
 
 def build(args, channels: int, size: tuple[int, int], K: int) -> tuple[LLMVIT, dict]:
     """The model, and what config.json says of it. The encoder starts the same with every language model and without one."""
     torch.manual_seed(args.seed)
-    lm, words = load_language_model(args)
+    lm, words = language_model(args)
     settings = {"kind": "none", "num_labels": K}
     encoder = EncoderConfig(
         args.encoder, size[0] if size[0] == size[1] else size, args.patch_size or default_patch(size), channels,
@@ -236,39 +157,6 @@ def build(args, channels: int, size: tuple[int, int], K: int) -> tuple[LLMVIT, d
     model = LLMVIT(backbone, encoder, embedder, **options)
     config = {"model_type": MODEL_TYPE, "backbone": settings, "encoder": asdict(encoder), "embedder": asdict(embedder)}
     return model, {**config, "options": options, "words": None if args.no_lm else words}
-
-
-def word_matrix(lm: GPT | Llama3ForCausalLM) -> nn.Parameter:
-    return (lm.token_embedding if isinstance(lm, GPT) else lm.model.embed_tokens).weight
-
-
-def make_backbone(settings: dict, lm: GPT | Llama3ForCausalLM | None = None, width: int | None = None) -> nn.Module:
-    """From what config.json says; without lm, a model of that shape to load the weights into."""
-    if settings["kind"] == "none":
-        return NoLanguageModel(width or lm.config.hidden_size, settings["num_labels"])
-    model, config = KINDS[settings["kind"]]
-    lm = model(config(**settings["config"])) if lm is None else lm
-    backbone = LanguageClassifier(lm, settings["num_labels"], settings["pooling"])
-    with_corrections(backbone.decoder, settings["lora"], settings["qlora"])
-    return backbone
-
-
-def from_run(folder: str | Path) -> tuple[LLMVIT, dict]:
-    """A finished run's model, in eval mode, and its config.json: "classes", "image_mean", "image_std" (of pixels from 0 to
-    1), and "words", which are None without a language model. Raises ValueError or FileNotFoundError for other folders."""
-    folder = Path(folder)
-    if not (folder / "config.json").exists():
-        raise FileNotFoundError(f"{folder} has no config.json: is it the folder of a finished run of train_llmvit.py?")
-    config = read_json(folder / "config.json")
-    if config.get("model_type") != MODEL_TYPE:
-        raise ValueError(f"{folder} has model_type {config.get('model_type')!r}: it is no run of train_llmvit.py")
-    sizes = {key: tuple(value) if isinstance(value, list) else value for key, value in config["encoder"].items()}
-    encoder = EncoderConfig(**sizes)
-    backbone = make_backbone(config["backbone"], width=encoder.embed_dim)
-    model = LLMVIT(backbone, encoder, EmbedderConfig(**config["embedder"]), **config["options"])
-    with naming(folder / "model.safetensors"):
-        model.load_state_dict(read_safetensors(folder))
-    return model.eval(), config
 
 
 def describe(model: LLMVIT, args, config: dict) -> list[str]:
@@ -346,15 +234,6 @@ def draw_words(folder: Path, model: LLMVIT, test: ImageDataset, spelled: list[st
     return {"words_used": int((uses > 0).sum()), "most_used_words": most}
 
 
-def save_run(folder: Path, model: LLMVIT, config: dict, args) -> None:
-    """What from_run reads. The weights come last: config.json beside older weights is refused for what does not fit."""
-    write_json(folder / "settings.json", vars(args))
-    write_json(folder / "config.json", config)
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    write_tensors(folder / "model.safetensors", tensors)
-    from_run(folder)  # what was written can be read
-
-
 # ---- the recipe --------------------------------------------------------------------------------------------------------
 
 
@@ -404,8 +283,8 @@ def main(argv=None) -> None:
             probabilities = answers(model, test, mean, std, run)
             test_accuracy = accuracy(probabilities, test.labels)
             run.log(test_accuracy=test_accuracy)
-            config |= {"classes": train.classes, "image_mean": mean, "image_std": std}
-            save_run(run.folder, model, config, args)
+            config["id2label"] = dict(enumerate(train.classes))
+            save_run(run.folder, model, config, mean, std, vars(args))
             draw_answers(run.folder, test, probabilities, run.metrics.read())
             words = {} if args.no_lm else draw_words(run.folder, model, test, config["words"], mean, std)
         result = {

@@ -52,7 +52,7 @@ FLAGS = {  # small ones, of some ten steps
     "train_vlm": "--size tiny --batch-size 4 --per-scene 3 --eval-count 1 --vision-steps 3 "
     "--projector-steps 2 --steps 6 --eval-every 8 --ema 0.9",
     "extras.train_siglip": "--size tiny --batch-size 8 --eval-count 10 --steps 8 --tokens 64 --dropout 0.1 --eval-every 4",
-    "extras.train_llmvit": "--batch-size 32 --epochs 0.2 --frozen-steps 4 --grad-accum 2 --eval-every 4",
+    "extras.train_llmvit": "--size tiny --batch-size 32 --epochs 0.2 --frozen-steps 4 --grad-accum 2 --eval-every 4",
 }
 
 
@@ -61,10 +61,7 @@ FLAGS = {  # small ones, of some ten steps
 
 def smaller(script) -> None:
     """Small models, and no pictures painted."""
-    if script.__name__ == "extras.train_llmvit":
-        encoder = {"hidden_dim": 16, "num_encoder_layers": 1, "nhead": 2}
-        script.SIZES["tiny"] = encoder, {"vocab_size": 64, "hidden_size": 32, "n_heads": 2, "n_layers": 2, "hidden_dim": 48}
-    elif script.__name__ == "train_vlm":
+    if script.__name__ == "train_vlm":
         script.VISION_BATCH = 4
         script.scene_items = lambda split, count, seed: scene_items(split, 1, seed, 2)
         sys.modules["lib.vlm_report"].draw = lambda *args: None

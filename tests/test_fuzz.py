@@ -653,7 +653,7 @@ SCRIPTS = {
     "train_vit": (train_vit.main, [*TRAINED, "--hidden-size", "16", "--layers", "1", "--heads", "1", "--batch-size", "8"]),
     "train_vlm": (train_vlm.main, [*TRAINED, "--size", "tiny", "--batch-size", "2", "--per-scene", "2", "--eval-count", "1"]),
     "train_siglip": (train_siglip.main, [*TRAINED, "--size", "tiny", "--dataset", "digits", "--batch-size", "4"]),
-    "train_llmvit": (train_llmvit.main, [*TRAINED, "--batch-size", "4"]),
+    "train_llmvit": (train_llmvit.main, [*TRAINED, "--size", "tiny", "--batch-size", "4"]),
     "generate": (generate.main, ["RUN", "--image", "PICTURE", "What?", "--max-new-tokens", "2", "--device", "cpu"]),
     "evaluate": (evaluate.main, ["RUN", "--count", "1", "--split", "test", "--max-new-tokens", "2", "--device", "cpu"]),
     "check": (check.main, ["ROWS"]),

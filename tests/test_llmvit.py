@@ -1,11 +1,13 @@
 """Laws of llmvit.py: every backbone reads pictures, every embedder teaches the encoder, frozen means frozen."""
 
 import functools
+import re
 
 import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 
 from extras import llmvit
 from extras.llmvit import (
@@ -21,8 +23,12 @@ from extras.llmvit import (
     gaussian_kl,
     nearest_words,
 )
+from extras.llmvit_backbones import get_classification_model
 from gpt import GPT, GPTConfig
-from model import Llama3ForCausalLM, LLAMA32Config
+from lib.checkpoint import from_pretrained
+from lib.files import read_json, write_json
+from model import Linear_LORA, Llama3ForCausalLM, LLAMA32Config
+from toys import shaken
 
 K, V, D = 5, 40, 32
 ENCODER = {"img_size": 12, "patch_size": 4, "in_channels": 1, "hidden_dim": 16, "num_encoder_layers": 1, "nhead": 2}
@@ -55,6 +61,9 @@ def theirs(kind: str, **changes) -> nn.Module:
 
 BACKBONES = {f"{kind} {how}": functools.partial(ours, kind, how) for kind in ("gpt", "llama") for how in ("last", "mean")}
 BACKBONES |= {kind: functools.partial(theirs, kind) for kind in HUGGING_FACE}
+
+
+PUBLISHED = {"Bert": "ForMaskedLM", "DistilBert": "ForMaskedLM", "GPT2": "LMHeadModel", "Llama": "ForCausalLM"}
 
 
 def make(backbone: nn.Module | None = None, embedder: str = "knn", encoder: dict | None = None, **options) -> LLMVIT:
@@ -90,6 +99,64 @@ def test_every_backbone_reads_pictures_and_teaches_the_encoder(name, batch):
     with torch.no_grad():
         whole, one_by_one = model(images)["logits"], torch.cat([model(image[None])["logits"] for image in images])
     torch.testing.assert_close(whole, one_by_one, atol=1e-5, rtol=1e-4)  # the batch is no padding and no neighbour
+
+
+def published(folder, kind: str):
+    """A folder of transformers with three layers; the first two of them as transformers reads them."""
+    tf = pytest.importorskip("transformers")
+    settings = {key: 3 if "layer" in key else value for key, value in HUGGING_FACE[kind].items()}
+    shaken(getattr(tf, kind + PUBLISHED[kind])(getattr(tf, f"{kind}Config")(vocab_size=V, **settings))).save_pretrained(folder)
+    return tf.AutoModel.from_pretrained(folder, num_hidden_layers=2).eval()
+
+
+@pytest.mark.parametrize("kind", PUBLISHED)
+@torch.no_grad()
+def test_the_first_layers_of_a_published_folder_compute_what_transformers_computes(tmp_path, kind):
+    theirs, x = published(tmp_path, kind), torch.randn(2, 9, D)
+    ours = get_classification_model(tmp_path, depth=2, num_classes=K).eval()
+    assert torch.equal(ours.get_input_embeddings().weight, theirs.get_input_embeddings().weight)
+    hidden = theirs(inputs_embeds=x).last_hidden_state
+    torch.testing.assert_close(ours(x)["logits"], ours.score(hidden.mean(dim=1)), atol=1e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match="--lm-layers 12: the language model has 3"):
+        get_classification_model(tmp_path, depth=12)
+
+
+def test_a_folder_of_the_older_spelling_and_one_with_relative_positions(tmp_path):
+    """bert-base-uncased says gamma and beta for what is weight and bias elsewhere."""
+    tf = pytest.importorskip("transformers")
+    theirs = shaken(tf.BertModel(tf.BertConfig(vocab_size=V, **HUGGING_FACE["Bert"])))
+    theirs.save_pretrained(tmp_path)
+    old = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
+    tensors = {re.sub("|".join(old), lambda m: old[m[0]], k): v for k, v in load_file(tmp_path / "model.safetensors").items()}
+    save_file({f"bert.{name}": tensor for name, tensor in tensors.items()}, tmp_path / "model.safetensors")
+    ids = torch.arange(12).view(2, 6)
+    ours = from_pretrained(tmp_path)
+    with torch.no_grad():
+        torch.testing.assert_close(ours.hidden_states(ours.embed(ids)), theirs(ids).last_hidden_state, atol=1e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match="600 tokens exceed the context length of 512"):
+        ours.hidden_states(torch.zeros(1, 600, D))
+    write_json(tmp_path / "config.json", {**read_json(tmp_path / "config.json"), "position_embedding_type": "relative_key"})
+    with pytest.raises(ValueError, match="position_embedding_type 'relative_key', only 'absolute'"):
+        from_pretrained(tmp_path)
+
+
+def test_the_demo_of_the_post(tmp_path):
+    """DistilBERT with LoRA in 4 bits reads digits: the encoder, the head and the corrections learn."""
+    published(tmp_path, "DistilBert")
+    model = LLMVIT(
+        model=get_classification_model(
+            tmp_path, depth=2, num_classes=10, lora_config={"rank": 16, "alpha": 32, "dropout": 0.05}, qlora=True
+        ),
+        img_processor_config=EncoderConfig(in_channels=1),
+        embedder_config=EmbedderConfig("max"),
+    )
+    out = model(torch.randn(3, 1, 28, 28), torch.tensor([1, 2, 3]))
+    out.loss.backward()
+    learns = {name.rpartition(".")[2] for name, p in model.model.decoder.named_parameters() if p.grad is not None}
+    assert learns == {"lora_a", "lora_b"} and out.logits.shape == (3, 10)
+    kinds = {type(m.linear).__name__ for m in model.modules() if isinstance(m, Linear_LORA)}
+    assert kinds == {"Linear4bit"}
+    assert all(p.grad is not None for p in [*model.encoder.parameters(), *model.model.score.parameters()])
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -414,7 +481,7 @@ def test_words_are_the_nearest_ones_of_each_patch(embedder, batch):
         (lambda: make(nn.Linear(2, 2)), "no get_input_embeddings"),
         (lambda: make(embedder=EmbedderConfig(k=99))(torch.zeros(1, 1, 12, 12)), "k is 99, but there are 40 words"),
         (lambda: make()(torch.zeros(1, 3, 12, 12)), r"\[1, 3, 12, 12\]: it must be \[batch, 1, 12, 12\]"),
-        (lambda: LanguageClassifier(nn.Linear(2, 2), K), "must be a GPT or a Llama3ForCausalLM"),
+        (lambda: LanguageClassifier(nn.Linear(2, 2), K), "must be a GPT, Llama3ForCausalLM or Bert"),
         (lambda: ours("gpt", "first"), "pooling is 'first'"),
     ],
 )

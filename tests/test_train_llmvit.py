@@ -14,24 +14,23 @@ from data.augment import mix, normalize_images
 from data.datasets import load_images
 from extras import train_llmvit
 from extras.llmvit import LanguageClassifier
+from extras.llmvit_backbones import from_run, load_language_model, word_matrix
 from gpt import GPT, GPTConfig
 from lib import figures
 from lib.checkpoint import save_pretrained
+from lib.files import read_json
 from lib.run_state import load_state
 from lib.tokenizer import BPETokenizer
 from lib.trace import record
 from model import Linear_LORA, Llama3ForCausalLM, LLAMA32Config
 
-TINY = "--batch-size 32 --epochs 0.1 --eval-every 1000".split()  # 4 steps
+TINY = "--size tiny --batch-size 32 --epochs 0.1 --eval-every 1000".split()  # 4 steps
 TEXT = "the cat and the dog saw that one bird fly over the sea and then the cat sat with the dog " * 20
 
 
 @pytest.fixture(autouse=True)
-def small(request, monkeypatch):
-    """Small models, and pictures that are not painted."""
-    encoder = {"hidden_dim": 16, "num_encoder_layers": 1, "nhead": 2}
-    lm = {"vocab_size": 64, "hidden_size": 32, "n_heads": 2, "n_layers": 2, "hidden_dim": 48}
-    monkeypatch.setitem(train_llmvit.SIZES, "tiny", (encoder, lm))
+def undrawn(request, monkeypatch):
+    """Figures are drawn only where a test is about one."""
     if "figure" not in request.node.name:
         monkeypatch.setattr(figures, "finish", lambda figure, path: path.touch())
         monkeypatch.setattr(figures, "sheet", lambda images, captions, path, title, good: path.touch())
@@ -64,6 +63,27 @@ def language_models(tmp_path_factory):
     return folders, models, tokenizer
 
 
+@pytest.fixture(scope="module")
+def distilbert(tmp_path_factory):
+    """A folder as transformers writes it, with a WordPiece tokenizer."""
+    tf, tokenizers = pytest.importorskip("transformers"), pytest.importorskip("tokenizers")
+    folder = tmp_path_factory.mktemp("lm") / "distilbert"
+    vocabulary = ["[PAD]", "[UNK]", "[MASK]", *"abc", "##ing", "the", "cat", "sat", "dog", "##dog", "bird", "of"]
+    model = tokenizers.models.WordPiece({word: i for i, word in enumerate(vocabulary)}, unk_token="[UNK]")
+    tf.PreTrainedTokenizerFast(tokenizer_object=tokenizers.Tokenizer(model), unk_token="[UNK]").save_pretrained(folder)
+    config = tf.DistilBertConfig(vocab_size=len(vocabulary), dim=32, n_layers=3, n_heads=4, hidden_dim=64)
+    tf.DistilBertForMaskedLM(config).save_pretrained(folder)
+    return folder
+
+
+def test_a_distilbert_is_trained_with_lora_in_4_bits(distilbert, tmp_path):
+    """Its words are those without ## and of three letters or more."""
+    train("--out", tmp_path, "--lm", distilbert, "--lm-layers", 2, "--words", 8, "--qlora")
+    model, config = from_run(tmp_path)
+    assert config["words"] == ["the", "cat", "sat", "dog", "bird"] and len(model.model.decoder.blocks) == 2
+    assert model.model.get_input_embeddings().weight.shape == (5, 32)
+
+
 def flags_of(name: str, language_models) -> list:
     """The flags of a row of RUNS; LLAMA and GPT2 stand for their folders."""
     folders = language_models[0]
@@ -93,19 +113,19 @@ def test_every_combination_trains_and_comes_back_from_its_folder(name, language_
     left = {path.name for path in tmp_path.iterdir()}
     assert {"config.json", "model.safetensors", "metrics.jsonl", "state.pt", "result.json"} <= left
     assert {"curves.png", "confusion.png", "samples.png"} <= left and ("words.png" in left) == ("no " not in name)
-    model, config = train_llmvit.from_run(tmp_path)
+    model, config = from_run(tmp_path)
+    mean, std = (read_json(tmp_path / "preprocessor_config.json")[key] for key in ("image_mean", "image_std"))
     _, test = load_images("digits", image_size=16)
     with torch.no_grad():
-        said = model(normalize_images(test.images, config["image_mean"], config["image_std"]))["logits"].argmax(dim=1)
+        said = model(normalize_images(test.images, mean, std))["logits"].argmax(dim=1)
     assert (said == test.labels).float().mean().item() == pytest.approx(result["test_accuracy"], abs=1e-4)
-    assert not model.training and config["classes"][3] == "3"
+    assert not model.training and config["id2label"]["3"] == "3"
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_a_language_model_is_cut_to_its_first_layers_and_whole_words(name, language_models):
     folders, models, tokenizer = language_models
-    args = train_llmvit.parse_args(["--lm", str(folders[name]), "--lm-layers", "2", "--words", "7"])
-    lm, words = train_llmvit.load_language_model(args)
+    lm, words = load_language_model(folders[name], 2, 7)
     whole = [f" {word}" for word in set(TEXT.split())]
     assert len(words) == 7 and any(word in whole for word in words)
     assert all(word[0] == " " and word[1:].isalpha() and len(word) > 3 for word in words)
@@ -113,7 +133,7 @@ def test_a_language_model_is_cut_to_its_first_layers_and_whole_words(name, langu
     assert ids == sorted(ids)
     x = torch.randn(2, 5, 32)
     cut = LanguageClassifier(lm.eval(), 3)
-    torch.testing.assert_close(train_llmvit.word_matrix(lm), train_llmvit.word_matrix(models[name])[ids])
+    torch.testing.assert_close(word_matrix(lm), word_matrix(models[name])[ids])
     with record(models[name].eval(), "*layers.1", "blocks.1") as seen, torch.no_grad():
         models[name](inputs_embeds=x)
     read = []
@@ -127,10 +147,9 @@ def test_what_is_trained(language_models, tmp_path):
     for flags in ("--lora 2", "--qlora", ""):
         out = tmp_path / flags.replace(" ", "")
         train("--out", out, "--lm", language_models[0]["llama"], "--words", 8, *flags.split())
-        model, _ = train_llmvit.from_run(out)
-        start = train_llmvit.build(
-            train_llmvit.parse_args(["--lm", str(language_models[0]["llama"]), "--words", "8", *flags.split()]), 1, (16, 16), 10
-        )[0].state_dict()
+        model, _ = from_run(out)
+        source = ["--size", "tiny", "--lm", str(language_models[0]["llama"]), "--words", "8"]
+        start = train_llmvit.build(train_llmvit.parse_args([*source, *flags.split()]), 1, (16, 16), 10)[0].state_dict()
         moved = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, start[name])} - {"_extra_state"}
         in_lm = {name for name in moved if name.startswith("model.decoder")}
         assert moved - in_lm and "model.decoder.embed_tokens.weight" not in moved
@@ -146,7 +165,7 @@ def test_the_encoder_starts_the_same_with_every_language_model_and_without(langu
     source = ["--lm", str(language_models[0]["llama"]), "--words", "8"]
     starts = []
     for flags in ("", "--lora 2", "--random-lm", "--no-lm"):
-        model, _ = train_llmvit.build(train_llmvit.parse_args([*source, *flags.split()]), 1, (16, 16), 10)
+        model, _ = train_llmvit.build(train_llmvit.parse_args(["--size", "tiny", *source, *flags.split()]), 1, (16, 16), 10)
         starts.append(model.encoder.vit.state_dict())
     for other in starts[1:]:
         assert all(torch.equal(tensor, starts[0][name]) for name, tensor in other.items())
@@ -178,9 +197,9 @@ def test_frozen_steps_count_steps_whatever_the_accumulation(tmp_path):
     for steps in (3, 4):
         train("--out", tmp_path / str(steps), "--grad-accum", 2, "--frozen-steps", steps)
     moved = []
-    start = train_llmvit.build(train_llmvit.parse_args([]), 1, (16, 16), 10)[0].state_dict()
+    start = train_llmvit.build(train_llmvit.parse_args(["--size", "tiny"]), 1, (16, 16), 10)[0].state_dict()
     for steps in (3, 4):
-        state = train_llmvit.from_run(tmp_path / str(steps))[0].state_dict()
+        state = from_run(tmp_path / str(steps))[0].state_dict()
         moved.append(not torch.equal(*(s["model.decoder.layers.0.self_attn.q_proj.weight"] for s in (state, start))))
     assert moved == [True, False]
 
@@ -207,9 +226,9 @@ def test_bad_settings_are_one_line_and_exit_code_2(tmp_path, capsys, language_mo
 
 def test_other_folders_are_refused(tmp_path, language_models):
     with pytest.raises(FileNotFoundError, match="no config.json"):
-        train_llmvit.from_run(tmp_path)
+        from_run(tmp_path)
     with pytest.raises(ValueError, match="model_type 'llama'"):
-        train_llmvit.from_run(language_models[0]["llama"])
+        from_run(language_models[0]["llama"])
 
 
 def test_the_figure_of_words_shows_each_in_its_patch(tmp_path):

@@ -15,6 +15,7 @@ from lib.layouts.common import Layout
 
 FAMILIES = {  # model_type: the module of this package that knows it; of several that fit a model, the first is written
     "gpt2": "gpt2",
+    **dict.fromkeys(("bert", "distilbert"), "bert"),
     **dict.fromkeys(("vit", "dinov2", "dinov2_with_registers", "clip_vision_model", "clip", "vit_scratch"), "vit"),
     **dict.fromkeys(
         ("siglip", "siglip_scratch", "siglip_vision_model", "siglip_vision_scratch", "siglip_text_model"), "siglip"
