@@ -190,7 +190,7 @@ SPOILED = {
     "config is a list": (lambda f: (f / "config.json").write_text("[]"), "a JSON list"),
     "config lacks a size": (lambda f: edit_config(f, n_embd="DROP"), "does not describe a gpt2: 'n_embd'"),
     "config size is text": (lambda f: edit_config(f, n_embd="wide"), "does not describe a gpt2"),
-    "unknown model type": (lambda f: edit_config(f, model_type="mamba"), "model_type 'mamba': known are gpt2, vit"),
+    "unknown model type": (lambda f: edit_config(f, model_type="mamba"), "model_type 'mamba': known are gpt2, bert"),
     "unknown activation": (lambda f: edit_config(f, activation_function="relu"), "activation 'relu' is not implemented"),
     "unsupported attention": (lambda f: edit_config(f, add_cross_attention=True), "add_cross_attention is True: only False"),
     "negative size": (lambda f: edit_config(f, n_layer=-3), "num_hidden_layers is -3"),

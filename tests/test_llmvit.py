@@ -136,7 +136,7 @@ def test_a_folder_of_the_older_spelling_and_one_with_relative_positions(tmp_path
     with pytest.raises(ValueError, match="600 tokens exceed the context length of 512"):
         ours.hidden_states(torch.zeros(1, 600, D))
     write_json(tmp_path / "config.json", {**read_json(tmp_path / "config.json"), "position_embedding_type": "relative_key"})
-    with pytest.raises(ValueError, match="position_embedding_type 'relative_key', only 'absolute'"):
+    with pytest.raises(ValueError, match="position_embedding_type is 'relative_key': only 'absolute'"):
         from_pretrained(tmp_path)
 
 

@@ -22,8 +22,12 @@ LLAVA = {"vision_config": SIGLIP_VISION, "text_config": {**DECODER, "model_type"
 LLAVA |= {"vision_feature_select_strategy": "full"}
 IDEFICS3 = {"vision_config": TOWER, "text_config": {**DECODER, "model_type": "llama"}, "image_token_id": 49}
 GPT2 = {"vocab_size": 50, "n_embd": 24, "n_layer": 2, "n_head": 4, "n_positions": 32}
+BERT = {key: value for key, value in DECODER.items() if key not in ("num_key_value_heads", "head_dim")}
+DISTILBERT = {"vocab_size": 50, "dim": 24, "n_layers": 2, "n_heads": 4, "hidden_dim": 32, "max_position_embeddings": 32}
 KINDS = {  # model_type: config class, model class, a small config
     "gpt2": (tf.GPT2Config, tf.GPT2LMHeadModel, GPT2),
+    "bert": (tf.BertConfig, tf.BertModel, BERT),
+    "distilbert": (tf.DistilBertConfig, tf.DistilBertModel, DISTILBERT),
     "llama": (tf.LlamaConfig, tf.LlamaForCausalLM, DECODER),
     "mistral": (tf.MistralConfig, tf.MistralForCausalLM, DECODER),
     "qwen2": (tf.Qwen2Config, tf.Qwen2ForCausalLM, DECODER),
@@ -116,6 +120,8 @@ def compare(theirs, kind: str, published: dict, folder) -> None:
         expected = out.last_hidden_state[:, 1 + getattr(theirs.config, "num_register_tokens", 0) :]
         expected = ours.norm(expected) if kind == "clip_vision_model" else expected  # its norm is for the class token alone
         found = ours.features(inputs["pixel_values"])
+    elif "bert" in kind:
+        expected, found = out.last_hidden_state, ours.hidden_states(ours.embed(inputs["input_ids"]))
     else:
         found, name = ours(inputs["pixel_values"]) if kind == "vit" else ours(**inputs), "logits"
         name = {"siglip": "logits_per_image", "siglip_vision_model": "last_hidden_state"}.get(kind, name)

@@ -6,12 +6,13 @@ from functools import partial
 from extras.bert import Bert, BertConfig
 from lib.checks import checked
 from lib.layouts.common import Layout, Name, activation, block_names, respell, with_defaults
+from lib.layouts.settings import check_settings
 
-COMMON = {"vocab_size": 30522, "max_position_embeddings": 512, "position_embedding_type": "absolute"}
+COMMON = {"vocab_size": 30522, "max_position_embeddings": 512}
 DEFAULTS = {  # what an absent setting means
     "bert": {
         **{**COMMON, "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072},
-        **{"hidden_act": "gelu", "layer_norm_eps": 1e-12, "is_decoder": False, "add_cross_attention": False},
+        **{"hidden_act": "gelu", "layer_norm_eps": 1e-12},
     },
     "distilbert": {**COMMON, "dim": 768, "n_layers": 6, "n_heads": 12, "hidden_dim": 3072, "activation": "gelu"},
 }
@@ -22,14 +23,14 @@ SETTINGS = {  # ours: theirs
         **{"intermediate_size": "hidden_dim"},
     },
 }
-IMPLEMENTED = {"position_embedding_type": "absolute", "is_decoder": False, "add_cross_attention": False}
+NEUTRAL = {"position_embedding_type": ("absolute",), "is_decoder": (False,), "is_causal": (False,)}
+# How many token types there are (all tokens here are of the first), how positions began, what heads do and how they drop out.
+HARMLESS = "type_vocab_size sinusoidal_pos_embds classifier_dropout seq_classif_dropout qa_dropout tie_word_embeddings"
 
 
 def read_bert(published: dict, kind: str) -> BertConfig:
+    check_settings(published, kind, DEFAULTS[kind], NEUTRAL, HARMLESS)
     given = with_defaults(published, DEFAULTS[kind])
-    for key, value in IMPLEMENTED.items():
-        if given.get(key, value) != value:
-            raise ValueError(f"this {kind} has {key} {given[key]!r}, only {value!r} is implemented")
     return checked(
         BertConfig,
         vocab_size=given["vocab_size"],
