@@ -40,7 +40,7 @@ from lib.loss import chunked_cross_entropy
 from lib.optim import cosine_schedule, make_optimizers, parameter_groups, set_learning_rate
 from lib.quant import Linear4bit, quantize_
 from lib.run import Run
-from lib.tokenizer import BPETokenizer
+from lib.tokenizer import load_tokenizer
 from lib.vlm_parts import SIZES, assemble, find_part, tower_image_settings, train_tokenizer, whole_model, with_chat_template
 from lib.vlm_report import ask, leave_behind, logged
 from model import LLAMA32Config, MLLAMAConfig, convert_linears_to_lora
@@ -143,10 +143,10 @@ def build(args, texts: list[str]):
     if args.vision:
         vision, image_settings = find_part(args.vision, "vision", args.image_size), tower_image_settings(args.vision)
     if args.lm:
-        text, tokenizer = find_part(args.lm, "lm"), BPETokenizer.from_pretrained(args.lm)
-        if len(tokenizer) > text.config.vocab_size:
+        text, tokenizer = find_part(args.lm, "lm"), load_tokenizer(args.lm)
+        if tokenizer.plain_size > text.config.vocab_size:
             raise ValueError(
-                f"--lm {args.lm}: its tokenizer has {len(tokenizer)} tokens, its model {text.config.vocab_size}: "
+                f"--lm {args.lm}: its tokenizer has {tokenizer.plain_size} tokens, its model {text.config.vocab_size}: "
                 "they do not belong together"
             )
         with_chat_template(tokenizer)

@@ -14,8 +14,8 @@
 SOURCE: a run folder, a Hugging Face folder, a .gguf file, or a hub name. Without --temperature the likeliest token is taken.
 What a vision-language model is asked is always a question, put in its chat template. Images stand before the question they
 come with, or where it says <image>. --attention draws what the model attended to for each word (extras/attention_maps.py). The
-probabilities of --zero-shot are each caption's own: they need not add up to one. A published SigLIP's tokenizer
-(SentencePiece) is read by transformers, if that is installed.
+probabilities of --zero-shot are each caption's own: they need not add up to one. A tokenizer that is not
+byte-level BPE, such as a published SigLIP's, is read by the library tokenizers, if that is installed.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from pathlib import Path
 
 import torch
 
-from lib.checkpoint import check_vocabulary, from_pretrained, load_processor
+from lib.checkpoint import from_pretrained, load_processor
 from lib.cli import not_negative_float, not_negative_int, positive_float, positive_int, run_cli
 from lib.conversation import Conversation, stream_text
 from lib.devices import find_device
@@ -35,6 +35,7 @@ from lib.fast_decode import fast_step
 from lib.files import find_source
 from lib.image_settings import read_image_settings
 from lib.tokenizer import BPETokenizer, load_tokenizer
+from lib.vocabulary import check_rows
 from lib.weights import DTYPES
 from model import MllamaForConditionalGeneration
 from processing_mllama import IMAGE_TOKEN, MllamaImageProcessor, process_images
@@ -114,8 +115,7 @@ def load(args) -> tuple[torch.nn.Module, BPETokenizer, MllamaImageProcessor | No
         if args.image or args.attention:
             name = type(model).__name__
             raise ValueError(f"{args.source} holds a {name}, which reads no images: leave out --image, --attention")
-        processor, tokenizer = None, BPETokenizer.from_pretrained(args.source)
-        check_vocabulary(args.source, tokenizer, model.config.vocab_size)
+        processor, tokenizer = None, load_tokenizer(args.source)
     if args.int8:
         from lib.int8 import quantize_8bit_
 
@@ -137,6 +137,7 @@ def encode(tokenizer: BPETokenizer, text: str) -> list[int]:
 def next_token_table(model, tokenizer: BPETokenizer, text: str, k: int) -> list[tuple[str, list[tuple[str, float]]]]:
     """For each prefix of the text, token by token: its last token and the k likeliest next ones with their probabilities."""
     ids = encode(tokenizer, text)
+    check_rows(tokenizer, ids, model.config.vocab_size)
     logits = model(torch.tensor([ids], device=next(model.parameters()).device))["logits"][0].float()
     top = logits.softmax(dim=-1).topk(min(k, logits.shape[-1]))
     return [
@@ -248,10 +249,10 @@ def zero_shot(args) -> list[list[float]]:
     if not isinstance(model, SiglipTwoTower):
         raise ValueError(f"{args.source} holds a {type(model).__name__}: --zero-shot compares with SigLIP's two towers")
     tokenizer, text = load_tokenizer(args.source), model.config.text_config
-    check_vocabulary(args.source, tokenizer, text.vocab_size)
     # Cut off or filled with padding to the T tokens that the text tower reads: it was trained so, the published ones too.
     length = {"max_length": text.max_position_embeddings, "truncation": True, "padding": "max_length"}
     captions = tokenizer(args.zero_shot, return_tensors="pt", **length)["input_ids"]  # [captions, T]
+    check_rows(tokenizer, captions.flatten().tolist(), text.vocab_size)
     processor = MllamaImageProcessor.from_pretrained(find_source(args.source), tokenizer, num_image_token=1)
     size = model.vision_model.embeddings.image_size
     if processor.image_size != size:

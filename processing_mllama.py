@@ -339,9 +339,9 @@ class MllamaImageProcessor:
 
         settings = processor_settings(source, changes.get("image_size"))
         if tokenizer is None:  # the folder's own has the location tokens if its model knows them
-            from lib.tokenizer import BPETokenizer
+            from lib.tokenizer import load_tokenizer
 
-            tokenizer, settings["add_location_tokens"] = BPETokenizer.from_pretrained(source), False
+            tokenizer, settings["add_location_tokens"] = load_tokenizer(source), False
         known = tokenizer.convert_tokens_to_ids(IDEFICS3_AROUND[1]) not in (None, tokenizer.unk_token_id)
         if "around_image" in settings and not known:
             del settings["around_image"]

@@ -27,6 +27,7 @@ from data.scene_batches import about_image
 from data.scenes import make_scenes, questions
 from gpt import KVCache, left_pad
 from lib.chat import stop_tokens
+from lib.vocabulary import check_rows
 from processing_mllama import to_messages
 
 MOST_NEW_TOKENS = 64  # of an answer, unless told otherwise
@@ -119,6 +120,14 @@ def prompt_rows(processor, items: Sequence[Item], blind: bool, answered: bool) -
         # Asked once however often, but a true answer counts as often as it is given.
         rows.setdefault((*row[:4], number if answered else None), row).items.append(number)
     return list(rows.values())
+
+
+def rows_for(model, processor, items: Sequence[Item], blind: bool, answered: bool) -> list[Row]:
+    """prompt_rows, checked for tokens that the model has no row for: ValueError."""
+    rows, size = prompt_rows(processor, items, blind, answered), model.config.text_config.vocab_size
+    for row in rows:
+        check_rows(processor.tokenizer, [*row.prefix, *row.own], size, processor.image_token_id)
+    return rows
 
 
 def fitting_rows(model, tokens: int) -> int:
@@ -245,7 +254,7 @@ def answer(
     """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens is {max_new_tokens}: it must be at least 1")
-    rows = prompt_rows(processor, items, blind, answered=False)
+    rows = rows_for(model, processor, items, blind, answered=False)
     longest, limit = longest_row(model, rows, 1), model.language_model.config.context_length
     batch_size = batch_size or fitting_rows(model, longest + max_new_tokens)
     said, stop = [""] * len(items), stop_tokens(processor.tokenizer)
@@ -278,7 +287,7 @@ def mean_answer_loss(
 ) -> tuple[float, int]:  # fmt: skip
     """Mean negative log-likelihood of a token of the true answers, each with its end of turn, and how many tokens these are:
     (nan, 0) without items. Perplexity is exp of it. Other arguments and errors as `answer`."""
-    rows, total, count = prompt_rows(processor, items, blind, answered=True), 0.0, 0
+    rows, total, count = rows_for(model, processor, items, blind, answered=True), 0.0, 0
     batch_size = batch_size or fitting_rows(model, longest_row(model, rows, 0))
     with eval_mode(model):
         for batch in row_batches(rows, batch_size):

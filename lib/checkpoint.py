@@ -10,7 +10,7 @@ that no published layout can hold is saved in our own, whose model_type ends in 
 misreading it. Only what a checkpoint holds is imported: to read a ViT, no LLaMA, no 4-bit layers and no tokenizer.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -83,13 +83,11 @@ def load_vlm(source: str | Path, device: str | torch.device = "cpu", dtype: torc
 def load_processor(source: str | Path, model: nn.Module):
     """What makes images and questions the input of a vision-language model that was read from `source`. Raises ValueError
     where tokenizer, image settings and model do not belong together."""
-    from processing_mllama import IMAGE_TOKEN, LOCATION_TOKENS, MllamaImageProcessor
+    from processing_mllama import IMAGE_TOKEN, MllamaImageProcessor
 
     processor = MllamaImageProcessor.from_pretrained(find_source(source))
     if model.config.image_token_id is None:
         model.config = replace(model.config, image_token_id=processor.image_token_id)
-    # Images overwrite <image>; location tokens matter only to a model that was trained to say them.
-    check_vocabulary(source, processor.tokenizer, model.config.text_config.vocab_size, {IMAGE_TOKEN, *LOCATION_TOKENS})
     for what, has, wants in (
         ("images of (height, width)", processor.image_size, model.vision_tower.image_size),
         ("tokens an image", processor.num_image_token, model.config.text_config.num_image_tokens),
@@ -98,15 +96,6 @@ def load_processor(source: str | Path, model: nn.Module):
         if has != wants:
             raise ValueError(f"{source} contradicts itself: {what}: {has} for its processor, {wants} for its model")
     return processor
-
-
-def check_vocabulary(source: str | Path, tokenizer, vocab_size: int, optional: Iterable[str] = ()) -> None:
-    """Raises ValueError where the tokenizer has tokens, others than the optional ones, that the model has no row for."""
-    beyond = {tokenizer.convert_ids_to_tokens(token) for token in range(vocab_size, len(tokenizer))}
-    if beyond - {None, *optional}:
-        raise ValueError(
-            f"the tokenizer in {source} has {len(tokenizer)} tokens, the model knows {vocab_size}: they do not belong together"
-        )
 
 
 def read_config(source: str | Path):

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 import torch
 
 from lib.chat import stop_tokens
+from lib.vocabulary import check_rows
 from processing_mllama import IMAGE_TOKEN, MllamaImageProcessor, denormalize
 
 
@@ -21,9 +22,11 @@ def stream_text(
     """How the model continues ids, as it comes: (text, token), and last (what text is left, None).
 
     shown: special tokens that are part of the text, by id; prefix: what is taken from its beginning; options: of `stream`
-    (temperature, ..., step, image_features). Raises ValueError where the model's context has no room.
+    (temperature, ..., step, image_features). Raises ValueError where the model's context has no room, or no row for a token.
     """
-    limit = getattr(model.config, "text_config", model.config).context_length
+    text_config = getattr(model.config, "text_config", model.config)
+    check_rows(tokenizer, ids, text_config.vocab_size, getattr(model.config, "image_token_id", None))
+    limit = text_config.context_length
     room = limit - len(ids)
     if room < 1:
         raise ValueError(f"the text has {len(ids)} tokens, the model's context is {limit}: shorten it or start afresh")

@@ -24,7 +24,7 @@ from lib.weights import DTYPES, list_safetensors
 # What stands beside the weights and goes along when a folder is converted.
 COMPANIONS = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
-    *("vocab.json", "merges.txt", "encoder.json", "vocab.bpe"),
+    *("vocab.json", "merges.txt", "encoder.json", "vocab.bpe", "tokenizer.model", "spiece.model"),
     *("preprocessor_config.json", "processor_config.json", "generation_config.json"),
 )
 KEPT = (*TOKEN_IDS, "id2label", "label2id")  # entries of config.json that our configs do not hold

@@ -103,7 +103,7 @@ def one_line(error: Exception) -> str:
     return " ".join(str(getattr(error, "strerror", None) or error).strip("<>").split()) or type(error).__name__
 
 
-def find_source(source: str | Path, patterns=("*.json", "*.safetensors", "*.txt", "*.jinja")) -> Path:
+def find_source(source: str | Path, patterns=("*.json", "*.safetensors", "*.txt", "*.jinja", "*.model")) -> Path:
     """A folder or .gguf file on this disk, or a hub name, whose files that fit the patterns are fetched with huggingface_hub
     when that is installed. Raises FileNotFoundError where there is none, ValueError for a file of another kind."""
     path = Path(source)

@@ -44,11 +44,13 @@ from lib.bpe_training import learn_merges
 from lib.files import find_source, need, one_line, read_json, read_text, write_atomic
 from lib.tokenizer_files import (
     BYTE_OF,
+    CARRIED,
     CHAR_OF,
     MORE_TOKENS,
     NAMED_TOKENS,
     PUBLISHED_REGEXES,
     TOKENIZER_FILES,
+    added_entries,
     added_entry,
     edges_of,
     make_spec,
@@ -56,6 +58,7 @@ from lib.tokenizer_files import (
     read_gguf,
     read_model,
     regex_of,
+    special_tokens,
     template_processing,
     to_bytes,
 )
@@ -125,19 +128,29 @@ class StreamDecoder:
 class BPETokenizer:
     """spec: the content of a tokenizer.json; config: of a tokenizer_config.json; source: what errors call them."""
 
+    REFUSED_FLAGS = ("single_word", "lstrip", "rstrip")  # of added tokens
+
     def __init__(self, spec: dict, config: dict | None = None, source="tokenizer.json"):
-        self._vocab, merges = read_model(spec, source)
         self._spec, self._added, self._finders, config = spec, {}, {}, config or {}
+        self._vocab = self._read_model(spec, source)
         self._token_of = {i: token for token, i in self._vocab.items()}
-        slow = [entry | {"id": int(i)} for i, entry in config.get("added_tokens_decoder", {}).items()]
-        for entry in [*spec.get("added_tokens", ()), *slow]:
-            self._add(added_entry(entry["content"], entry["id"]) | entry, source)
+        for entry in added_entries(spec, config, source):
+            self._add(entry, source)
         self._configure(config, source)
+        self._prepare(source)
+
+    def _read_model(self, spec: dict, source) -> dict[str, int]:
+        """The vocabulary."""
+        vocab, self._merges = read_model(spec, source)
+        return vocab
+
+    def _prepare(self, source) -> None:
+        """tiktoken's tables, once it is known which tokens are added ones."""
         plain = [token for token in self._vocab if token not in self._added]
         odd = [token for token in plain if not token or not BYTE_OF.keys() >= set(token)]
         need(not odd, source, f"tokens {odd[:3]} are not in GPT-2's byte alphabet, so this is not byte-level BPE")
-        model = spec["model"]
-        ranks, ids, self._apart = rank_table(self._vocab, merges, plain if model.get("ignore_merges") else ())
+        spec, model = self._spec, self._spec["model"]
+        ranks, ids, self._apart = rank_table(self._vocab, self._merges, plain if model.get("ignore_merges") else ())
         # SmolLM2 has no token for 21 bytes, such as 0x04: they become unk_token if the model names one, else nothing.
         unknown = self._vocab.get(model.get("unk_token"))
         self._lost = bytes(byte for byte in range(256) if ids[byte] is None and unknown is None)
@@ -170,22 +183,22 @@ class BPETokenizer:
             source,
             f"added token {content!r} has id {token_id}, there {owner!r}; in the vocabulary it has {known}",
         )
-        flags = [flag for flag in ("single_word", "lstrip", "rstrip") if entry[flag]]
+        flags = [flag for flag in self.REFUSED_FLAGS if entry[flag]]
         need(not flags, source, f"added token {content!r} with {flags} is not supported")
         self._added[content], self._token_of[token_id], self._finders = entry, content, {}
 
     def _configure(self, config: dict, source) -> None:
         """Take over a tokenizer_config.json. As in transformers, special tokens it names are added where missing."""
 
-        def text(token):
-            token = token["content"] if isinstance(token, dict) else token
-            need(token is None or isinstance(token, str), source, f"{token!r:.80} is named as a special token, and is no text")
-            return token
-
-        for name in NAMED_TOKENS:
-            setattr(self, name, text(config.get(name)))
-        extra = [text(token) for key in MORE_TOKENS for token in config.get(key) or ()]
-        self.add_special_tokens([token for token in (*map(self.__dict__.get, NAMED_TOKENS), *extra) if token])
+        named, more = special_tokens(config, source)
+        self.__dict__.update(dict.fromkeys(NAMED_TOKENS) | named)
+        self._carried = {key: config[key] for key in CARRIED if key in config} | {
+            name: token for name, token in named.items() if name not in NAMED_TOKENS}  # fmt: skip
+        for token in (*named.values(), *more):
+            if token in self._added:
+                self._add(self._added[token] | {"special": True}, source)
+            else:
+                self.add_special_tokens([token])
         limit = config.get("model_max_length") or 0
         self.model_max_length = int(limit) if 0 < limit < 10**9 else None  # published files write 1e30 for none
         self.padding_side = config.get("padding_side", "right")
@@ -200,7 +213,11 @@ class BPETokenizer:
                 for key, token in (("bos", self.bos_token), ("eos", self.eos_token))
             )
             self._spec = self._spec | {"post_processor": template_processing(bos, eos)}
-        self._before, self._after = edges_of(self._spec.get("post_processor"), source)
+        self._before, self._after = self._edges(source)
+
+    def _edges(self, source) -> tuple[list[int], list[int]]:
+        """Ids around a text."""
+        return edges_of(self._spec.get("post_processor"), source)
 
     @classmethod
     def from_pretrained(cls, source: str | os.PathLike) -> BPETokenizer:
@@ -254,6 +271,7 @@ class BPETokenizer:
             "tokenizer_class": "PreTrainedTokenizerFast",
             "padding_side": self.padding_side,
             "clean_up_tokenization_spaces": False,
+            **self._carried,
         }
         spec = self._spec | {"added_tokens": sorted(self._added.values(), key=lambda entry: entry["id"])}
         files = {"tokenizer.json": json.dumps(spec, ensure_ascii=False)}
@@ -270,6 +288,11 @@ class BPETokenizer:
     def __len__(self) -> int:
         """Rows that an embedding table needs: the largest id + 1, added tokens included."""
         return max(self._token_of) + 1
+
+    @property
+    def plain_size(self) -> int:
+        """The same without added tokens: a model of this tokenizer has at least so many rows."""
+        return max((i for token, i in self._vocab.items() if token not in self._added), default=-1) + 1
 
     vocab_size = property(__len__)
     bos_token_id = property(lambda self: self._id(self.bos_token))
@@ -480,21 +503,21 @@ class BPETokenizer:
         return "".join(part.text for part in self._chat_parts(messages, add_generation_prompt))
 
 
-def load_tokenizer(source: str | os.PathLike):
-    """The tokenizer of a checkpoint: ours where it is byte-level BPE, else transformers', if that is installed. Raises
-    ValueError where neither can read it."""
+def load_tokenizer(source: str | os.PathLike) -> BPETokenizer:
+    """The tokenizer of a checkpoint: ours where it is byte-level BPE, else read by the `tokenizers` library. Raises ValueError
+    or FileNotFoundError where neither can read it."""
     try:
         return BPETokenizer.from_pretrained(source)
-    except (ValueError, FileNotFoundError) as error:
+    except ValueError as error:
+        if Path(source).suffix == ".gguf":
+            raise
         ours = one_line(error)
+    from lib.library_tokenizer import LibraryTokenizer
+
     try:
-        from transformers import AutoTokenizer
-    except ImportError:
-        raise ValueError(f"{ours}; `pip install transformers` reads other kinds") from None
-    try:
-        return AutoTokenizer.from_pretrained(find_source(source))
-    except Exception as error:  # its errors are of many types, an ImportError for want of sentencepiece among them
-        raise ValueError(f"{ours}; nor can transformers read it ({one_line(error)})") from None
+        return LibraryTokenizer.from_pretrained(source)
+    except ValueError as error:
+        raise ValueError(f"{ours}; {one_line(error).removeprefix(f'{source}: ')}") from None
 
 
 def _to_ints(ids) -> list[int]:

@@ -47,9 +47,14 @@ GGUF_PRE = {
     "deepseek-r1-qwen": "qwen2",
 }
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
+NUMBERED_FIRST = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")  # of new ones
 MORE_TOKENS = ("additional_special_tokens", "extra_special_tokens")  # transformers' word for it up to 4, and from 5
 
+# What else of a tokenizer_config.json goes along when a tokenizer is saved: how transformers calls the model with it.
+CARRIED = ("model_input_names", "clean_up_tokenization_spaces", "do_lower_case")
+
 TOKENIZER_FILES = ("tokenizer*.json", "special_tokens_map.json", "chat_template.jinja", "vocab.json", "merges.txt")
+TOKENIZER_FILES += ("added_tokens.json", "*.model")
 
 # --- bytes as text ---
 
@@ -165,6 +170,37 @@ def added_entry(content: str, token_id: int, special: bool = True) -> dict:
     }
 
 
+def added_entries(spec: dict, config: dict, source) -> list[dict]:
+    """The added tokens, each with the id that its file states: of tokenizer.json, then what tokenizer_config.json or
+    added_tokens.json (see read_folder) say of the same or of more, by id."""
+    slow = config.get("added_tokens_decoder", {})
+    need(isinstance(slow, dict), source, f"added_tokens_decoder is {slow!r:.80}: it must be a table of tokens by id")
+    entries = [{**entry, "id": int(i) if str(i).isdecimal() else i} for i, entry in slow.items()]
+    found = [*(spec.get("added_tokens") or ()), *sorted(entries, key=lambda entry: entry["id"])]
+    return [added_entry(entry["content"], entry["id"]) | entry for entry in found]
+
+
+def special_tokens(config: dict, source) -> tuple[dict[str, str], list[str]]:
+    """The special tokens that a tokenizer_config.json names: by name ("bos_token", ..., "image_token"), and the others."""
+
+    def text(token):
+        token = token["content"] if isinstance(token, dict) else token
+        need(token is None or isinstance(token, str), source, f"{token!r:.80} is named as a special token, and is no text")
+        return token
+
+    # "add_bos_token" and the like are no tokens: their values are true or false.
+    named = {key: text(value) for key, value in config.items() if key.endswith("_token") and not isinstance(value, bool)}
+    more = []
+    for key in MORE_TOKENS:
+        tokens = config.get(key) or []
+        if isinstance(tokens, dict):  # by name, too
+            named |= {name: text(token) for name, token in tokens.items()}
+        else:
+            more += map(text, tokens)
+    order = dict.fromkeys((*NUMBERED_FIRST, *named))
+    return {name: named[name] for name in order if named.get(name)}, more
+
+
 def make_spec(vocab: dict[str, int], merges: list, pre: str, added: list[dict], ignore_merges: bool = False) -> dict:
     """A tokenizer.json, the one form that every source is brought into. pre: a name in PRE_TOKENIZERS or a regex."""
     model = {
@@ -196,9 +232,15 @@ def make_spec(vocab: dict[str, int], merges: list, pre: str, added: list[dict], 
 
 
 def read_folder(folder: Path) -> tuple[dict, dict]:
-    config = {}
-    for name in ("special_tokens_map.json", "tokenizer_config.json"):
-        config |= read_json(folder / name) if (folder / name).is_file() else {}
+    """tokenizer_config.json, with what older folders have in files of their own, is believed in the order of transformers."""
+    files = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+    config, named, added = (read_json(folder / name) if (folder / name).is_file() else {} for name in files)
+    if "added_tokens_decoder" not in config:
+        config |= named
+        special = {*special_tokens(config, folder)[0].values(), *special_tokens(config, folder)[1]}
+        config["added_tokens_decoder"] = {
+            i: added_entry(token, i, token in special) | {"normalized": token not in special} for token, i in added.items()
+        }
     if (folder / "chat_template.jinja").is_file():
         config["chat_template"] = read_text(folder / "chat_template.jinja")
     if (folder / "tokenizer.json").is_file():

@@ -1,5 +1,6 @@
-"""Room for new tokens in a trained model."""
+"""Which tokens a model has rows for, and room for new ones in a trained model."""
 
+from collections.abc import Iterable
 from dataclasses import replace
 
 import torch
@@ -7,6 +8,17 @@ import torch.nn as nn
 
 from gpt import GPT, Decoder
 from model import MllamaForConditionalGeneration
+
+
+def check_rows(tokenizer, ids: Iterable[int], vocab_size: int, image_token_id: int | None = None) -> None:
+    """Raises ValueError for an id that has no row in an embedding table of vocab_size. A tokenizer may have more tokens than
+    its model has rows, as long as nobody says them; images overwrite image_token_id."""
+    beyond = next((i for i in ids if i >= vocab_size and i != image_token_id), None)
+    if beyond is not None:
+        raise ValueError(
+            f"the text has the token {tokenizer.convert_ids_to_tokens(beyond)!r} with id {beyond}, the model has rows for "
+            f"{vocab_size} tokens: leave it out, or give the tokenizer that belongs to the model"
+        )
 
 
 @torch.no_grad()

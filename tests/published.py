@@ -104,9 +104,9 @@ def qwen2(**settings):
     return fast(byte_level(specials, qwen=True), **{**named, "chat_template": QWEN, **settings})
 
 
-def gpt2():
+def gpt2(**settings):
     model = json.loads(byte_level(["<|endoftext|>"]).to_str())["model"]
-    return tf.GPT2Tokenizer(vocab=model["vocab"], merges=[tuple(merge) for merge in model["merges"]])
+    return tf.GPT2Tokenizer(vocab=model["vocab"], merges=[tuple(merge) for merge in model["merges"]], **settings)
 
 
 def sentencepiece_bpe(unknown="<unk>", specials=("<unk>", "<s>", "</s>")) -> dict:

@@ -20,7 +20,8 @@ import torch
 from lib import chat as chat_formats
 from lib import tokenizer as module
 from lib import tokenizer_files
-from lib.tokenizer import BPETokenizer
+from lib.library_tokenizer import LibraryTokenizer
+from lib.tokenizer import BPETokenizer, load_tokenizer
 
 tokenizers = pytest.importorskip("tokenizers", reason="tokenizers is the reference for the ids")
 from tokenizers import (  # noqa: E402
@@ -805,3 +806,130 @@ def test_a_template_without_its_tokens():
         tok.encode_chat(CHATS[0])
     tok.add_special_tokens(CHATML)
     assert tok.decode(tok.encode_chat(CHATS[0])) == "<|im_start|>user\nHi!<|im_end|>\n"
+
+
+# ---- other kinds, read by the `tokenizers` library ---------------------------------------------------------------------
+
+KINDS = ("llama2", "mistral", "gemma", "unigram", "clip", "wordpiece", "byte_level_with_strips")
+ODD = ["", " ", "Hello  world\n", "a </s> b<s> <image>  c <eos>", "\tété 日本 \U0001f600 <|endoftext|> [SEP]"]
+ODD += ["USER: <image>\nWhat?"]
+
+
+def other_kind(kind: str):
+    """A tokenizer of transformers of this kind."""
+    published = pytest.importorskip("published", reason="transformers makes them")
+    if hasattr(published, kind):
+        return getattr(published, kind)()
+    if kind == "wordpiece":
+        words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *"abcdehlortuw", *(f"##{c}" for c in "abcdehlortuw"), "hello", "##ld"]
+        inner = Tokenizer(models.WordPiece({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+        inner.normalizer, inner.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
+        inner.post_processor, inner.decoder = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2)), decoders.WordPiece()
+        return published.fast(inner, unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]", pad_token="[PAD]")
+    inner = reference("gpt2")
+    inner.add_special_tokens([AddedToken("<image>", lstrip=True, rstrip=True), AddedToken("<eos>", single_word=True)])
+    return published.fast(inner, eos_token="<|endoftext|>")
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def other(request, tmp_path_factory):
+    """(ours, transformers')"""
+    theirs, folder = other_kind(request.param), tmp_path_factory.mktemp(request.param)
+    theirs.save_pretrained(folder)
+    return load_tokenizer(folder), theirs
+
+
+def test_any_other_kind_has_the_ids_and_the_text_of_transformers(other):
+    ours, theirs = other
+    assert isinstance(ours, LibraryTokenizer) and len(ours) == len(theirs)
+    for text in ODD:
+        ids = theirs(text)["input_ids"]
+        assert ours.encode(text, parse_special=True) == ids
+        assert ours(text, parse_special=True)["input_ids"] == ids
+        if "CLIP" not in type(theirs).__name__:  # whose own decode is no part of its files
+            assert ours.decode(ids) == theirs.decode(ids)
+            assert ours.decode(ids, skip_special_tokens=True) == theirs.decode(ids, skip_special_tokens=True)
+        stream = ours.stream_decoder()
+        assert "".join([*map(stream.push, ids), stream.flush()]) == ours.decode(ids)
+
+
+def test_special_token_text_stays_text_there_too(other):
+    ours, theirs = other
+    special = {entry for entry in theirs.all_special_ids if "image" not in theirs.convert_ids_to_tokens(entry)}
+    for text in ODD[3:]:
+        found = ours.encode(text, add_special_tokens=False)
+        assert not (special - {ours.unk_token_id}) & {*found}, "none of them is recognised"
+        if ours.convert_tokens_to_ids("<image>") not in (None, ours.unk_token_id):
+            some = ours.encode(text, add_special_tokens=False, parse_special={"<image>"})
+            assert some.count(ours.convert_tokens_to_ids("<image>")) == text.count("<image>")
+            assert not (special - {ours.unk_token_id}) & {*some}
+    with pytest.raises(ValueError, match="'<nowhere>'.* are not in the vocabulary"):
+        ours.encode("x", parse_special={"<nowhere>"})
+
+
+def test_any_other_kind_is_saved_as_transformers_opens_it(other, tmp_path):
+    ours, _ = other
+    ours.add_special_tokens(["<new>"])
+    ours.save_pretrained(tmp_path)
+    theirs, again = pytest.importorskip("transformers").AutoTokenizer.from_pretrained(tmp_path), load_tokenizer(tmp_path)
+    assert len(ours) == len(theirs) == len(again)
+    for text in [*ODD, "a <new>b"]:
+        assert ours.encode(text, parse_special=True) == theirs(text)["input_ids"] == again.encode(text, parse_special=True)
+
+
+def test_without_the_library_one_line_says_how_to_get_it(tmp_path, monkeypatch):
+    other_kind("wordpiece").save_pretrained(tmp_path)
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    with pytest.raises(ValueError, match="not byte-level BPE.*`pip install tokenizers` to read it") as error:
+        load_tokenizer(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+STATED = {  # what files say of added tokens, N tokens being there before; the ids of <image>, <row> and <pad>, less N
+    "a table by name": ({"tokenizer_config": {"extra_special_tokens": {"image_token": "<image>", "row_token": "<row>"},
+                                              "pad_token": "<pad>"}}, (1, 2, 0)),
+    "a list": ({"tokenizer_config": {"extra_special_tokens": ["<image>", "<row>"], "pad_token": "<pad>"}}, (1, 2, 0)),
+    "image_token": ({"tokenizer_config": {"image_token": "<image>", "pad_token": "<pad>", "add_bos_token": False,
+                                          "extra_special_tokens": ["<row>"]}}, (1, 2, 0)),
+    "added_tokens_decoder": ({"tokenizer_config": {"added_tokens_decoder": {
+        "N+5": {"content": "<image>", "special": True}, "N+3": {"content": "<row>", "special": True},
+        "N": {"content": "<pad>", "special": True}}}}, (5, 3, 0)),
+    "added_tokens.json": ({"added_tokens": {"<image>": 2, "<row>": 1, "<pad>": 0},
+                           "special_tokens_map": {"pad_token": "<pad>", "additional_special_tokens": ["<image>", "<row>"]}},
+                          (2, 1, 0)),
+    "special_tokens_map.json": ({"special_tokens_map": {
+        "pad_token": {"content": "<pad>", "lstrip": False, "normalized": False, "rstrip": False, "single_word": False},
+        "additional_special_tokens": [{"content": "<image>", "lstrip": False}, "<row>"]}}, (1, 2, 0)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama2"])
+@pytest.mark.parametrize("case", STATED)
+def test_added_tokens_have_the_ids_that_the_files_state(tmp_path, kind, case):
+    """<image> became 502 where the files said 501, and the names of a table of extra_special_tokens became tokens."""
+    published = pytest.importorskip("published", reason="transformers makes them")
+    settings = {} if kind == "gpt2" else {"pad_token": None, "extra_special_tokens": []}
+    getattr(published, kind)(**settings).save_pretrained(tmp_path)
+    files, places = STATED[case]
+    size = json.loads((tmp_path / "tokenizer.json").read_text())
+    size = max([*size["model"]["vocab"].values(), *(t["id"] for t in size["added_tokens"])]) + 1
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    config = {key: value for key, value in config.items() if key not in ("extra_special_tokens", "pad_token", "image_token")}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    for name, content in files.items():
+        if name == "added_tokens":
+            content = {token: size + i for token, i in content.items()}
+        for key in [key for key in content.get("added_tokens_decoder", {})]:
+            number = size + int(key.removeprefix("N").removeprefix("+") or 0)
+            content = content | {"added_tokens_decoder": {**content["added_tokens_decoder"]}}
+            content["added_tokens_decoder"][str(number)] = content["added_tokens_decoder"].pop(key)
+        old = json.loads((tmp_path / f"{name}.json").read_text()) if (tmp_path / f"{name}.json").is_file() else {}
+        (tmp_path / f"{name}.json").write_text(json.dumps(old | content))
+    ours = load_tokenizer(tmp_path)
+    tokens, ids = ["<image>", "<row>", "<pad>"], [size + place for place in places]
+    assert ours.convert_tokens_to_ids(tokens) == ids
+    assert ours.encode("<image><row><pad>", add_special_tokens=False, parse_special=True) == ids
+    assert ours.decode(ids) == "<image><row><pad>" and ours.decode(ids, skip_special_tokens=True) == ""
+    if case not in ("added_tokens_decoder", "special_tokens_map.json"):  # it numbers them one by one; and wants no tables there
+        theirs = pytest.importorskip("transformers").AutoTokenizer.from_pretrained(tmp_path)
+        assert theirs.convert_tokens_to_ids(tokens) == ids and len(theirs) == len(ours)
