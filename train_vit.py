@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 from data.augment import PRESETS as AUGMENTATIONS
 from data.augment import Augment
-from data.batches import Batches
+from data.batches import Batches, fit_batch_size
 from data.datasets import DATASETS
 from lib import figures
 from lib.checks import checked
@@ -77,6 +77,7 @@ def main(argv=None) -> None:
 
     # ---- data ----
     train, test = load_data(args, run)
+    fit_batch_size(run, len(train), "images")
     mean, std = train.mean_std()
     augment = Augment(AUGMENTATIONS[args.augment], mean, std)
     batches = Batches(len(train), args.batch_size // run.world_size, args.seed, rank=run.rank, world_size=run.world_size)

@@ -28,7 +28,7 @@ class Batches:
         self.step = batch_size * world_size  # samples of all ranks together
         self.end = n - n % self.step if drop_last else n
         if self.end == 0:
-            raise ValueError(f"{n} samples do not fill a batch of {batch_size} on {world_size} ranks: make it smaller")
+            raise ValueError(f"{n} samples do not fill a batch of {batch_size} on {world_size} ranks: lower --batch-size")
         if 0 < self.end % self.step < world_size:
             raise ValueError(f"the last batch of {n} samples leaves some of {world_size} ranks none: use drop_last")
         self.epoch, self.position, self._order = 0, 0, None
@@ -87,6 +87,19 @@ class InOrder:
 
     def load_state_dict(self, state: dict) -> None:
         self.order.load_state_dict(state)
+
+
+def fit_batch_size(run, n: int, what: str) -> None:
+    """Lower --batch-size to what n samples fill, and say so. Raises ValueError where they are fewer than the parts of a step."""
+    args, unit = run.args, run.world_size * run.args.grad_accum
+    if n < unit:
+        smaller = "raise --chunk" if getattr(args, "chunk", None) else "lower --grad-accum"
+        raise ValueError(
+            f"{n} training {what} are fewer than the {unit} parts of a step: {smaller}" + ", or start fewer processes" * (run.world_size > 1)
+        )
+    if n < args.batch_size:
+        run.print(f"--batch-size {args.batch_size} becomes {n - n % unit}: there are {n} training {what}")
+        args.batch_size = n - n % unit
 
 
 def blind_pixels(pixel_values: torch.Tensor) -> torch.Tensor:

@@ -18,7 +18,7 @@ import torch
 
 from data.augment import PRESETS as AUGMENTATIONS
 from data.augment import Augment
-from data.batches import Batches, InOrder
+from data.batches import Batches, InOrder, fit_batch_size
 from data.image_cache import ImageCache
 from data.llava import LlavaRow
 from data.rows import FIRST_ROWS, load_rows
@@ -150,6 +150,7 @@ class ClassPairs(InOrder):
 
     def __init__(self, args, run):
         self.train, self.test = load_data(args, run)
+        fit_batch_size(run, len(self.train), "images")
         self.mean, self.std = (values * (3 // len(values)) for values in self.train.mean_std())  # grey becomes RGB
         self.captions = [args.caption.format(name.replace("_", " ")) for name in self.train.classes]
         self.image_size = tuple(self.train.images.shape[-2:])
@@ -177,7 +178,7 @@ class RowPairs(InOrder):
 
     def __init__(self, args, run):
         rows, test = load_rows(args, run)
-        self.run, self.workers, self.size = run, args.workers, args.batch_size // run.world_size
+        self.run, self.workers = run, args.workers
         self.image_size = args.image_size, args.image_size
         self.mean, self.std = IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD
         self.images = ImageCache(self.image_size)
@@ -198,7 +199,13 @@ class RowPairs(InOrder):
 
     def open(self, rows, seed: int) -> None:
         self.rows = self.checked(rows)
+        self.size = self.fitting_size()
         self.order = Batches(len(self.rows), self.size, seed, True, self.run.rank, self.run.world_size)
+
+    def fitting_size(self) -> int:
+        """Rows of a batch, in this process."""
+        fit_batch_size(self.run, len(self.rows), "rows")
+        return self.run.args.batch_size // self.run.world_size
 
     def texts(self) -> list[str]:
         return [first_answer(row) for row in self.rows]
@@ -253,6 +260,7 @@ class ShardPairs(RowPairs):
 
     def open(self, rows, seed: int) -> None:
         self.rows, ranks = rows, (self.run.rank, self.run.world_size, self.workers)
+        self.size = self.fitting_size()
         self.order = ShardStream(rows, ShardImages(self.image_size), self.size, seed, *ranks)
 
     def texts(self) -> list[str]:

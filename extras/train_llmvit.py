@@ -24,7 +24,7 @@ import torch.nn as nn
 
 from data.augment import PRESETS as AUGMENTATIONS
 from data.augment import Augment, normalize_images
-from data.batches import Batches
+from data.batches import Batches, fit_batch_size
 from data.datasets import DATASETS, ImageDataset, evenly
 from extras.llmvit import EMBEDDERS, ENCODERS, LLMVIT, METRICS, EmbedderConfig, EncoderConfig
 from extras.llmvit_backbones import KINDS, MODEL_TYPE, WordList, load_language_model, make_backbone, save_run, word_matrix
@@ -245,6 +245,7 @@ def main(argv=None) -> None:
 
     # ---- data ----
     train, test = load_data(args, run)
+    fit_batch_size(run, len(train), "images")
     mean, std = train.mean_std()
     augment = Augment(AUGMENTATIONS[args.augment], mean, std)
     K, size = len(train.classes), tuple(train.images.shape[-2:])

@@ -84,9 +84,10 @@ class Run:
         self.folder = Path(args.out)
         if self.is_main and not args.dry_run:
             take_folder(self.folder)
+        self.settings = comparable_settings(args)  # as they were given: a script may fit some to its data
         self.state = load_state(self.folder) if args.resume else None  # what a stopped run left
         if self.state is not None:
-            check_settings(args, self.state.get("settings"))
+            check_settings(self.folder, self.settings, self.state.get("settings"))
         self.metrics: Metrics | None = None  # of rank 0
         self.whole: nn.Module | None = None  # of rank 0 under --fsdp: see place
         self.steps_done, self.seconds, self.skipped = 0, 0.0, 0  # skipped: steps whose gradients overflowed in fp16
@@ -411,7 +412,7 @@ class Run:
         if self.dry is not None:
             return
         state = {
-            "settings": comparable_settings(self.args),
+            "settings": self.settings,
             "model": self.raw.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "scaler": self.scaler.state_dict(),

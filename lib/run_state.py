@@ -53,14 +53,14 @@ def load_state(run: str | Path) -> dict:
     return state
 
 
-def check_settings(args: argparse.Namespace, saved: dict | None) -> None:
+def check_settings(run: Path, settings: dict, saved: dict | None) -> None:
     """Raises ValueError where the saved run was started with other settings."""
     if not isinstance(saved, dict):
-        raise ValueError(f"{Path(args.out) / 'state.pt'} is no state of a run: start again without --resume")
-    for key, value in comparable_settings(args).items():
+        raise ValueError(f"{run / 'state.pt'} is no state of a run: start again without --resume")
+    for key, value in settings.items():
         if saved.get(key) != value:
             raise ValueError(
-                f"--{key.replace('_', '-')} is {value!r}, the run in {args.out} was started with {saved.get(key)!r}: "
+                f"--{key.replace('_', '-')} is {value!r}, the run in {run} was started with {saved.get(key)!r}: "
                 "resume with the same settings, or choose another --out"
             )
 
