@@ -23,7 +23,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from data.batches import IGNORE, with_shares
+from data.batches import IGNORE, fit_batch_size, with_shares
 from data.common import CommonAnswers, common_questions
 from data.features import FrozenFeatures
 from data.image_cache import ImageCache
@@ -34,7 +34,7 @@ from data.shards import ShardImages
 from data.warp import GEOMETRY, warp
 from lib.answers import Item, prompt_ids, row_items
 from lib.checks import checked
-from lib.cli import argument_parser, not_negative_float, not_negative_int, positive_float, positive_int, run_cli
+from lib.cli import argument_parser, fraction, not_negative_float, not_negative_int, positive_float, positive_int, run_cli
 from lib.distributed import all_gather
 from lib.loss import chunked_cross_entropy
 from lib.optim import cosine_schedule, make_optimizers, parameter_groups, set_learning_rate
@@ -42,7 +42,7 @@ from lib.quant import Linear4bit, quantize_
 from lib.run import Run
 from lib.tokenizer import load_tokenizer
 from lib.vlm_parts import SIZES, assemble, find_part, tower_image_settings, train_tokenizer, whole_model, with_chat_template
-from lib.vlm_report import ask, leave_behind, logged
+from lib.vlm_report import ask, leave_behind, logged, memorised
 from model import LLAMA32Config, MLLAMAConfig, convert_linears_to_lora
 from processing_mllama import IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD
 from siglip import SiglipVisionConfig
@@ -53,6 +53,8 @@ from vit_scratch import ViTModel
 SECONDS = {"vision": 0.4, "projector": 0.02, "language": 0.58}  # shares of --max-seconds
 MUON_LR = {"vision": 0.02, "projector": 0.02, "language": 0.01}  # see train_vlm.py
 VISION_BATCH = 64  # images a step of stage 1
+LEAST_STEPS = 100  # of stage 3, where neither --steps nor --epochs is given: three passes over a few rows teach nothing
+SEEN = 20  # training rows, asked at the end: what it has learned by heart shows beside the test questions
 QUICK = 600  # questions, the first of the test questions, asked every --eval-every steps
 LARGE_VOCABULARY = 2**12  # from here on the logits of all answers at once are what takes the memory
 LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -66,7 +68,7 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("--images", metavar="DIR", help="where the images of --data FILE.json are; default: beside it")
     add("--test-data", metavar="FILE.json", help="held-out rows; default: --test-part of --data, split by image")
-    add("--test-part", type=positive_float, default=0.1)
+    add("--test-part", type=fraction, default=0.1, help="held out, where there is no --test-data; 0: train on all rows")
     add("--size", choices=list(SIZES), default="small", help="of what is not taken from --vision or --lm; tiny: for tests")
     add("--model", metavar="SOURCE", help="go on from a whole vision-language model, its projector too: a run, a LLaVA or "
         "Idefics3 folder or hub name")  # fmt: skip
@@ -219,7 +221,7 @@ def frozen_parts(args, common: dict) -> set[str]:
 
 def stages(args, epoch: int, common: dict) -> list[Stage]:
     """What this run goes through. epoch: steps of one pass over the rows. common: see common_questions."""
-    steps = args.steps or max(1, round((args.epochs or 3) * epoch))
+    steps = args.steps or max(1, round(args.epochs * epoch) if args.epochs else max(LEAST_STEPS, 3 * epoch))
     frozen, plan, first = frozen_parts(args, common), [], args.projector_steps
     if has_vision_stage(args, common):
         why = f"the answers to {len(common)} common questions, by a linear layer: there must be something to talk about"
@@ -303,7 +305,7 @@ def test_questions(args, run: Run, rows: LlavaRows, model, processor) -> list[It
     fit = [item for item in items if not bad & {*item.images} and len(prompt_ids(processor, item, True)[0]) < limit]
     if len(fit) < len(items):
         why = f"{len(bad)} images cannot be read" if bad else f"they have over {limit} tokens"
-        run.print(f"{len(items) - len(fit)} of {len(items)} test questions are left out: {why}")
+        run.print(f"{len(items) - len(fit)} of {len(items)} questions are left out of its evaluation: {why}")
     return fit
 
 
@@ -330,6 +332,7 @@ def main(argv=None) -> None:
 
     # ---- data, model ----
     rows, test_rows = load_rows(args, run)
+    fit_batch_size(run, len(rows), "rows")
     first = rows.head(FIRST_ROWS) if streams(args) else rows
     common = {} if streams(args) else common_questions(rows)
     model, processor = build(args, [message["content"] for row in first for message in row.messages])
@@ -378,9 +381,14 @@ def main(argv=None) -> None:
     lost = left_out(packed)
     if run.is_main and not args.dry_run:
         with run.evaluation() as eval_learner:
-            found = {"test": ask(eval_learner.vlm, processor, tests, args.blind, run.stop_if_asked)}
+            asked = {"test": tests}
+            if not (streams(args) or test_rows is rows):
+                asked["seen"] = test_questions(args, run, some(rows, SEEN), model, processor)
+            vlm, between = eval_learner.vlm, run.stop_if_asked
+            found = {part: ask(vlm, processor, items, args.blind, between) for part, items in asked.items()}
             run.log(**logged(found))
-            leave_behind(run, eval_learner.vlm, processor, {"test": tests}, found, "llava", **lost)
+            run.print(memorised(found))
+            leave_behind(run, vlm, processor, asked, found, "llava", **lost)
     run.barrier()
 
 

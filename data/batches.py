@@ -90,13 +90,12 @@ class InOrder:
 
 
 def fit_batch_size(run, n: int, what: str) -> None:
-    """Lower --batch-size to what n samples fill, and say so. Raises ValueError where they are fewer than the parts of a step."""
+    """Lower --batch-size to what n samples fill, and say so. Raises ValueError where they are fewer than a step's parts."""
     args, unit = run.args, run.world_size * run.args.grad_accum
     if n < unit:
         smaller = "raise --chunk" if getattr(args, "chunk", None) else "lower --grad-accum"
-        raise ValueError(
-            f"{n} training {what} are fewer than the {unit} parts of a step: {smaller}" + ", or start fewer processes" * (run.world_size > 1)
-        )
+        smaller += ", or start fewer processes" if run.world_size > 1 else ""
+        raise ValueError(f"{n} training {what} are fewer than the {unit} parts of a step: {smaller}")
     if n < args.batch_size:
         run.print(f"--batch-size {args.batch_size} becomes {n - n % unit}: there are {n} training {what}")
         args.batch_size = n - n % unit

@@ -59,7 +59,8 @@ class CommonAnswers(InOrder):
             rows = [(row, pixels) for row in rows if (pixels := self.images[row.images[0]]) is not None]
             if self.all_ranks(len(rows) >= self.grad_accum):
                 return [self.part(rows[k :: self.grad_accum]) for k in range(self.grad_accum)]
-        raise ValueError(f"no batch is left: {len(self.images.unreadable)} images cannot be read")
+        bad = len(self.images.unreadable)
+        raise ValueError(f"no batch is left: {bad} images cannot be read: check them, or pass --vision-steps 0")
 
     def part(self, rows: list[tuple[LlavaRow, torch.Tensor]]) -> dict[str, torch.Tensor]:
         answers = torch.full((len(rows), len(self.common)), IGNORE)

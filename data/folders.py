@@ -211,8 +211,8 @@ def _write_index(folder: Path, source: Path, plan: _Plan, labels: dict[str, list
     if not counts["train"] or not counts["test"]:
         first = f" (skipped {len(skipped)} files; the first, {skipped[0][0]}: {skipped[0][1]})" if skipped else ""
         raise ValueError(
-            f"{source} gave {counts['train']} training and {counts['test']} test images{first}: "
-            "expected class/*.jpg, or train/class/*.jpg and test/class/*.jpg"
+            f"--data {source} gave {counts['train']} training and {counts['test']} test images{first}: "
+            "expected class/*.jpg with two images or more, or train/class/*.jpg and test/class/*.jpg"
         )
     train, test = set(labels["train"]), set(labels["test"])
     classes = sorted(train | test)

@@ -4,9 +4,10 @@ rows, test_rows = load_rows(args, run)             # --data, --images, --test-da
 """
 
 import random
+from collections.abc import Callable
 from pathlib import Path
 
-from data.llava import LlavaRows
+from data.llava import LlavaRows, image_groups
 from data.row_files import is_streamed
 from data.shards import Shards
 from data.streamed import StreamedRows
@@ -44,7 +45,23 @@ def load_rows(args, run) -> tuple[LlavaRows | StreamedRows, LlavaRows]:
         test = LlavaRows.read(args.test_data, args.images, run.is_main)
         run.print(test.report())
         return rows, test
-    return rows.split(args.test_part, args.seed)
+    return held_out(rows, args.test_part, args.seed, run.print)
+
+
+def held_out(rows: LlavaRows, part: float, seed: int, say: Callable[[str], None]) -> tuple[LlavaRows, LlavaRows]:
+    """(training, held-out) rows, split by image. say() is told where that cannot be: rows about the same images are split as
+    they are, and where nothing is held out, the very same rows are both."""
+    groups = len(image_groups(rows))
+    if part and groups > 1:
+        return rows.split(part, seed)
+    if part and len(rows) > 1:
+        say(f"all {len(rows)} rows share images: held out are rows about images it trains on; give --test-data for others")
+        order = random.Random(seed).sample(range(len(rows)), len(rows))
+        count = min(len(rows) - 1, max(1, round(part * len(rows))))
+        return rows.subset(sorted(order[count:])), rows.subset(sorted(order[:count]))
+    why = f"--test-part {part:g}" if not part else "a single row cannot be split"
+    say(f"{why}: nothing is held out, the figures are about what it has trained on; give --test-data for others")
+    return rows, rows
 
 
 def check_first(rows: StreamedRows, count: int = 100) -> None:

@@ -36,7 +36,7 @@ from lib import figures
 from lib.checkpoint import from_pretrained, save_pretrained
 from lib.checks import checked
 from lib.classification import default_patch
-from lib.cli import argument_parser, fraction, not_negative_float, not_negative_int, positive_float, positive_int, run_cli
+from lib.cli import argument_parser, fraction, not_negative_float, not_negative_int, positive_int, run_cli
 from lib.distributed import all_gather
 from lib.files import read_json, write_json
 from lib.image_settings import write_image_settings
@@ -96,7 +96,7 @@ def parse_args(argv=None):
     add("--dataset", choices=list(RECIPES), default="scenes")
     add("--images", metavar="DIR", help="where the images of --data FILE.json are; default: beside it")
     add("--test-data", metavar="FILE.json", help="held-out rows; default: --test-part of --data, split by image")
-    add("--test-part", type=positive_float, default=0.1)
+    add("--test-part", type=fraction, default=0.1, help="held out, where there is no --test-data; 0: train on all rows")
     add("--split-seed", type=not_negative_int, default=0, help="another test part, where a folder or digits come without")
     add("--size", choices=list(SIZES), default="mini", help="width and depth of both towers; tiny: for tests")
     add("--image-size", type=positive_int, help="pixels; default depends on the data set")

@@ -24,7 +24,6 @@ import argparse
 import contextlib
 import copy
 import os
-import shlex
 import signal
 import sys
 import time
@@ -43,7 +42,7 @@ from lib.folder_lock import take_folder
 from lib.memory import DryRun, mib, recompute_blocks
 from lib.metrics import Metrics
 from lib.optim import EMA
-from lib.run_state import check_settings, comparable_settings, kept_state, load_state, save_state
+from lib.run_state import check_settings, comparable_settings, kept_state, load_state, resume_command, save_state
 
 LOG_EVERY = 20  # steps: looking at a loss makes a GPU wait, so it is not done more often
 
@@ -460,8 +459,3 @@ def to_device(value, device: torch.device):
     if isinstance(value, list | tuple):
         return [to_device(each, device) for each in value]
     return value.to(device, non_blocking=True) if hasattr(value, "to") else value
-
-
-def resume_command(args: argparse.Namespace) -> str:
-    words = [sys.executable if sys.argv[0].endswith("-c") else "python", *sys.argv]
-    return shlex.join(words + ([] if args.resume else ["--resume"]))

@@ -2,6 +2,8 @@
 
 import argparse
 import pickle
+import shlex
+import sys
 import zipfile
 import zlib
 from pathlib import Path
@@ -70,3 +72,8 @@ def comparable_settings(args: argparse.Namespace) -> dict:
     free = {"resume", "out", "data", "images", "test_data", "device", "workers", "compile", "fsdp", "max_seconds"}
     free |= {"eval_every", "save_every"}
     return {key: value for key, value in vars(args).items() if key not in free}
+
+
+def resume_command(args: argparse.Namespace) -> str:
+    words = [sys.executable if sys.argv[0].endswith("-c") else "python", *sys.argv]
+    return shlex.join(words + ([] if args.resume else ["--resume"]))

@@ -35,6 +35,17 @@ def logged(found: dict[str, dict]) -> dict[str, float]:
     return {f"{split}_{key}": facts[key] for split, facts in found.items() for key in keys if facts["n"]}
 
 
+def memorised(found: dict[str, dict]) -> str:
+    """How held-out answers ("test") compare with those to rows it was trained on ("seen", absent where nothing is held out)."""
+    test, seen = found["test"], found.get("seen")
+    if seen is None or not (seen["n"] and test["n"]):
+        return f"answers as in the data: {test['right']} of {test['n']}"
+    words = f"answers as in the data: {seen['right']} of {seen['n']} about training rows, {test['right']} of {test['n']} held "
+    words += f"out; their loss {seen['answer_loss']:.2f} and {test['answer_loss']:.2f}"
+    overfit = test["answer_loss"] > 2 * seen["answer_loss"]
+    return words + (": it knows its rows by heart (overfit), and guesses about others; more rows help" if overfit else "")
+
+
 def leave_behind(run, model, processor, tests: dict[str, list[Item]], found: dict[str, dict], dataset: str, **more) -> None:
     """Save the model, draw, write result.json, and print it. more: further entries of it, before the last ones."""
     args = run.args

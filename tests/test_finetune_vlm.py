@@ -91,6 +91,46 @@ def source(runs):
     return assembled(runs / "source", projector_type="linear", pixel_shuffle=2)
 
 
+# ---- few rows --------------------------------------------------------------------------------------------------------
+
+
+FEW = [
+    ("1 row", 1, 1, "", "a single row cannot be split: nothing is held out", None),
+    ("1 image", 5, 1, "", "all 5 rows share images: held out are rows", 1),
+    ("2 images", 2, 2, "", "--batch-size 4 becomes 1: there are 1 training rows", 1),
+    ("all of 3", 3, 3, "--test-part 0", "--test-part 0: nothing is held out", None),
+]
+
+
+@pytest.mark.parametrize("name, rows, images, flags, said, seen", FEW)
+def test_the_smallest_data_sets_train(runs, photos, name, rows, images, flags, said, seen):
+    """Up to fifteen rows met "do not fill a batch of 16 ...: make it smaller", one image "cannot hold out 0.1 of 1 rows": no
+    message named a flag. What is not held out is not asked twice. A resumed run fits its batch to the rows again."""
+    known = json.loads((photos / "scenes.json").read_text())
+    few = [known[k % images] | {"image": f"images/{known[k % images]['image']}"} for k in range(rows)]
+    (photos / f"{name}.json").write_text(json.dumps(few))
+    flags = ["--data", photos / f"{name}.json", "--steps", 2, *flags.split(), "--out", runs / name]
+    lines = printed(*flags)
+    assert any(said in line for line in lines)
+    result = json.loads(lines[-1])
+    assert (result["n"], result.get("seen_n")) == (2, seen and 2 * seen)  # --eval-count 1
+    assert json.loads(printed(*flags, "--resume")[-1])["steps"] == result["steps"]
+
+
+def test_few_rows_get_more_than_three_passes():
+    """Three passes over ten photos are three steps, which teach nothing."""
+    steps = {rows: stages(parse_args(["--data", "x.json"]), rows // 10, {})[-1].steps for rows in (10, 3000)}
+    assert steps == {10: finetune_vlm.LEAST_STEPS, 3000: 900}
+    assert stages(parse_args(["--data", "x.json", "--epochs", "2"]), 1, {})[-1].steps == 2
+
+
+def test_what_was_learned_by_heart_is_said():
+    found = {"test": {"n": 2, "right": 0, "answer_loss": 5.0}, "seen": {"n": 9, "right": 9, "answer_loss": 0.1}}
+    words = vlm_report.memorised(found)
+    assert "9 of 9 about training rows, 0 of 2 held out" in words and "overfit" in words
+    assert "overfit" not in vlm_report.memorised({**found, "seen": {**found["seen"], "answer_loss": 4.0}})
+
+
 # ---- resume ----------------------------------------------------------------------------------------------------------
 
 VARIANTS = {
@@ -467,8 +507,8 @@ REFUSED = [
     ("--test-data /nowhere.json", "/nowhere.json does not exist"),
     ("--cache-features", "--cache-features: the vision tower is trained.* add --freeze vision"),
     ("--max-length 5", "no batch is left; .* rows are over 5 tokens.* raise --max-length"),
-    ("--batch-size 400", "do not fill a batch of 400"),
-    ("--test-part 1", "cannot hold out 1.0"),
+    ("--batch-size 400 --grad-accum 100", "13 training rows are fewer than the 100 parts of a step: lower --grad-accum"),
+    ("--test-part 1", "argument --test-part: '1' must be a number of at least 0 and below 1"),
     ("--resume", "no state.pt to resume from"),
 ]  # fmt: skip
 
@@ -479,7 +519,7 @@ def test_what_does_not_fit_is_one_line_and_exit_code_2(tmp_path, wrong, capsys, 
     error = calls.refused(capsys, finetune_vlm.main, *FLAGS, *flags, "--out", tmp_path / "run")
     assert re.search(message, error), error
     left = [path.name for path in (tmp_path / "run").glob("*")] if (tmp_path / "run").exists() else []
-    assert not set(left) - {"metrics.jsonl"}, "no half of a run is left"
+    assert not set(left) - {"metrics.jsonl", "lock"}, "no half of a run is left"
 
 
 def test_own_data_are_needed(capsys):
