@@ -114,6 +114,8 @@ def make_named_files(desk: Path) -> None:
         convert_scenes(desk / name, name, 8, per_scene=2)
         shutil.move(desk / name / "scenes.json", desk / f"{name}.json")
         shutil.copytree(desk / name / "images", desk / "photos", dirs_exist_ok=True)
+    lines = [f"{path.name},a digit" for path in sorted((desk / "photos").iterdir())]
+    (desk / "captions.csv").write_text("\n".join(["image,caption", *lines]))
     photos = [path.read_bytes() for path in sorted((desk / "photos").iterdir())]
     write_tar(desk / "photos.tar.gz", {f"photos/{('light', 'dark')[k % 2]}/{k}.png": x for k, x in enumerate(photos)})
     asked = [[*turn, k] for k in range(4) for turn in (("what shape is it?", "circle"), ("is there a circle?", "yes"))]
