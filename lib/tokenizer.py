@@ -517,7 +517,8 @@ def load_tokenizer(source: str | os.PathLike) -> BPETokenizer:
     try:
         return LibraryTokenizer.from_pretrained(source)
     except ValueError as error:
-        raise ValueError(f"{ours}; {one_line(error).removeprefix(f'{source}: ')}") from None
+        theirs = one_line(error)
+        raise ValueError(ours if theirs == ours else f"{ours}; {theirs.removeprefix(f'{source}: ')}") from None
 
 
 def _to_ints(ids) -> list[int]:

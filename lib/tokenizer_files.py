@@ -253,6 +253,11 @@ def read_folder(folder: Path) -> tuple[dict, dict]:
             merges = [line for line in lines if line and not line.startswith("#version")]
             pre = "qwen2" if str(config.get("tokenizer_class")).startswith("Qwen2") else "gpt2"
             return make_spec(vocab, merges, pre, []), config
+    for name in ("tokenizer.model", "spiece.model"):
+        if (folder / name).is_file():
+            from lib.sentencepiece_file import read_sentencepiece
+
+            return read_sentencepiece(folder / name, config)
     raise FileNotFoundError(f"{folder}: no tokenizer.json, vocab.bpe with encoder.json, or merges.txt with vocab.json")
 
 

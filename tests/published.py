@@ -160,6 +160,29 @@ def unigram():
     )
 
 
+def sentencepiece_file(folder: Path, **settings) -> Path:
+    """The file alone, as SentencePiece's own training writes it."""
+    import sentencepiece
+
+    path = folder / "trained.model"
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(path, "wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(CORPUS * 10), model_writer=file, hard_vocab_limit=False, minloglevel=2, **settings
+        )
+    return path
+
+
+def spiece(folder: Path):
+    """SigLIP's tokenizer as transformers 5 has it: of spiece.model, which is all that it saves."""
+    ids = {"pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1}
+    path = sentencepiece_file(folder, vocab_size=120, model_type="unigram", normalization_rule_name="nmt_nfkc", **ids)
+    tokenizer = tf.SiglipTokenizer(vocab_file=str(path), model_input_names=["input_ids"])
+    tokenizer.save_pretrained(folder)
+    path.unlink()
+    return tf.SiglipTokenizer.from_pretrained(folder)
+
+
 def clip():
     tokenizer = tf.CLIPTokenizer(vocab={"a": 0}, merges=[]).backend_tokenizer
     trainer = trainers.BpeTrainer(
@@ -365,6 +388,10 @@ def make_siglip(folder: Path) -> None:
     save_towers(folder, unigram(), image_mean=[0.2, 0.3, 0.4])
 
 
+def make_siglip_spiece(folder: Path) -> None:
+    save_towers(folder, spiece(folder))
+
+
 def make_siglip2(folder: Path) -> None:
     save_towers(folder, gemma(), resample=2)
 
@@ -404,6 +431,7 @@ FAMILIES = {
     "idefics3_whole": Family(make_idefics3_whole, "vlm"),
     "smolvlm": Family(make_smolvlm, "vlm"),
     "siglip": Family(make_siglip, "zero-shot"),
+    "siglip_spiece": Family(make_siglip_spiece, "zero-shot"),
     "siglip2": Family(make_siglip2, "zero-shot"),
     "vit": Family(make_vit, "classes"),
     "clip": Family(make_clip, "tower"),

@@ -933,3 +933,38 @@ def test_added_tokens_have_the_ids_that_the_files_state(tmp_path, kind, case):
     if case not in ("added_tokens_decoder", "special_tokens_map.json"):  # it numbers them one by one; and wants no tables there
         theirs = pytest.importorskip("transformers").AutoTokenizer.from_pretrained(tmp_path)
         assert theirs.convert_tokens_to_ids(tokens) == ids and len(theirs) == len(ours)
+
+
+# ---- SentencePiece's own file, without a tokenizer.json ------------------------------------------------------------------
+
+SLOW = {
+    "llama": ("LlamaTokenizer", {}, {}),
+    "llama, legacy, bos": ("LlamaTokenizer", {}, {"legacy": True, "add_bos_token": True}),
+    "gemma": ("GemmaTokenizer", {"pad_id": 0, "eos_id": 1, "bos_id": 2, "unk_id": 3, "pad_piece": "<pad>", "eos_piece": "<eos>",
+                                 "bos_piece": "<bos>", "user_defined_symbols": ["<mask>"]}, {"add_bos_token": True}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", SLOW)
+def test_a_sentencepiece_file_alone_is_read_as_transformers_does(tmp_path, case):
+    published = pytest.importorskip("published", reason="transformers is the reference")
+    pytest.importorskip("sentencepiece", reason="it trains the model")
+    kind, ids, config = SLOW[case]
+    options = {"vocab_size": 400, "model_type": "bpe", "byte_fallback": True, "normalization_rule_name": "identity"}
+    path = published.sentencepiece_file(tmp_path, remove_extra_whitespaces=False, **options, **ids)
+    path.rename(tmp_path / "tokenizer.model")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": kind, **config}))
+    ours, theirs = load_tokenizer(tmp_path), getattr(published.tf, kind).from_pretrained(tmp_path)
+    assert len(ours) == len(theirs)
+    for text in ODD:
+        ids = theirs(text)["input_ids"]
+        assert ours.encode(text, parse_special=True) == ids and ours.decode(ids) == theirs.decode(ids)
+
+
+def test_a_sentencepiece_file_that_says_too_little_or_is_damaged_is_one_line(tmp_path):
+    (tmp_path / "spiece.model").write_bytes(b"\x0a\x05hello")
+    for kind, message in (("T5Tokenizer", "without a tokenizer.json .*this one is a T5Tokenizer"), ("SiglipTokenizer", "damaged")):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": kind}))
+        with pytest.raises(ValueError, match=message) as error:
+            load_tokenizer(tmp_path)
+        assert "\n" not in str(error.value) and str(error.value).count(message[-5:]) == 1
