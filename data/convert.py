@@ -2,6 +2,7 @@
 
     python -m data.convert easy-vqa easy_vqa.tar FOLDER
     python -m data.convert coco-captions coco_captions_permissive.tar FOLDER
+    python -m data.convert captions SOURCE FOLDER            # Flickr's, COCO's and others: see data/captions.py
     python -m data.convert classes photos.zip FOLDER         # class/*.jpg, each answered with "A photo of a CLASS."
     python -m data.convert digits FOLDER                     # train_vit.py's handwritten digits: "What digit is this?", "seven"
     python -m data.convert scenes FOLDER --split test --count 200      # of data/scenes.py, into FOLDER/scenes.json and images/
@@ -11,7 +12,6 @@ Sources are archives or folders. FOLDER appears when all of it is written, or no
 
 import argparse
 import collections
-import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,9 +21,10 @@ import numpy as np
 from PIL import Image
 
 from data.archives import DAMAGED, open_archive
+from data.captions import convert_captions
 from data.datasets import load_images
 from data.folders import arrange
-from data.row_files import parsed
+from data.row_files import parsed, write_rows
 from data.scenes import MIX, SPLITS, make_scenes, questions
 from data.spellings import kind_of
 from lib.cli import not_negative_int, positive_int, run_cli
@@ -76,11 +77,6 @@ def row_about_image(name: str, image: str, turns: Sequence[tuple[str, str, str]]
     return {"id": name, "image": image, "conversations": said, "kinds": [kind for *_, kind in turns]}
 
 
-def write_rows(path: Path, rows: Sequence[dict]) -> None:
-    """One row a line, to find and to look at."""
-    path.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n", encoding="utf-8")
-
-
 def easy_vqa_kind(question: str) -> str:
     """colour and shape ask for a word; exists ("is there a ...?") and absent ("is there not a ...?") for yes or no."""
     if question.startswith("what"):
@@ -114,9 +110,7 @@ def convert_easy_vqa(source: Path, folder: Path) -> str:
     return f"{folder}: {', '.join(counts)}"
 
 
-def convert_coco_captions(
-    source: Path, folder: Path, test_photos: int = 16, seed: int = 0, row_per: str = "caption"
-) -> str:
+def convert_coco_captions(source: Path, folder: Path, test_photos: int = 16, seed: int = 0, row_per: str = "caption") -> str:
     """COCO 2017 photos (Lin et al. 2014), those whose licences let them be passed on, split by photo: one row per caption; with
     row_per "photo" a training row has all captions of its photo, as turns for finetune_vlm.py --isolated, which then reads the
     photo once for all of them.
@@ -235,9 +229,11 @@ def parse_args(argv=None) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True)
     easy = commands.add_parser("easy-vqa", help="convert easy-VQA", allow_abbrev=False)
     coco = commands.add_parser("coco-captions", help="convert captioned COCO photos", allow_abbrev=False)
+    captions = commands.add_parser("captions", help="all captions of a photo in one row", allow_abbrev=False)
     classes = commands.add_parser("classes", help="convert images in class folders", allow_abbrev=False)
-    for command in (easy, coco, classes):
-        command.add_argument("source", metavar="SOURCE", type=Path, help="an archive or a folder")
+    for command in (easy, coco, captions, classes):
+        sort = "; or a file of captions" if command is captions else ""
+        command.add_argument("source", metavar="SOURCE", type=Path, help=f"an archive or a folder{sort}")
         command.add_argument("folder", metavar="FOLDER", type=Path, help="to be made")
     digits = commands.add_parser("digits", help="handwritten digits as PNGs", allow_abbrev=False)
     digits.add_argument("folder", metavar="FOLDER", type=Path, help="to be made")
@@ -262,6 +258,8 @@ def main(argv=None) -> None:
     args = parse_args(argv)
     if args.command == "easy-vqa":
         print(convert_easy_vqa(args.source, args.folder))
+    elif args.command == "captions":
+        print(convert_captions(args.source, args.folder))
     elif args.command == "digits":
         print(convert_digits(args.folder, args.size))
     elif args.command == "scenes":

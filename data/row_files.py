@@ -124,6 +124,11 @@ def json_rows(path: Path, text: str) -> list[tuple[int, object]]:
     return list(enumerate(rows, start=1))
 
 
+def write_rows(path: Path, rows: Iterable[dict]) -> None:
+    """A .json with one row a line, to find and to look at."""
+    path.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n", encoding="utf-8")
+
+
 def json_lines(text: str):
     """(rows, problems): only the line that is damaged, such as a last one cut short, is lost."""
     rows, problems = [], []

@@ -272,3 +272,75 @@ def test_digits_are_named_in_words_in_the_split_of_the_classifier(tmp_path, caps
     _, test = load_images("digits", image_size=16)
     words = "zero one two three four five six seven eight nine".split()
     assert [row["conversations"][1]["value"] for row in rows] == [words[label] for label in test.labels.tolist()]
+
+
+# ---- captions ----------------------------------------------------------------------------------------------------------
+
+SAID = {"a.jpg": ["A cat.", "A cat asleep ."], "b.jpg": ["Two dogs"]}
+TOKENS = "a.jpg#0\tA cat.\na.jpg#1\tA cat  asleep .\r\nb.jpg#0\tTwo dogs\n"
+COCO_SAID = {
+    "images": [{"id": 7, "file_name": "a.jpg"}, {"id": 9, "file_name": "b.jpg"}, {"id": 11, "file_name": "c.jpg"}],
+    "annotations": [{"image_id": 7, "caption": "A cat."}, {"image_id": 9, "caption": "Two dogs\n"},
+                    {"image_id": 7, "caption": "A cat asleep ."}],
+}  # fmt: skip
+KARPATHY = {"images": [
+    {"filename": "a.jpg", "filepath": "val", "split": "restval", "sentences": [{"raw": text} for text in SAID["a.jpg"]]},
+    {"filename": "b.jpg", "split": "test", "sentences": [{"raw": "Two dogs"}]},
+]}  # fmt: skip
+CAPTION_FILES = {
+    "x.token.txt": (TOKENS, {"captions": SAID}),
+    "captions.txt": ('image,caption\na.jpg,A cat.\na.jpg,A cat asleep .\nb.jpg,"Two dogs"\n', {"captions": SAID}),
+    "captions_val2017.json": (json.dumps(COCO_SAID), {"captions": SAID}),
+    "dataset_flickr8k.json": (json.dumps(KARPATHY), {"train": {"val/a.jpg": SAID["a.jpg"]}, "test": {"b.jpg": SAID["b.jpg"]}}),
+    "dev.json": (json.dumps([{"image": name, "captions": texts} for name, texts in SAID.items()]), {"dev": SAID}),
+}
+
+
+def written_captions(folder: Path) -> dict[str, dict]:
+    found = {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
+    return {name: {row["image"]: row["captions"] for row in rows} for name, rows in found.items()}
+
+
+@pytest.mark.parametrize("name", CAPTION_FILES)
+def test_all_captions_of_a_photo_share_a_row(tmp_path, name):
+    text, wanted = CAPTION_FILES[name]
+    (tmp_path / name).write_text(text, newline="")
+    main(["captions", str(tmp_path / name), str(tmp_path / "out")])
+    found = written_captions(tmp_path / "out")
+    assert found == {part: {image: [" ".join(text.split()) for text in texts] for image, texts in rows.items()}
+                     for part, rows in wanted.items()}  # fmt: skip
+
+
+def test_flickr_s_own_lists_split_its_captions(tmp_path):
+    (tmp_path / "Flickr8k.token.txt").write_text(TOKENS)
+    (tmp_path / "Flickr_8k.trainImages.txt").write_text("a.jpg\nnone.jpg\n")
+    (tmp_path / "Flickr_8k.devImages.txt").write_text("b.jpg\n")
+    main(["captions", str(tmp_path / "Flickr8k.token.txt"), str(tmp_path / "out")])
+    assert written_captions(tmp_path / "out") == {"train": {"a.jpg": SAID["a.jpg"]}, "dev": {"b.jpg": SAID["b.jpg"]}}
+
+
+@pytest.mark.parametrize("pack", [as_tar, as_folder])
+@pytest.mark.parametrize("prefix", ["", "./", "flickr/"])
+def test_captioned_photos_become_rows_that_are_looked_at_once(tmp_path, pack, prefix):
+    rows = [{"image": name, "captions": texts} for name, texts in SAID.items()]
+    files = {"train.json": json.dumps(rows).encode(), "test.json": json.dumps(rows[:1]).encode()}
+    files |= {f"images/{name}": image_bytes(k, kind="JPEG") for k, name in enumerate(SAID)}
+    source = pack(tmp_path / "source", {prefix + name: content for name, content in files.items()})
+    main(["captions", str(source), str(tmp_path / "out")])
+    found = LlavaRows.read(tmp_path / "out" / "train.json")
+    assert [len(row.conversations) for row in found] == [2, 1] and all(len(row.images) == 1 for row in found)
+    assert contents(tmp_path / "out")["images/a.jpg"] == files["images/a.jpg"]
+
+
+@pytest.mark.parametrize("name, text, words", [
+    ("x.txt", "no captions here\n", "NAME#0, a tab and a caption"), ("x.txt", "\n", "holds no caption"),
+    ("x.json", "{", "is not valid JSON"), ("x.json", "{}", "captions are read from"),
+    ("x.json", json.dumps({"images": [{"id": 1}], "annotations": [{"image_id": 2, "caption": "x"}]}), "annotation 1"),
+    ("x.json", '[{"image": "../a.jpg", "captions": ["x"]}]', "row 1 is not the name"),
+    ("x.json", '[{"image": "a.jpg", "captions": [true]}]', "captions.0.: is true or false"),
+])  # fmt: skip
+def test_what_holds_no_captions_is_refused(tmp_path, name, text, words):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=words):
+        main(["captions", str(tmp_path / name), str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,153 @@
+"""Captioned photos as they are handed out, into rows {"image", "captions"}: all captions of a photo in one row, so that
+training encodes the photo once for all of them (`python -m data.convert captions SOURCE FOLDER`).
+
+| SOURCE | what is written |
+|---|---|
+| an archive or folder with images/ and NAME.json of such rows | FOLDER/NAME.json for each, FOLDER/images/ |
+| COCO's captions_val2017.json | FOLDER/captions.json |
+| dataset_flickr8k.json and the like (Karpathy and Fei-Fei 2015) | FOLDER/train.json, val.json, test.json |
+| Flickr8k.token.txt, or Flickr30k's results_20130124.token | FOLDER/captions.json, or a file for each list of names beside it |
+
+The last three name their photos and do not hold them: pass --images DIR to what reads FOLDER.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+
+from data.archives import DAMAGED, open_archive
+from data.row_files import decoded, parsed, write_rows
+from data.spellings import RowError, is_absent, kind_of, texts_of
+from lib.files import new_folder, one_line
+
+SPLIT_LIST = re.compile(r"(?:.*[._-])?(train|dev|val|test)(?:_?images)?\.txt", re.IGNORECASE)
+DESCRIPTION = "captions are read from rows {image, captions}, COCO's annotations, Karpathy's splits, lines of NAME#0<tab>TEXT"
+
+
+def convert_captions(source: Path, folder: Path) -> str:
+    """See above. Returns what was written. Raises FileNotFoundError, and ValueError for what is none of these."""
+    if not source.exists():
+        raise FileNotFoundError(f"{source} does not exist: name an archive or folder with images/, or a file of captions")
+    if source.is_file() and source.suffix.lower() in (".json", ".txt", ".token", ".csv"):
+        parts, counted = parts_of_file(source), "name them with --images DIR"
+        with new_folder(folder) as whole:
+            write_parts(whole, parts)
+    else:
+        parts, counted = copy_photos(source, folder), f"they are in {folder}/images"
+    said = [f"{name}.json has {len(rows):,} photos with {captions(rows):,} captions" for name, rows in parts.items()]
+    return f"{folder}: {', '.join(said)}; {counted}"
+
+
+def captions(rows: Iterable[Mapping]) -> int:
+    return sum(len(row["captions"]) for row in rows)
+
+
+def write_parts(folder: Path, parts: Mapping[str, list[dict]]) -> None:
+    for name, rows in parts.items():
+        write_rows(folder / f"{name}.json", rows)
+
+
+def parts_of_file(source: Path) -> dict[str, list[dict]]:
+    """Part of the data -> its rows, from a file that holds captions alone."""
+    text, _ = decoded(source.read_bytes())
+    if source.suffix.lower() == ".json":
+        return parts_of_json(source.name, parsed_file(source.name, text))
+    said: dict[str, list[str]] = {}
+    for number, line in enumerate(text.split("\n"), start=1):
+        found = re.match(r"([^\t,#]+\.\w+)(?:#\d+[a-z]*\t|\t|,)(.*)", line.rstrip("\r"))
+        if found and found[2].strip():
+            said.setdefault(found[1].strip(), []).append(" ".join(found[2].strip().strip('"').split()))
+        elif line.strip() and not (number == 1 and line.lower().startswith("image")):  # Kaggle's captions.txt names its columns
+            raise ValueError(f"{source}, line {number} is {line[:60]!r}: NAME#0, a tab and a caption were expected")
+    if not said:
+        raise ValueError(f"{source} holds no caption: {DESCRIPTION}")
+    lists = {}
+    for beside in sorted(source.parent.iterdir()):
+        if beside != source and (part := SPLIT_LIST.fullmatch(beside.name)):
+            lists[part[1].lower()] = beside.read_text(encoding="utf-8").split()
+    rows = {name: {"image": name, "captions": texts} for name, texts in said.items()}
+    if not lists:
+        return {"captions": list(rows.values())}
+    return {part: [rows[name] for name in names if name in rows] for part, names in lists.items()}
+
+
+def parsed_file(name: str, text: str):
+    try:
+        return parsed(text)
+    except ValueError as error:
+        raise ValueError(f"{name} is not valid JSON ({one_line(error)}): it is damaged or cut off, get it again") from None
+
+
+def parts_of_json(name: str, about) -> dict[str, list[dict]]:
+    """The same of JSON: rows, COCO's annotations, or Karpathy's splits."""
+    if isinstance(about, list):
+        return {Path(name).stem: [captioned(f"{name}, row {k}", row) for k, row in enumerate(about, start=1)]}
+    if not isinstance(about, dict) or not isinstance(about.get("images"), list) or not about["images"]:
+        raise ValueError(f"{name} holds {kind_of(about)}: {DESCRIPTION}")
+    photos = [photo for photo in about["images"] if isinstance(photo, dict)]
+    if isinstance(about.get("annotations"), list):
+        names = {photo.get("id"): photo.get("file_name") for photo in photos}
+        said: dict[str, list] = {}
+        for k, each in enumerate(about["annotations"], start=1):
+            if not isinstance(each, dict) or "caption" not in each or each.get("image_id") not in names:
+                raise ValueError(f"{name}, annotation {k} has no caption of a photo that is listed: get COCO's captions_*.json")
+            said.setdefault(names[each["image_id"]], []).append(each["caption"])
+        return {"captions": [captioned(name, {"image": photo, "captions": texts}) for photo, texts in said.items()]}
+    parts: dict[str, list[dict]] = {}
+    for k, photo in enumerate(photos, start=1):
+        part = {"restval": "train"}.get(photo.get("split"), photo.get("split") or "captions")
+        parts.setdefault(re.sub(r"\W", "", str(part)) or "captions", []).append(captioned(f"{name}, image {k}", photo))
+    return parts
+
+
+def captioned(where: str, row) -> dict:
+    """{"image", "captions"} of a row that says so in one of the ways of spellings.py. Raises ValueError."""
+    row = row if isinstance(row, dict) else {}
+    image = next((row[key] for key in ("image", "file_name", "filename") if isinstance(row.get(key), str)), "")
+    said = next((row[key] for key in ("captions", "sentences", "caption") if not is_absent(row.get(key))), None)
+    try:
+        texts = texts_of("captions", said)
+    except RowError as wrong:
+        raise ValueError(f"{where}: {': '.join(wrong.args)}") from None
+    folder = f"{row['filepath']}/" if isinstance(row.get("filepath"), str) and row["filepath"] else ""
+    name = folder + image.replace("\\", "/")
+    if not image or not texts or ".." in name.split("/") or name.startswith("/") or "\0" in name or ":" in name:
+        raise ValueError(f"{where} is not the name of a photo with its captions: {DESCRIPTION}")
+    return {"image": name, "captions": [" ".join(text.split()) for text in texts]}
+
+
+def copy_photos(source: Path, folder: Path) -> dict[str, list[dict]]:
+    """The parts of an archive or folder with images/, which are written with their photos to a new folder."""
+    with open_archive(source) as (sizes, read), new_folder(folder) as whole:
+        files = [name for name in sizes if re.fullmatch(r"(?:.*/)?[^/]+\.json", name) and not name.endswith("/")]
+        depth = min((name.count("/") for name in files), default=0)
+        files = [name for name in files if name.count("/") == depth]
+        if not files:
+            raise ValueError(f"{source} holds no .json with rows of image and captions")
+        content = reader(source, sizes, read)
+        parts = {}
+        for name in files:
+            about = parsed_file(f"{source}: {name}", decoded(content(name))[0])
+            parts |= {Path(name).stem: rows for rows in parts_of_json(name, about).values()}
+        prefix = files[0].rpartition("/")[0]
+        for image in dict.fromkeys(row["image"] for rows in parts.values() for row in rows):
+            place = whole / "images" / image
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.write_bytes(content("/".join(filter(None, (prefix, "images", image)))))
+        write_parts(whole, parts)
+    return parts
+
+
+def reader(source: Path, sizes: Mapping[str, int], read: Callable[[str], bytes]) -> Callable[[str], bytes]:
+    """A function from a file's name, however it is written in the archive, to its content. Raises ValueError."""
+    names = {name.removeprefix("./"): name for name in sizes}
+
+    def content(name: str) -> bytes:
+        if name.removeprefix("./") not in names:
+            raise ValueError(f"{source} lacks {name}: it is damaged or not whole, get it again")
+        try:
+            return read(names[name.removeprefix("./")])
+        except DAMAGED as error:
+            raise ValueError(f"{source}: {name} cannot be read ({one_line(error)}), get it again") from None
+
+    return content
