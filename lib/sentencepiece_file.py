@@ -128,8 +128,8 @@ def read_sentencepiece(path: Path, config: dict) -> tuple[dict, dict]:
     need(
         kind in CLASSES,
         path,
-        f"without a tokenizer.json it is read for a {', '.join(CLASSES)}, and this one is a {kind}: write one, with transformers' "
-        "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)",
+        f"without a tokenizer.json it is read for a {', '.join(CLASSES)}, and this one is a {kind}: write one, with "
+        "transformers' AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)",
     )
     around, defaults = CLASSES[kind]
     pieces, trained, normalized = read_pieces(path)

@@ -963,8 +963,8 @@ def test_a_sentencepiece_file_alone_is_read_as_transformers_does(tmp_path, case)
 
 def test_a_sentencepiece_file_that_says_too_little_or_is_damaged_is_one_line(tmp_path):
     (tmp_path / "spiece.model").write_bytes(b"\x0a\x05hello")
-    for kind, message in (("T5Tokenizer", "without a tokenizer.json .*this one is a T5Tokenizer"), ("SiglipTokenizer", "damaged")):
+    for kind, message in (("T5Tokenizer", "this one is a T5Tokenizer: write one"), ("SiglipTokenizer", "it may be damaged")):
         (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": kind}))
         with pytest.raises(ValueError, match=message) as error:
             load_tokenizer(tmp_path)
-        assert "\n" not in str(error.value) and str(error.value).count(message[-5:]) == 1
+        assert "\n" not in str(error.value) and str(error.value).count(message) == 1
