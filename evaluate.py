@@ -2,13 +2,14 @@
 
     python evaluate.py runs/vlm                                       # what it was trained for, by its settings.json
     python evaluate.py runs/vlm --blind --blind-run runs/vlm-blind    # and what can be guessed without images
-    python evaluate.py runs/vlm --dataset llava --data test.json --images images
+    python evaluate.py runs/vlm --data test.json --images images      # or .csv, .parquet, ...: whatever finetune_vlm.py reads
 
 Answers are generated, greedily, and are right if they are the true one but for case and spaces. Beside the share of right ones
 stands the interval that holds it in 95 % of cases (Wilson). --blind asks the same model with every image replaced by the mean
 colour; --blind-run asks a second model, one that was trained without images. Perplexity is that of the true answers.
 Questions of kind "caption", and those that come with several answers about the same image, also get BLEU-4 and CIDEr-D over
-all answers given to them. Writes eval.json and eval.png; the last line printed is one JSON object.
+all answers given to them. Of a question that lists options ("A. cat") the letter counts, or the option's own words. Writes
+eval.json, eval.png and answers.jsonl, a line for each answer with its row's id; the last line printed is one JSON object.
 """
 
 import argparse
@@ -35,10 +36,10 @@ from lib.answers import (
 from lib.checkpoint import load_vlm
 from lib.cli import HelpFormatter, not_negative_int, positive_int, run_cli
 from lib.devices import find_device
-from lib.files import find_source, read_json, write_json
-from lib.scores import bleu4, cider_d, score
+from lib.files import find_source, read_json, write_atomic, write_json
+from lib.scores import bleu4, cider_d, is_right, score
 from model import MllamaForConditionalGeneration
-from processing_mllama import MllamaImageProcessor
+from processing_mllama import IMAGE_TOKEN, MllamaImageProcessor
 
 ASKED = {  # who answers, as eval.json calls it, and as it is printed
     "model": "with the image",
@@ -54,7 +55,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     add = parser.add_argument
     add("run", metavar="RUN", type=Path, help="the folder of a trained model")
     add("--dataset", choices=["scenes", "llava"], help="default: what RUN was trained on")
-    add("--data", metavar="FILE.json", help="llava: the questions")
+    add("--data", metavar="FILE", help="llava: the questions, in any file that finetune_vlm.py reads")
     add("--images", metavar="DIR", help="llava: the images; default: the file's folder, or images/ in it")
     add("--skip-unusable", action="store_true", help="llava: leave out rows with faults such as a missing image")
     add("--split", choices=SCENE_SPLITS, help="scenes: only this one of the two; default: both")
@@ -96,7 +97,7 @@ def load_twin(folder: Path, device, settings: dict):
 
 
 def llava_items(data: str, images: str | None, count: int | None, skip: bool, isolated=False) -> tuple[list[Item], int]:
-    """The questions of a LLaVA-style file, and how many of its rows are unusable. Raises ValueError for such rows, unless they
+    """The questions of a file of rows, and how many of its rows are unusable. Raises ValueError for such rows, unless they
     are to be skipped. isolated: each question without those before it, as the run was trained."""
     from data.llava import LlavaRows
 
@@ -122,10 +123,10 @@ def find_items(args, settings: dict) -> tuple[dict[str, list[Item]], dict]:
         return items, {"dataset": dataset, "scenes": count, "seed": args.seed}
     if args.split:
         raise ValueError("--split is about scenes: a LLaVA-style file is measured whole, or its first --count rows")
-    data, images = args.data or settings.get("data"), args.images
+    data, images = args.data or settings.get("test_data") or settings.get("data"), args.images
     if data is None:
         raise ValueError("--dataset llava needs --data FILE.json, the questions")
-    images = images or (settings.get("images") if data == settings.get("data") else None)
+    images = images or (settings.get("images") if data in (settings.get("data"), settings.get("test_data")) else None)
     if not all(isinstance(value, str | None) for value in (data, images)):
         raise ValueError(f"{args.run / 'settings.json'} names no files with data {data!r:.80}, images {images!r:.80}")
     items, unusable = llava_items(data, images, args.count, args.skip_unusable, settings.get("isolated", False))
@@ -174,7 +175,20 @@ def measure(model, processor, items: list[Item], blind: bool, args, dataset: str
         totals = [final_number(t) == final_number(i.answer) for i, t in zip(items, said, strict=True) if i.kind == "sum"]
         found["by_kind"]["sum"]["right_totals"] = sum(totals)
     found |= {"loss": loss, "perplexity": math.exp(loss), "answer_tokens": tokens, "captions": caption_figures(items, said)}
-    return found | {"seconds": round(seconds, 2), "questions_per_second": round(len(items) / seconds, 1)}
+    return found | {"said": said, "seconds": round(seconds, 2), "questions_per_second": round(len(items) / seconds, 1)}
+
+
+def answer_lines(split: str, who: str, items: list[Item], said: list[str]) -> list[str]:
+    """A JSON object for each answer, for other scorers to read: which row's which question, what is true and what was said."""
+    lines = []
+    for place, (item, text) in enumerate(zip(items, said, strict=True)):
+        asked = {"id": f"{split}-{place}" if item.id is None else item.id, "number": item.number, "split": split, "asked": who}
+        images = [str(image) for image in item.images if isinstance(image, str | Path)]
+        question = item.messages[-1]["content"].replace(IMAGE_TOKEN, "").strip()
+        true = {"answer": item.answer} | ({"accepted": list(item.accepted)} if item.accepted else {})
+        line = {**asked, "kind": item.kind, "images": images, "question": question, **true, "said": text}
+        lines.append(json.dumps(line | {"right": is_right(item, text)}, ensure_ascii=False))
+    return lines
 
 
 def results_table(found: dict[str, dict]) -> str:
@@ -262,7 +276,7 @@ def main(argv=None) -> None:
     if where.get("trained_on_it"):
         print(f"{where['data']} is what {args.run} was trained on: what it has memorised counts as right here")
 
-    result, counts = {}, {}
+    result, counts, answers = {}, {}, []
     for split, items in splits.items():
         kept = without_long(items, asked.values())
         if not kept:
@@ -272,14 +286,16 @@ def main(argv=None) -> None:
         left_out = f", {len(items) - len(kept)} left out as too long" if len(items) > len(kept) else ""
         print(f"\n{split}: {len(kept):,} questions about {images:,} images{left_out}", flush=True)
         result[split] = {who: measure(*pair_of, kept, who != "model", args, where["dataset"]) for who, pair_of in asked.items()}
+        answers += [line for who, each in result[split].items() for line in answer_lines(split, who, kept, each.pop("said"))]
         print(results_table(result[split]), flush=True)
 
     out = args.out or args.run
     out.mkdir(parents=True, exist_ok=True)
     flags = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
     write_json(out / "eval.json", {"settings": flags, "data": where, "counts": counts, "splits": result})
+    write_atomic(out / "answers.jsonl", lambda temporary: temporary.write_text("\n".join(answers) + "\n", encoding="utf-8"))
     draw_bars(result, out / "eval.png")
-    print(f"\n{out / 'eval.json'}, {out / 'eval.png'}")
+    print(f"\n{out / 'eval.json'}, {out / 'answers.jsonl'}, {out / 'eval.png'}")
     print(json.dumps(summary(result)))
 
 

@@ -47,6 +47,9 @@ class Item:
     messages: list[dict[str, str]]
     answer: str
     kind: str = "all"
+    accepted: tuple[str, ...] = ()  # what else is right
+    id: str | None = None  # of the row that asks it
+    number: int = 0  # of the question in its row
 
     @property
     def images(self) -> list:
@@ -64,8 +67,10 @@ def row_items(rows: Sequence, isolated: bool = False) -> list[Item]:
     """All questions of rows of LLaVA-style JSON, each after what came before it, or alone (see llava.questions_of_row)."""
     items = []
     for row in rows:
-        for messages, truth, kind in questions_of_row(row, isolated):
-            items.append(Item(list(row.images[: count_images(messages)]), messages, truth, kind))
+        for number, (messages, truth, kind) in enumerate(questions_of_row(row, isolated)):
+            accepted = row.accepted[number] if row.accepted else ()
+            images = list(row.images[: count_images(messages)])
+            items.append(Item(images, messages, truth, kind, accepted, row.id, number))
     return items
 
 

@@ -1,8 +1,8 @@
 """What a training run of a vision-language model says about itself: figures at evaluations, and at its end a folder.
 
-    found = {split: ask(model, processor, items, blind) for split, items in tests.items()}
-    run.log(**logged(found))
-    leave_behind(run, model, processor, tests, found, "scenes")       # -> what the script prints last
+found = {split: ask(model, processor, items, blind) for split, items in tests.items()}
+run.log(**logged(found))
+leave_behind(run, model, processor, tests, found, "scenes")       # -> what the script prints last
 """
 
 import json
@@ -18,7 +18,7 @@ from lib.chat import stop_tokens
 from lib.checkpoint import from_pretrained, layout_line, save_pretrained
 from lib.files import read_json, write_json
 from lib.lora import lora_layers
-from lib.scores import score
+from lib.scores import is_right, score
 from processing_mllama import IMAGE_TOKEN, to_image
 
 
@@ -94,7 +94,8 @@ def draw(folder: Path, model, processor, items: list[Item], found: dict, rows: l
     images = [image_tensor(items[i].images[0]) for i in chosen]
     words = [items[i].messages[-1]["content"].replace(IMAGE_TOKEN, "").strip() for i in chosen]
     said, truths = [found["said"][i] for i in chosen], [items[i].answer for i in chosen]
-    figures.answer_sheet(images, words, said, truths, folder / "samples.png", "what it saw, what it was asked, what it said")
+    title, good = "what it saw, what it was asked, what it said", [is_right(items[i], found["said"][i]) for i in chosen]
+    figures.answer_sheet(images, words, said, truths, folder / "samples.png", title, good=good)
     if blind:
         return
     longest = max(range(len(chosen)), key=lambda i: len(said[i].split()) * (said[i] == truths[i]))

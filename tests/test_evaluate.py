@@ -10,6 +10,7 @@ from PIL import Image
 
 import evaluate
 from calls import refused
+from data import check
 from data.scenes import KINDS, corpus
 from lib.answers import Item, answer, mean_answer_loss, scene_items
 from lib.checkpoint import from_pretrained, save_pretrained
@@ -147,6 +148,38 @@ def test_questions_over_the_context_are_left_out_and_counted(runs, llava, capsys
     _, printed = call(capsys, runs / "vlm", "--data", llava / "long.json", "--max-new-tokens", 3, "--out", tmp_path)
     assert "data: 4 questions about 3 images, 1 left out as too long" in printed
     assert json.loads((tmp_path / "eval.json").read_text())["counts"]["data"]["too_long"] == 1
+
+
+SPELLINGS = {
+    "test.csv": "image,question,options,answer,question_id\n0.png,Which colour?,\"['red', 'green']\",red,7\n",
+    "test.jsonl": json.dumps({"images": ["0.png"], "messages": [
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Which colour?\nA. red\nB. green"}]},
+        {"role": "assistant", "content": "A"}], "id": 7}),
+    "test.json": json.dumps([{"image": "0.png", "question": "Which colour?", "choices": ["red", "green"], "answer": 0, "id": 7.0}]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SPELLINGS)
+def test_answers_of_every_spelling_are_written_with_their_ids(runs, llava, capsys, tmp_path, monkeypatch, name):
+    (tmp_path / name).write_text(SPELLINGS[name], encoding="utf-8")
+    monkeypatch.setattr(evaluate, "answer", lambda model, processor, items, *_: ["A. red" for _ in items])
+    flags = "--data", tmp_path / name, "--images", llava, "--blind", "--out", tmp_path / "out"
+    last, printed = call(capsys, runs / "vlm", *flags)
+    lines = [json.loads(line) for line in (tmp_path / "out" / "answers.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [(line["id"], line["asked"], line["said"], line["right"]) for line in lines] == [
+        ("7", "model", "A. red", True), ("7", "blanked", "A. red", True),
+    ]  # fmt: skip
+    assert lines[0]["question"].startswith("Which colour?\nA. red\nB. green") and lines[0]["answer"] == "A"
+    assert last["exact_match"] == 1 and lines[0]["images"] == [str(llava / "0.png")] and "answers.jsonl" in printed
+
+
+def test_a_model_s_tokens_are_counted_by_check(runs, llava, capsys):
+    with pytest.raises(SystemExit):
+        check.main([str(llava / "test.json"), "--model", str(runs / "vlm")])
+    counted = json.loads(capsys.readouterr().out.splitlines()[-1])["longest_row_tokens"]
+    _, processor, _ = evaluate.load_run(runs / "vlm", "cpu")
+    rows = json.loads((llava / "test.json").read_text())
+    assert counted == max(len(processor.encode(row["conversations"], 1)[0]) for row in rows) - 1  # the template's last line end
 
 
 # ---- what cannot be measured -----------------------------------------------------------------------------------------------

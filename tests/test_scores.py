@@ -5,7 +5,7 @@ import math
 import pytest
 
 from lib.answers import Item
-from lib.scores import bleu4, cider_d, score, wilson, words
+from lib.scores import bleu4, cider_d, is_right, options_in, score, wilson, words
 
 # ---- scores --------------------------------------------------------------------------------------------------------------
 
@@ -44,6 +44,34 @@ def test_scores_ignore_case_and_spaces_and_nothing_else():
     assert (found["n"], found["right"], found["exact_match"]) == (4, 2, 0.5)
     assert {kind: row["right"] for kind, row in found["by_kind"].items()} == {"x": 1, "y": 1}
     assert (found["low"], found["high"]) == wilson(2, 4)
+
+
+MMSTAR = "Which animal is it?\nOptions: A: cat, B: dog, C: a cow, near B. Smith, D: none"
+AI2D = "A. Miller asks: which is it?\nA. cat\nB. dog\nC. horse\nAnswer with the letter of the right option."
+BRACKETS = "Which? (A) cat (B) dog"
+
+
+def test_options_are_read_from_the_question():
+    assert options_in(MMSTAR) == {"A": "cat", "B": "dog", "C": "a cow, near B. Smith", "D": "none"}
+    assert options_in(AI2D) == {"A": "cat", "B": "dog", "C": "horse"}
+    assert options_in(BRACKETS) == {"A": "cat", "B": "dog"}
+    assert options_in("What is it?") == options_in("Does A. like it?") == options_in("B. or C.?") == {}
+
+
+@pytest.mark.parametrize("question", [MMSTAR, AI2D, BRACKETS])
+@pytest.mark.parametrize("true", ["B", "(B)", "Answer: B", "dog"])
+def test_of_several_options_the_one_that_is_named_counts(question, true):
+    """MMStar and AI2D want the letter: models say it in many ways."""
+    item = Item(None, [{"role": "user", "content": question}], true)
+    for said in ("B", "b", "B.", "(B)", "B. dog", "Answer: B", "The correct answer is (B).", "Dog", "dog.", "B dog"):
+        assert is_right(item, said), said
+    for said in ("A", "A. dog", "C", "", "A dog or a cat", "Bad", "Both", "I see a dog and more"):
+        assert not is_right(item, said), said
+
+
+def test_what_is_accepted_is_right_too():
+    item = Item(None, [{"role": "user", "content": "What?"}], "cup", accepted=("a mug", "Tea cup"))
+    assert [is_right(item, said) for said in ("Cup", "A  mug", "tea cup", "B", "glass")] == [True, True, True, False, False]
 
 
 # ---- captions ------------------------------------------------------------------------------------------------------------
