@@ -5,9 +5,9 @@
     python generate.py SOURCE --chat "Why is the sky blue?"        one question, put in the model's own chat template
     python generate.py SOURCE                                      a conversation; an empty line ends it
     python generate.py SOURCE --image a.png "What is this?" --attention map.png
-    python generate.py SOURCE --image a.png --image b.png          a conversation about them; "/image c.png" shows another one
+    python generate.py SOURCE --image a.png b.png                  a conversation about them; "/image c.png" shows another one
     python generate.py SOURCE --image a.png --zero-shot "a red 3" "a blue 7"     how well captions fit it (SigLIP's two towers)
-    python generate.py SOURCE --image a.png --image b.png          of a classifier: the five likeliest classes of each
+    python generate.py SOURCE --image a.png b.png                  of a classifier: the five likeliest classes of each
     python generate.py SOURCE --adapter FOLDER "..."               with another LoRA adapter, PEFT's or ours, than its own
     python generate.py SOURCE --int8 "..."                         the decoder in 8 bits: faster on a CPU, in less memory
 
@@ -27,6 +27,7 @@ from pathlib import Path
 
 import torch
 
+from extras.llmvit import LLMVIT
 from lib.checkpoint import from_pretrained, load_processor
 from lib.cli import not_negative_float, not_negative_int, positive_float, positive_int, run_cli
 from lib.conversation import Conversation, stream_text
@@ -45,6 +46,9 @@ from vit_scratch import ViTModel, pair
 # ---- settings ----------------------------------------------------------------------------------------------------------
 
 
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+
+
 def parse_args(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
@@ -52,7 +56,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     add = parser.add_argument
     add("source", metavar="SOURCE", help="the checkpoint")
     add("prompt", nargs="?", help="the text to continue, or the question with --chat")
-    add("--image", action="append", default=[], metavar="FILE", help="an image to ask about; may be given several times")
+    add("--image", action="append", default=[], metavar="FILE", help="an image to ask about, or several: --image a.png b.png")
     add("--attention", metavar="FILE.png", help="draw what it attended to in the images for each word of its last answer")
     add("--zero-shot", nargs="+", metavar="CAPTION", help="how well each of these captions fits each --image")
     add("--adapter", metavar="FOLDER", help="LoRA to use in place of the run's own, which is in its folder lora/")
@@ -68,6 +72,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--device", help="cpu, cuda, mps; default: the best there is")
     add("--dtype", choices=DTYPES, default="fp32")
     add("--int8", action="store_true", help="the decoder's matrices in 8 bits: less memory, faster on a CPU, other logits")
+    argv = one_image_a_flag(parser, sys.argv[1:] if argv is None else argv)
     args = parser.parse_intermixed_args(argv)  # so that PROMPT may stand after the flags
     about_text = args.prompt or args.chat or args.top or args.attention or args.adapter or args.int8
     if args.zero_shot and (not args.image or about_text):
@@ -82,6 +87,24 @@ def parse_args(argv=None) -> argparse.Namespace:
     if args.attention and args.prompt is not None and not args.image:
         parser.error("--attention shows what of an image was attended to: give an --image")
     return args
+
+
+def one_image_a_flag(parser: argparse.ArgumentParser, argv: list[str]) -> list[str]:
+    """`--image a.png b.png` as `--image a.png --image b.png`. What stands after an image is one more if it is a file; if it is
+    not but is called like one, nobody knows whether it is mistyped or the PROMPT: an error."""
+    spread, after = [], False  # after: an image, with nothing else between
+    for last, word in zip(["", *argv], argv, strict=False):
+        if last == "--image":
+            after = True
+        elif after and not word.startswith("-"):
+            after = os.path.isfile(word)
+            if not after and word.lower().endswith(IMAGE_SUFFIXES):
+                parser.error(f"--image: there is no file {word} (if it is the PROMPT, put it before --image)")
+            spread += ["--image"] * after
+        else:
+            after = word.startswith("--image=")
+        spread.append(word)
+    return spread
 
 
 def stream_settings(args) -> dict:
@@ -99,7 +122,7 @@ def load(args) -> tuple[torch.nn.Module, BPETokenizer, MllamaImageProcessor | No
     if args.int8 and device.type != "cpu":
         raise ValueError(f"--int8 is for decoding on a CPU, not on {device}: leave it out, or give --device cpu")
     model = from_pretrained(args.source, DTYPES[args.dtype], device)
-    if isinstance(model, ViTModel) and model.config.num_labels:
+    if isinstance(model, LLMVIT) or (isinstance(model, ViTModel) and model.config.num_labels):
         return model, None, None
     if not hasattr(model, "stream"):
         hint = ": ask how well captions fit an image, with --zero-shot" if isinstance(model, SiglipTwoTower) else ""
@@ -214,20 +237,21 @@ def check_writable(path: str) -> None:
 
 
 @torch.no_grad()
-def likeliest_classes(args, model: ViTModel, k: int = 5) -> list[list[tuple[float, str]]]:
+def likeliest_classes(args, model: ViTModel | LLMVIT, k: int = 5) -> list[list[tuple[float, str]]]:
     """For each --image the k likeliest classes, (probability, name), by the names and image settings of the folder."""
     config = model.config
     settings = {"image_size": pair(config.image_size), **read_image_settings(find_source(args.source))}
     pixels = process_images(args.image, **settings).to(next(model.parameters()).device)
     if config.num_channels == 1:
         pixels = pixels.mean(dim=1, keepdim=True)  # grey
-    top = model(pixels).float().softmax(dim=-1).topk(min(k, config.num_labels))
-    names = config.id2label or {i: f"class {i}" for i in range(config.num_labels)}
+    logits = model(pixels)["logits"] if isinstance(model, LLMVIT) else model(pixels)
+    top = logits.float().softmax(dim=-1).topk(min(k, logits.shape[-1]))
+    names = config.id2label or {i: f"class {i}" for i in range(logits.shape[-1])}
     rows = zip(top.values.tolist(), top.indices.tolist(), strict=True)
     return [[(p, names[i]) for p, i in zip(*row, strict=True)] for row in rows]
 
 
-def print_classes(args, model: ViTModel) -> None:
+def print_classes(args, model: ViTModel | LLMVIT) -> None:
     """A block for each image, its likeliest class first."""
     if not args.image or args.prompt:
         raise ValueError(f"{args.source} is a classifier: give it images with --image, and no text")
@@ -280,7 +304,7 @@ def main(argv=None) -> None:
         print_zero_shot(args)
         return
     model, tokenizer, processor = load(args)
-    if isinstance(model, ViTModel):
+    if tokenizer is None:
         print_classes(args, model)
         return
     if args.top:

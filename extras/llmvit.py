@@ -42,6 +42,7 @@ class EncoderConfig:
     num_encoder_layers: int = 2  # of the ViT
     dropout: float = 0.0
     nhead: int = 8
+    id2label: dict | None = None  # {number: name} of what the whole model tells apart
 
     def __post_init__(self):
         if self.type not in ENCODERS:
@@ -51,8 +52,16 @@ class EncoderConfig:
                 raise ValueError(f"{name} is {value}: it must be at least 1")
 
     @property
+    def image_size(self) -> int | tuple[int, int]:  # by the names of ViTConfig
+        return self.img_size
+
+    @property
+    def num_channels(self) -> int:
+        return self.in_channels
+
+    @property
     def grid(self) -> tuple[int, int]:
-        """Patches down and across; the last ones may reach over the picture's edge."""
+        """Patches down and across; the last ones may reach over the image's edge."""
         return tuple(-(-side // patch) for side, patch in zip(pair(self.img_size), pair(self.patch_size), strict=True))
 
     @property

@@ -3,12 +3,12 @@ model of a finished run, written and read.
 
     backbone = get_classification_model("FOLDER", depth=2, num_classes=10, lora_config={"rank": 16, "alpha": 32}, qlora=True)
     model = LLMVIT(backbone, EncoderConfig(), EmbedderConfig())
-    model, config = from_run("runs/llmvit-digits")
+    model, config = from_run("runs/llmvit-digits")       # lib.checkpoint.from_pretrained gives the model alone
 
 FOLDER: any LLaMA-like, GPT-2, BERT or DistilBERT that lib/checkpoint.py reads; its head, for whatever task, is not used.
 """
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -137,19 +137,20 @@ def make_backbone(settings: dict, lm: nn.Module | None = None, width: int | None
 # ---- a finished run --------------------------------------------------------------------------------------------------------
 
 
-def save_run(folder: Path, model: LLMVIT, config: dict, mean, std, settings: dict) -> None:
+def save_run(folder: Path, model: LLMVIT, config: dict, classes: list[str], mean, std, settings: dict) -> None:
     """What from_run reads. The weights come last: config.json beside older weights is refused for what does not fit."""
+    model.config.id2label = dict(enumerate(classes))
     write_json(folder / "settings.json", settings)
     write_image_settings(folder, pair(model.config.img_size), mean, std, image_processor_type="ViTImageProcessor")
-    write_json(folder / "config.json", config)
+    write_json(folder / "config.json", {**config, "encoder": asdict(model.config)})
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     write_tensors(folder / "model.safetensors", tensors)
     from_run(folder)  # what was written can be read
 
 
 def from_run(folder: str | Path) -> tuple[LLMVIT, dict]:
-    """A finished run's model, in eval mode, and its config.json: "id2label", and "words", which are None without a language
-    model. Raises ValueError or FileNotFoundError for other folders."""
+    """A finished run's model, in eval mode, and its config.json, with "words", which are None without a language model. Raises
+    ValueError or FileNotFoundError for other folders."""
     folder = Path(folder)
     if not (folder / "config.json").exists():
         raise FileNotFoundError(f"{folder} has no config.json: is it the folder of a finished run of train_llmvit.py?")
@@ -160,6 +161,7 @@ def from_run(folder: str | Path) -> tuple[LLMVIT, dict]:
     try:
         sizes = {key: tuple(value) if isinstance(value, list) else value for key, value in config["encoder"].items()}
         encoder = EncoderConfig(**sizes)
+        encoder.id2label = {int(number): name for number, name in encoder.id2label.items()}
         backbone = make_backbone(config["backbone"], width=encoder.embed_dim)
         model = LLMVIT(backbone, encoder, EmbedderConfig(**config["embedder"]), **config["options"])
         model.load_state_dict(tensors)

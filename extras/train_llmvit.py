@@ -155,8 +155,8 @@ def build(args, channels: int, size: tuple[int, int], K: int) -> tuple[LLMVIT, d
     backbone = make_backbone(settings, lm)
     torch.manual_seed(args.seed)
     model = LLMVIT(backbone, encoder, embedder, **options)
-    config = {"model_type": MODEL_TYPE, "backbone": settings, "encoder": asdict(encoder), "embedder": asdict(embedder)}
-    return model, {**config, "options": options, "words": None if args.no_lm else words}
+    config = {"model_type": MODEL_TYPE, "backbone": settings, "embedder": asdict(embedder), "options": options}
+    return model, {**config, "words": None if args.no_lm else words}
 
 
 def describe(model: LLMVIT, args, config: dict) -> list[str]:
@@ -284,8 +284,7 @@ def main(argv=None) -> None:
             probabilities = answers(model, test, mean, std, run)
             test_accuracy = accuracy(probabilities, test.labels)
             run.log(test_accuracy=test_accuracy)
-            config["id2label"] = dict(enumerate(train.classes))
-            save_run(run.folder, model, config, mean, std, vars(args))
+            save_run(run.folder, model, config, train.classes, mean, std, vars(args))
             draw_answers(run.folder, test, probabilities, run.metrics.read())
             words = {} if args.no_lm else draw_words(run.folder, model, test, config["words"], mean, std)
         result = {

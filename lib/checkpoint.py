@@ -38,6 +38,10 @@ def from_pretrained(
     """
     path = find_source(source)
     published, read_tensors = open_source(path)
+    if published.get("model_type") == "llmvit_scratch" and image_size is None:  # made of several models: no layout
+        from extras.llmvit_backbones import from_run
+
+        return from_run(path)[0].to(device, dtype)
     layout, config = understand(path, published)
     try:
         model = empty_model(layout.build, config)

@@ -71,7 +71,8 @@ def test_a_classifier_names_the_five_likeliest_classes(tmp_path, capsys):
     save_classifier(tmp_path / "run", model, names, [0.3], [0.2], {})
     image = Image.fromarray(torch.randint(0, 256, (8, 8), dtype=torch.uint8).numpy())
     image.save(tmp_path / "a.png")
-    lines = call(capsys, tmp_path / "run", "--image", tmp_path / "a.png", "--image", tmp_path / "a.png").splitlines()
+    lines = call(capsys, tmp_path / "run", "--image", tmp_path / "a.png", tmp_path / "a.png").splitlines()
+    assert call(capsys, tmp_path / "run", *["--image", tmp_path / "a.png"] * 2).splitlines() == lines
     assert len(lines) == 12 and lines[0] == str(tmp_path / "a.png") and lines[1:6] == lines[7:]
     pixels = torch.from_numpy(np.array(image)).float().div(255).sub(0.3).div(0.2)[None, None]
     expected = model(pixels).softmax(dim=-1)[0]
@@ -352,12 +353,21 @@ def test_attention_draws_the_words_of_the_answer(vlms, photos, tmp_path, capsys,
         assert (picture.permute(1, 2, 0).numpy() == squeezed).all()
 
 
+@pytest.mark.parametrize("argv", ["S --image A A Q --int8", "S Q --image A A --int8", "--image A --image A S Q --int8",
+                                  "--int8 S --image=A A Q", "--image A A S Q --int8"])  # fmt: skip
+def test_files_after_an_image_are_images_and_what_is_no_file_is_the_prompt(photos, argv):
+    words = {"A": str(photos[0]), "--image=A": f"--image={photos[0]}", "Q": "What is that?"}
+    args = generate.parse_args([words.get(word, word) for word in argv.split()])
+    assert (args.source, args.prompt, args.image, args.int8) == ("S", "What is that?", [str(photos[0])] * 2, True)
+
+
 @pytest.mark.parametrize(
     "argv, message",
     [
         (["RUN", "x", "--image", "PHOTO"], "holds a GPT, which reads no images"),
         (["RUN", "--attention", "FOLDER/a.png"], "holds a GPT, which reads no images"),
         (["VLM", "x", "--image", "FOLDER/no.png"], "No such file"),
+        (["VLM", "x", "--image", "PHOTO", "FOLDER/no.png"], "no.png (if it is the PROMPT, put it before --image)"),
         (["VLM", "x", "--image", "VLM/config.json"], "config.json): not an image"),
         (["VLM", "<image> x"], "says <image> 1 times and has 0 images"),
         (["VLM", "<image> x", *["--image", "PHOTO"] * 2], "says <image> 1 times and has 2 images"),

@@ -6,8 +6,10 @@ import signal
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
+import generate
 from calls import printed, refused
 from data import augment
 from data.augment import mix, normalize_images
@@ -17,7 +19,7 @@ from extras.llmvit import LanguageClassifier
 from extras.llmvit_backbones import from_run, load_language_model, word_matrix
 from gpt import GPT, GPTConfig
 from lib import figures
-from lib.checkpoint import save_pretrained
+from lib.checkpoint import from_pretrained, save_pretrained
 from lib.files import read_json
 from lib.run_state import load_state
 from lib.tokenizer import BPETokenizer
@@ -119,7 +121,25 @@ def test_every_combination_trains_and_comes_back_from_its_folder(name, language_
     with torch.no_grad():
         said = model(normalize_images(test.images, mean, std))["logits"].argmax(dim=1)
     assert (said == test.labels).float().mean().item() == pytest.approx(result["test_accuracy"], abs=1e-4)
-    assert not model.training and config["id2label"]["3"] == "3"
+    assert not model.training and model.config.id2label[3] == "3"
+
+
+def test_generate_names_the_likeliest_classes_of_images(tmp_path, capsys):
+    """With the run's own names and image settings; two files after one --image."""
+    train("--out", tmp_path / "run")
+    train_images, test = load_images("digits", image_size=16)
+    mean, std = train_images.mean_std()
+    for i in (0, 1):
+        Image.fromarray(test.images[i, 0].numpy()).save(tmp_path / f"{i}.png")
+    lines = printed(generate.main, tmp_path / "run", "--image", tmp_path / "0.png", tmp_path / "1.png", "--device", "cpu")
+    model = from_pretrained(tmp_path / "run")
+    with torch.no_grad():
+        expected = model(normalize_images(test.images[:2], mean, std)).logits.softmax(dim=1).topk(5)
+    assert [line.split() for line in (lines[1], lines[7])] == [
+        [f"{100 * p:.4g}", "%", model.config.id2label[i]]
+        for p, i in zip(expected.values[:, 0].tolist(), expected.indices[:, 0].tolist(), strict=True)
+    ]
+    assert "is a classifier" in refused(capsys, generate.main, tmp_path / "run", "What is this?")
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
