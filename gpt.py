@@ -36,6 +36,7 @@ class GPTConfig:
     layer_norm_eps: float = 1e-5
     dropout: float = 0.0
     qkv_bias: bool = True
+    tie_word_embeddings: bool = True
     attention: str = "sdpa"  # or "explicit": softmax(QK^T)V spelled out, the same numbers more slowly
     num_image_tokens: int | None = None  # placeholders per image, where images stand among the words (model.py fills it in)
 
@@ -447,7 +448,8 @@ class GPT(Decoder):
         self.tie_weights()
 
     def tie_weights(self):
-        self.lm_head.weight = self.token_embedding.weight  # one matrix turns a token into a vector and a vector into a token
+        if self.config.tie_word_embeddings:  # one matrix turns a token into a vector and a vector into a token
+            self.lm_head.weight = self.token_embedding.weight
 
     def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
         """[B, T] -> [B, T, D], without positions."""

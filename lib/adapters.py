@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from lib.checkpoint import choose_layout
 from lib.files import find_source, read_json, write_json
-from lib.layouts.common import Layout, renamed, with_defaults
+from lib.layouts.common import Layout, renamed, unwrapped, with_defaults
 from lib.lora import lora_layers, merge_lora, merged_weight
 from lib.quant import Linear4bit
 from lib.weights import empty_model, naming, shorten, write_tensors
@@ -132,7 +132,7 @@ def read_adapter(model: nn.Module, layout: Layout, file: Path) -> dict[str, tupl
     names = layout.names(empty_model(layout.build, model.config))
     ours = {name.theirs[0]: name.ours for name in names if name.repeat is None}
     with naming(file):
-        tensors = load_file(file)
+        tensors = unwrapped(load_file(file))
     found: dict[str, dict[str, torch.Tensor]] = {}
     strange = []
     for key, tensor in tensors.items():

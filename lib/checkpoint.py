@@ -12,6 +12,7 @@ misreading it. Only what a checkpoint holds is imported: to read a ViT, no LLaMA
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import reduce
 from pathlib import Path
 
 import torch
@@ -19,7 +20,7 @@ import torch.nn as nn
 
 from lib.files import find_source, read_json, write_json
 from lib.layouts import find_layout, layouts_of
-from lib.layouts.common import TOKEN_IDS, Layout
+from lib.layouts.common import TOKEN_IDS, Layout, unwrapped
 from lib.weights import empty_model, load_tensors, published_tensors, read_safetensors, write_safetensors
 
 
@@ -48,7 +49,7 @@ def from_pretrained(
     except (RuntimeError, TypeError, ArithmeticError) as error:  # torch's ways to say that a size exceeds what it can hold
         reason = str(error).splitlines()[0]
         raise ValueError(f"{path} does not describe a {published['model_type']}: {reason}") from None
-    tensors, names = layout.clean(read_tensors(dtype)), layout.names(model)
+    tensors, names = layout.clean(unwrapped(read_tensors(dtype))), layout.names(model)
     if published.get("quantization_config"):
         from lib.quant_files import place_quantised
 
@@ -175,7 +176,7 @@ def save_pretrained(
     folder.mkdir(parents=True, exist_ok=True)
     names = chosen.names(empty_model(chosen.build, model.config))
     tensors = chosen.finish(published_tensors(state, names, dtype))
-    stored = next(tensor.dtype for tensor in tensors.values() if tensor.is_floating_point())
+    stored = reduce(torch.promote_types, {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()})
     config = {"model_type": kind, **chosen.write_config(model.config), "dtype": str(stored).removeprefix("torch."), **more}
     text = config.get("text_config", config) if is_published(kind) else config
     text.update({key: extra_config.pop(key) for key in TOKEN_IDS if key in extra_config})

@@ -18,6 +18,8 @@ from lib.devices import DTYPES  # noqa: F401  -- convert.py, generate.py and the
 from lib.files import read_json, write_atomic, write_json
 from lib.layouts.common import Name
 
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
 # ---- files -----------------------------------------------------------------------------------------------------------
 
 
@@ -27,7 +29,9 @@ def safetensors_files(folder: Path) -> list[Path]:
     if single.exists():
         return [single]
     if not index.exists():
-        raise FileNotFoundError(f"{folder} has no model.safetensors: is it a checkpoint folder with safetensors weights?")
+        pickled = sorted(file.name for file in folder.glob("*.bin"))
+        why = f"{shorten(pickled)} is pickled, not read" if pickled else "is it a checkpoint folder with safetensors weights?"
+        raise FileNotFoundError(f"{folder} has no model.safetensors: {why}")
     where = read_json(index).get("weight_map")
     names = sorted(set(map(str, where.values()))) if isinstance(where, dict) else []
     if not names or any(Path(name).name != name for name in names):
@@ -47,11 +51,14 @@ def naming(file: Path):
 
 
 def read_safetensors(folder: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a folder."""
+    """All tensors of a folder. Raises ValueError for a name that two shards have."""
     tensors: dict[str, torch.Tensor] = {}
     for file in safetensors_files(folder):
         with naming(file):
-            tensors |= load_file(file)
+            shard = load_file(file)
+        if twice := sorted(tensors.keys() & shard.keys()):
+            raise ValueError(f"{file} holds {shorten(twice)}, which another shard holds, too: shards of two models?")
+        tensors |= shard
     return tensors
 
 
@@ -132,11 +139,15 @@ def load_tensors(
                 f"{source}: {name.repeat} differs from {name.theirs[0]}, though config.json says that they are tied: "
                 "set tie_word_embeddings to false there"
             )
+        if again is not None and once is None:
+            tensors[name.theirs[0]] = again  # some writers keep the head of the two
     wanted = {theirs for name in names for theirs in name.theirs}
     missing, left_over = sorted(wanted - tensors.keys()), sorted(tensors.keys() - wanted)
     if missing or left_over:
         wrong = {"missing": missing, "left over": left_over}
         lists = "; ".join(f"{what}: {shorten(which)}" for what, which in wrong.items() if which)
+        if not left_over and len(missing) == 1 and missing[0].endswith("lm_head.weight"):
+            lists += ": it is a base model, and config.json does not say that the embedding is its head (tie_word_embeddings)"
         raise ValueError(f"{source} does not fit its config.json: {lists}")
     expected = model.state_dict()
     state = {name: tensor for name, tensor in expected.items() if not tensor.is_meta}  # 4-bit layers are there already
@@ -148,17 +159,25 @@ def load_tensors(
             found = " + ".join(str(list(tensors[theirs].shape)) for theirs in name.theirs)
             raise ValueError(f"{source}: {', '.join(name.theirs)} is {found}, which does not make {name.ours} {list(shape)}")
         tensor = torch.cat(parts) if len(parts) > 1 else parts[0]
-        if not tensor.is_floating_point():
-            raise ValueError(f"{source}: {', '.join(name.theirs)} is {tensor.dtype}, which is no weight: is it quantised?")
-        if bad := tensor.numel() - int(tensor.isfinite().sum()):
-            what = f"{bad:,} of its {tensor.numel():,} numbers are not finite"
-            raise ValueError(f"{source}: {', '.join(name.theirs)} is damaged, {what}: get it again")
-        state[name.ours] = tensor.to(dtype or tensor.dtype).contiguous()
+        state[name.ours] = converted(tensor, dtype, f"{source}: {', '.join(name.theirs)}").contiguous()
     model.load_state_dict(state, assign=True)
     if hasattr(model, "tie_weights"):
         model.tie_weights()
     for parameter in model.parameters():
         parameter.requires_grad_(True)
+
+
+def converted(tensor: torch.Tensor, dtype: torch.dtype | None, what: str) -> torch.Tensor:
+    """The tensor in dtype (None: as it is). Raises ValueError(what ...) unless all its numbers are finite, then, too."""
+    if tensor.dtype not in FLOATS:
+        raise ValueError(f"{what} is {tensor.dtype}, which is no weight: is it quantised?")
+    result = tensor.to(dtype or tensor.dtype)
+    if bool(result.isfinite().all()):
+        return result
+    if bad := tensor.numel() - int(tensor.isfinite().sum()):
+        raise ValueError(f"{what} is damaged, {bad:,} of its {tensor.numel():,} numbers are not finite: get it again")
+    largest, most = tensor.abs().max().item(), torch.finfo(dtype).max
+    raise ValueError(f"{what} holds {largest:.4g}, more than the {most:.4g} of {dtype}: choose another precision")
 
 
 def published_tensors(state: dict, names: Iterable[Name], dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
@@ -175,7 +194,8 @@ def published_tensors(state: dict, names: Iterable[Name], dtype: torch.dtype | N
         else:
             whole = whole.detach().cpu()
             for theirs, part in zip(name.theirs, whole.chunk(len(name.theirs)), strict=True):
-                tensors[theirs] = (part.T if name.transpose else part).to(dtype or part.dtype, copy=True).contiguous()
+                part = converted(part.T if name.transpose else part, dtype, theirs)
+                tensors[theirs] = part.clone(memory_format=torch.contiguous_format)
     return tensors
 
 

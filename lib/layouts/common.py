@@ -98,6 +98,11 @@ def respell(tensors: dict, spellings: dict[str, str], no_parameter: str) -> dict
     return found
 
 
+# What torch.compile, DDP, FSDP and checkpointing put before the names of the modules that they wrap.
+WRAPPERS = {r"(^|\.)((_orig_mod|module|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.)+": r"\1"}
+unwrapped = partial(respell, spellings=WRAPPERS, no_parameter=r"(?!)")  # which matches nothing
+
+
 def prefix_layout(model, read_config, write_config, prefixes=None, spellings=None, no_parameter=NO_PARAMETER, **more) -> Layout:
     names = partial(names_by_prefix, prefixes=prefixes or {}, no_parameter=no_parameter)
     clean = partial(respell, spellings=spellings or {}, no_parameter=no_parameter)

@@ -6,10 +6,8 @@ from lib.layouts.common import Layout, Name, activation, block_names
 from lib.layouts.settings import check_settings
 
 READ = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "n_inner", "activation_function", "layer_norm_epsilon")
-NEUTRAL = {
-    **{"scale_attn_weights": (True,), "scale_attn_by_inverse_layer_idx": (False,), "is_causal": (True,)},
-    "tie_word_embeddings": (True,),  # gpt.py has one matrix for both
-}
+READ += ("tie_word_embeddings",)
+NEUTRAL = {"scale_attn_weights": (True,), "scale_attn_by_inverse_layer_idx": (False,), "is_causal": (True,)}
 # n_ctx is n_positions again; attention in fp32, reordered or not, is the same; summary_*: of a head that is not read.
 HARMLESS = "n_ctx reorder_and_upcast_attn summary_activation summary_first_dropout summary_proj_to_labels summary_type"
 HARMLESS += " summary_use_proj"
@@ -27,6 +25,7 @@ def read_gpt2_config(published: dict) -> GPTConfig:
         intermediate_size=published.get("n_inner"),
         hidden_act=activation(published.get("activation_function", "gelu_new")),
         layer_norm_eps=published.get("layer_norm_epsilon", 1e-5),
+        tie_word_embeddings=published.get("tie_word_embeddings", True),
     )
 
 
@@ -41,6 +40,7 @@ def write_gpt2_config(config: GPTConfig) -> dict:
         "n_inner": config.intermediate_size,
         "activation_function": {"gelu_tanh": "gelu_new"}.get(config.hidden_act, config.hidden_act),
         "layer_norm_epsilon": config.layer_norm_eps,
+        "tie_word_embeddings": config.tie_word_embeddings,
         **{key: config.dropout for key in ("embd_pdrop", "attn_pdrop", "resid_pdrop")},
     }
 
@@ -58,7 +58,9 @@ GPT2_BLOCK = {
 def gpt2_names(model: GPT) -> list[Name]:
     names = [
         Name("token_embedding.weight", ("transformer.wte.weight",)),
-        Name("lm_head.weight", ("transformer.wte.weight",), repeat="lm_head.weight"),
+        Name("lm_head.weight", ("transformer.wte.weight",), repeat="lm_head.weight")
+        if model.config.tie_word_embeddings
+        else Name("lm_head.weight", ("lm_head.weight",)),
         Name("position_embedding.weight", ("transformer.wpe.weight",)),
     ]
     for i in range(model.config.num_hidden_layers):

@@ -101,6 +101,7 @@ LAYOUTS = {
     **{
         kind: prefix_layout(
             Llama3ForCausalLM, partial(read_llama, kind=kind), partial(write_llama, kind=kind),
+            spellings={r"^(?=(embed_tokens|layers|norm)\.)": "model."},  # of a base model, saved without its head
             misfit=partial(llama_misfit, kind=kind), modules={},
         )
         for kind in DEFAULTS

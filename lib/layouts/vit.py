@@ -46,7 +46,8 @@ def read_vit_config(published: dict, pooling: tuple = ("cls",)) -> ViTConfig:
     labels = published.get("id2label")
     if labels and published.get("num_labels", len(labels)) != len(labels):
         raise ValueError(f"num_labels is {published['num_labels']}, but id2label names {len(labels)}")
-    bare = published.get("architectures") == ["ViTModel"]  # no classifier, as in Google's -in21k
+    unlabelled = not published.get("architectures") and not labels and "num_labels" not in published
+    bare = published.get("architectures") == ["ViTModel"] or unlabelled  # no classifier, as in Google's -in21k
     return checked(
         ViTConfig,
         **read_settings(published, "vit", VIT, ("intermediate_size", "qkv_bias"), {"pooling": pooling}),

@@ -209,6 +209,8 @@ def llava_misfit(config: MLLAMAConfig) -> str:
         return "it takes the tower's features from before the final norm: set vision_feature_layer, to -2 for instance"
     if reason := vlm_misfit(config):
         return reason
+    if isinstance(config.text_config, GPTConfig) and not config.text_config.tie_word_embeddings:
+        return "its GPT-2 has no head of its own"
     for part, kinds in ((config.vision_config, TOWER_KINDS), (config.text_config, DECODER_KINDS)):
         if fitting_part(part, kinds) is None:
             layouts = {kind: part_layout(kind) for kind in kinds if CONFIGS[part_layout(kind).model] is type(part)}
@@ -325,7 +327,8 @@ LAYOUTS = {
     **{
         kind: prefix_layout(
             MllamaForConditionalGeneration, partial(read_idefics3, kind=kind), partial(write_idefics3, kind=kind, name=name),
-            IDEFICS3_PREFIXES, None, NO_VLM_PARAMETER, misfit=idefics3_misfit, modules=IDEFICS3_PREFIXES,
+            IDEFICS3_PREFIXES, {r"^(?=(vision_model|text_model|connector)\.)": "model."}, NO_VLM_PARAMETER,
+            misfit=idefics3_misfit, modules=IDEFICS3_PREFIXES,
         )
         for kind, name in (("idefics3", "Idefics3"), ("smolvlm", "SmolVLM"))
     },
