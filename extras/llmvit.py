@@ -66,7 +66,7 @@ class EncoderConfig:
 
     @property
     def padding(self) -> tuple[int, int]:
-        """Rows at the bottom and columns at the right that are added, as zeros, so that the patches cover the picture."""
+        """Rows at the bottom and columns at the right that are added, as zeros, so that the patches cover the image."""
         sides = zip(self.grid, pair(self.patch_size), pair(self.img_size), strict=True)
         return tuple(count * patch - side for count, patch, side in sides)
 
@@ -87,7 +87,7 @@ class EmbedderConfig:
             raise ValueError(f"k is {self.k}, temperature {self.temperature}: k starts at 1, the temperature above 0")
 
 
-# ---- encoders: pictures to vectors -----------------------------------------------------------------------------------
+# ---- encoders: images to vectors -----------------------------------------------------------------------------------
 
 
 class PatchEncoder(nn.Module):
@@ -101,7 +101,7 @@ class PatchEncoder(nn.Module):
         if any(config.padding):
             (H, W), (rows, columns) = pair(config.img_size), config.padding
             warnings.warn(
-                f"patches of {config.patch_size} do not divide a {H}x{W} picture: {rows} rows below and {columns} columns at "
+                f"patches of {config.patch_size} do not divide a {H}x{W} image: {rows} rows below and {columns} columns at "
                 "the right are added as zeros",
                 stacklevel=3,
             )
@@ -116,7 +116,7 @@ class PatchEncoder(nn.Module):
         return self.projection(images).flatten(2).transpose(1, 2) + self.position_embedding
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Raises ValueError for pictures of another shape than the configured one."""
+        """Raises ValueError for images of another shape than the configured one."""
         expected = (self.config.in_channels, *pair(self.config.img_size))
         if tuple(images.shape[1:]) != expected:
             raise ValueError(f"images is {list(images.shape)}: it must be [batch, {', '.join(map(str, expected))}]")
@@ -125,7 +125,7 @@ class PatchEncoder(nn.Module):
 
 
 class ViTEncoder(PatchEncoder):
-    """The blocks of vit_scratch.py: patches see each other before the language model sees them. What classifies a picture
+    """The blocks of vit_scratch.py: patches see each other before the language model sees them. What classifies an image
     there is asked at each patch here, and its classes are the D numbers of a word."""
 
     def build(self) -> None:
@@ -296,11 +296,11 @@ def longest_input(model: nn.Module) -> float:
 
 
 class LLMVIT(nn.Module):
-    """Pictures through a language model.
+    """Images through a language model.
 
     model: what maps inputs_embeds [B, N, D] to something with "logits" [B, K] and has get_input_embeddings(): any Hugging
     Face ...ForSequenceClassification, or LanguageClassifier. A decoder of theirs without a pad token gets one, in a config
-    of its own: with vectors for words it means nothing, but without it they refuse more than one picture.
+    of its own: with vectors for words it means nothing, but without it they refuse more than one image.
     frozen_backbone_steps: for so many training passes all but the classification head keeps its weights, and drops
     nothing out, while the encoder learns; always_freeze_backbone: for ever. What did not train before never will.
     embedding_loss_weight: of the Gaussian KL divergence from the batch's vectors to the word embeddings.
@@ -409,7 +409,7 @@ class LLMVIT(nn.Module):
 
     def forward(self, images: torch.Tensor, labels: torch.Tensor | None = None) -> Output:
         """images [B, C, H, W], labels [B] or, as probabilities, [B, K] -> {"logits": [B, K]} and, with labels, "loss" (in
-        training and evaluation), and "embedding_loss" where it counts. Raises ValueError for pictures of a wrong shape."""
+        training and evaluation), and "embedding_loss" where it counts. Raises ValueError for images of a wrong shape."""
         x, words = self.encoder(images), self._words_of(self.model)
         B, N, D = x.shape
         read = self.embedder(x.view(B * N, D), words).view(B, N, D)

@@ -1,5 +1,5 @@
-"""Laws of attention_maps.py: a map is what the trace says, laid on the right part of the right picture; nothing looks ahead;
-and of the pictures that figures.py draws of it: the hottest place is the brightest, signs tell right from wrong."""
+"""Laws of attention_maps.py: a map is what the trace says, laid on the right part of the right image; nothing looks ahead;
+and of the images that figures.py draws of it: the hottest place is the brightest, signs tell right from wrong."""
 
 from dataclasses import replace
 
@@ -36,7 +36,7 @@ def model(request):
 
 
 def prompt(model, images: int = 2) -> dict[str, torch.Tensor]:
-    """Words, a picture, a word, a picture, words."""
+    """Words, an image, a word, an image, words."""
     torch.manual_seed(1)
     N = model.config.text_config.num_image_tokens
     ids = [3, 4] + [IMAGE] * N + [5] + [IMAGE] * N * (images - 1) + [6, 8]
@@ -53,7 +53,7 @@ def traced(model, batch, answer=ANSWER) -> dict:
 
 
 def test_a_map_is_what_the_trace_says(model):
-    """By loops: token k was produced at the place before it; image token n of picture i lies in row n // w, column n % w."""
+    """By loops: token k was produced at the place before it; image token n of image i lies in row n // w, column n % w."""
     batch = prompt(model)
     maps, layers = attention_over_image_tokens(model, ANSWER, **batch), traced(model, batch)
     ids = batch["input_ids"][0].tolist()
@@ -113,7 +113,7 @@ def test_features_made_before_give_the_same_maps(model):
 
 
 def test_a_planted_look_lands_on_its_place(model):
-    """A feature that every head takes for the best match draws the map to its own picture, row and column."""
+    """A feature that every head takes for the best match draws the map to its own image, row and column."""
     batch = prompt(model)
     with torch.no_grad():
         features = model.image_features(batch["pixel_values"])
@@ -138,7 +138,7 @@ def test_a_planted_look_lands_on_its_place(model):
         assert tuple(int(i) for i in torch.unravel_index(gain.argmax(), gain.shape)) == (image, row, column)
 
 
-def test_a_token_of_the_grid_is_a_square_of_the_picture():
+def test_a_token_of_the_grid_is_a_square_of_the_image():
     """After pixel shuffle token n holds the patches of rows r (n // w) ... and columns r (n % w) ...: the maps count on it."""
     rows, columns = torch.meshgrid(torch.arange(4.0), torch.arange(6.0), indexing="ij")
     patches = torch.stack([rows, columns], dim=-1).view(1, 24, 2)
@@ -199,11 +199,11 @@ def test_a_model_in_training_is_refused_and_left_as_it_was(model):
     assert model.training and replace(model.config) == model.config
 
 
-# ---- the pictures ----------------------------------------------------------------------------------------------------
+# ---- the images ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shade", [0, 128, 255, None])
-def test_what_is_looked_at_is_the_brightest_on_any_picture(shade):
+def test_what_is_looked_at_is_the_brightest_on_any_image(shade):
     """In grey as well, so that a print without colours, or an eye without some, sees it."""
     torch.manual_seed(0)
     image = torch.randint(256, (3, 32, 32)) if shade is None else torch.full((3, 32, 32), shade)
@@ -221,11 +221,11 @@ def texts(figure) -> list[str]:
 
 
 @pytest.mark.parametrize("words, images, panels", [(1, 1, 2), (4, 2, 12), (6, 1, 7)])
-def test_an_overlay_has_a_panel_a_word_and_the_pictures(tmp_path, words, images, panels):
+def test_an_overlay_has_a_panel_a_word_and_the_images(tmp_path, words, images, panels):
     """4 words on 2 lines: 8 panels and 4 of the images as they are; no more than `most` words are drawn."""
     said, maps = [f"w{i}$x^{{" for i in range(words)], torch.rand(words, images, 2, 2) / 100
-    pictures = [torch.randint(256, (3, 16, 24), dtype=torch.uint8) for _ in range(images)]
-    figure = figures.attention_overlay(pictures, said, maps, tmp_path / "a.png", "What costs $5 or $7?", columns=3, most=5)
+    shown = [torch.randint(256, (3, 16, 24), dtype=torch.uint8) for _ in range(images)]
+    figure = figures.attention_overlay(shown, said, maps, tmp_path / "a.png", "What costs $5 or $7?", columns=3, most=5)
     assert len(figure.axes) == panels and Image.open(tmp_path / "a.png").format == "PNG"
     assert texts(figure) == [f"{word}\n{float(m.sum()):.0%}" for word, m in zip(said[:5], maps[:5], strict=True)]
     shown = " ".join(figure.get_suptitle().split())
@@ -233,15 +233,15 @@ def test_an_overlay_has_a_panel_a_word_and_the_pictures(tmp_path, words, images,
 
 
 def test_an_answer_sheet_marks_right_and_wrong_by_sign_and_colour(tmp_path):
-    pictures = torch.randint(256, (5, 3, 16, 16), dtype=torch.uint8)
+    images = torch.randint(256, (5, 3, 16, 16), dtype=torch.uint8)
     answers = ["Two", "a  Red 3", "blue " * 60, "anything", "\x07"]
     truths = ["2", "a red 3", "blue", None, ""]
-    figure = figures.answer_sheet(pictures, ["How many?"] * 5, answers, truths, tmp_path / "a.png", columns=3)
+    figure = figures.answer_sheet(images, ["How many?"] * 5, answers, truths, tmp_path / "a.png", columns=3)
     said = [(t.get_text(), t.get_color()) for axes in figure.axes for t in axes.texts]
     signs = {text[0]: colour for text, colour in said if text[0] in "✓✗"}
     assert signs == {"✓": figures.BLUE, "✗": figures.RED}
     assert [text[:1] for text, _ in said if not text.startswith(("How", "truth"))] == ["✗", "✓", "✗", "a", "✗"]
     assert [text for text, _ in said if text.startswith("truth")] == ["truth: 2", "truth: blue", "truth:"]
     assert max(len(line) for text, _ in said for line in text.split("\n")) <= 34 and any("..." in text for text, _ in said)
-    judged = figures.answer_sheet(pictures[:1], ["?"], ["Two"], ["2"], good=[True])
+    judged = figures.answer_sheet(images[:1], ["?"], ["Two"], ["2"], good=[True])
     assert texts(judged) == ["?", "✓ Two"]

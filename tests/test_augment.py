@@ -31,7 +31,7 @@ def rng(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def pictures(n: int = 64, channels: int = 3, height: int = 16, width: int = 16) -> torch.Tensor:
+def some_images(n: int = 64, channels: int = 3, height: int = 16, width: int = 16) -> torch.Tensor:
     """Noise over a slope, so that every pixel and direction can be told apart."""
     slope = torch.linspace(0, 100, width) + torch.linspace(0, 90, height)[:, None]
     return (slope + torch.randint(0, 64, (n, channels, height, width), generator=rng(9))).to(torch.uint8)
@@ -43,7 +43,7 @@ def pictures(n: int = 64, channels: int = 3, height: int = 16, width: int = 16) 
 @pytest.mark.parametrize("name", PRESETS)
 @pytest.mark.parametrize(("channels", "height", "width"), [(1, 8, 8), (3, 32, 32), (3, 20, 28)])
 def test_every_preset_keeps_shape_and_input_and_repeats_with_its_generator(name, channels, height, width):
-    images = pictures(16, channels, height, width)
+    images = some_images(16, channels, height, width)
     before, augment = images.clone(), Augment(PRESETS[name], (0.4,) * channels, (0.2,) * channels)
     generator = rng()
     first = augment(images, generator)
@@ -70,7 +70,7 @@ def test_only_data_sets_that_allow_it_are_mirrored():
 
 
 @pytest.mark.parametrize("wrong", [torch.zeros(2, 3, 4, 4), torch.zeros(3, 4, 4, dtype=torch.uint8)])
-def test_wrong_pictures_are_refused(wrong):
+def test_wrong_images_are_refused(wrong):
     for call in (lambda: normalize_images(wrong, **PLAIN), lambda: Augment(PRESETS["none"], **PLAIN)(wrong, rng())):
         with pytest.raises(ValueError, match=r"expected torch.uint8 \[B"):
             call()
@@ -84,8 +84,8 @@ def test_wrong_settings_are_refused(wrong):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 @pytest.mark.parametrize("name", PRESETS)
-def test_a_cpu_generator_gives_the_gpu_the_same_pictures(name):
-    images, labels, c = pictures(), torch.arange(64) % 10, PRESETS[name]
+def test_a_cpu_generator_gives_the_gpu_the_same_images(name):
+    images, labels, c = some_images(), torch.arange(64) % 10, PRESETS[name]
     outputs = []
     for device in ("cpu", "cuda"):
         generator = rng()
@@ -104,7 +104,7 @@ def moved(**parameters: float) -> torch.Tensor:
 
 @pytest.mark.parametrize("padding", ["zeros", "reflection"])
 def test_no_movement_is_the_identity(padding):
-    x = pictures(2, 3, 12, 20) / 255
+    x = some_images(2, 3, 12, 20) / 255
     assert torch.allclose(warp(x, moved().expand(2, -1), padding), x, atol=1e-5)
 
 
@@ -122,7 +122,7 @@ def test_no_movement_is_the_identity(padding):
     ],
 )
 def test_a_movement_is_what_its_name_says(parameters, wanted):
-    x = pictures(1) / 255
+    x = some_images(1) / 255
     out = warp(x, moved(**parameters), "zeros")
     inner = (..., slice(1, -1), slice(1, -1))  # at the rim, zooming blends with what lies outside
     assert torch.allclose(out[inner], wanted(x)[inner], atol=1e-4)
@@ -138,7 +138,7 @@ def test_shear_moves_rows_along_by_their_distance_from_the_centre(name):
     assert [int(row.argmax()) for row in out[0, 0]][4::8] == [22, 18, 14, 10]
 
 
-def test_pictures_that_are_not_square_turn_without_shearing():
+def test_images_that_are_not_square_turn_without_shearing():
     x = torch.zeros(1, 1, 12, 24)
     x[..., 3:9, 9:15] = 1  # a square in the middle looks the same after a quarter turn
     assert torch.allclose(warp(x, moved(rotate=90), "zeros"), x, atol=1e-5)
@@ -146,9 +146,9 @@ def test_pictures_that_are_not_square_turn_without_shearing():
 
 @pytest.mark.parametrize("padding", ["zeros", "reflection"])
 @pytest.mark.parametrize("flip", [False, True])
-def test_crops_are_windows_of_the_padded_picture(padding, flip):
+def test_crops_are_windows_of_the_padded_image(padding, flip):
     """The slow clear version: pad, list all windows and their mirror images, and find each result among them."""
-    images = pictures(200, 3, 8, 16)
+    images = some_images(200, 3, 8, 16)
     out = crop_and_flip(images, 0.125, flip, padding, rng())
     padded = F.pad(images.float(), (2, 2, 1, 1), mode="reflect" if padding == "reflection" else "constant").to(
         torch.uint8
@@ -177,7 +177,7 @@ def by_pillow(name: str, image: Image.Image, strength: float) -> Image.Image:
 @pytest.mark.parametrize("name", COLOUR_OPS)
 @pytest.mark.parametrize("strength", [-0.9, -0.25, 0.5, 0.9])
 def test_colour_operations_agree_with_pillow(name, strength):
-    images = pictures(4, 3, 128, 128)
+    images = some_images(4, 3, 128, 128)
     ours = COLOUR_OPS[name](images / 255, torch.full((4, 1, 1, 1), strength)).clamp(0, 1) * 255
     for mine, image in zip(ours, images, strict=True):
         theirs = by_pillow(name, Image.fromarray(image.permute(1, 2, 0).numpy()), strength)
@@ -187,7 +187,7 @@ def test_colour_operations_agree_with_pillow(name, strength):
 
 
 @pytest.mark.parametrize("name", COLOUR_OPS)
-def test_colour_operations_stand_a_picture_of_one_colour(name):
+def test_colour_operations_stand_an_image_of_one_colour(name):
     x = torch.full((2, 3, 4, 4), 0.5)
     out = COLOUR_OPS[name](x, torch.full((2, 1, 1, 1), 0.3))
     assert out.isfinite().all() and (out - out[0, 0, 0, 0]).abs().max() < 1e-6
@@ -195,13 +195,13 @@ def test_colour_operations_stand_a_picture_of_one_colour(name):
 
 @pytest.mark.parametrize("name", ["equalize", "autocontrast"])
 def test_stretching_reaches_black_and_white(name):
-    out = COLOUR_OPS[name](pictures(4, 3, 8, 8) / 255, torch.zeros(4, 1, 1, 1))
+    out = COLOUR_OPS[name](some_images(4, 3, 8, 8) / 255, torch.zeros(4, 1, 1, 1))
     assert out.amin((2, 3)).abs().max() < 1e-6 and (out.amax((2, 3)) - 1).abs().max() < 1e-6
 
 
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("invert", [False, True])
-def test_the_policy_draws_every_operation_for_some_picture_and_scales_with_magnitude(monkeypatch, channels, invert):
+def test_the_policy_draws_every_operation_for_some_image_and_scales_with_magnitude(monkeypatch, channels, invert):
     drawn = {}
     for name, operation in COLOUR_OPS.items():
 
@@ -210,7 +210,7 @@ def test_the_policy_draws_every_operation_for_some_picture_and_scales_with_magni
             return operation(x, s)
 
         monkeypatch.setitem(COLOUR_OPS, name, counted)
-    x = pictures(1000, channels, 4, 4) / 255
+    x = some_images(1000, channels, 4, 4) / 255
     out, geometry = rand_augment(x.clone(), torch.zeros(1000, len(GEOMETRY)), 1, 0.5, invert, rng())
     left_out = ({"saturation"} if channels == 1 else set()) | (set() if invert else {"invert"})
     assert set(drawn) == set(COLOUR_OPS) - left_out
@@ -218,7 +218,7 @@ def test_the_policy_draws_every_operation_for_some_picture_and_scales_with_magni
     for name, limit in GEOMETRY_OPS.items():
         assert 0.4 * limit < moved_by[GEOMETRY.index(name)] <= 0.5 * limit
     still = (geometry == 0).all(1)
-    assert sum(drawn.values()) == still.sum()  # one operation a picture: a colour or a movement
+    assert sum(drawn.values()) == still.sum()  # one operation an image: a colour or a movement
     assert (out != x).flatten(1).any(1)[
         still
     ].float().mean() > 0.6  # faint ones, or nothing to posterize, change nothing
@@ -253,8 +253,8 @@ def test_the_beta_draws_have_the_moments_of_beta(alpha):
 
 @pytest.mark.parametrize("alphas", [(0.4, 0.0), (0.0, 1.0), (0.4, 1.0)], ids=["mixup", "cutmix", "both"])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_targets_hold_the_share_of_each_picture(alphas, smoothing):
-    """Picture i is filled with the number i and has class i, so that pixels tell where they come from."""
+def test_targets_hold_the_share_of_each_image(alphas, smoothing):
+    """Image i is filled with the number i and has class i, so that pixels tell where they come from."""
     B = 64
     images = torch.arange(B).float().view(-1, 1, 1, 1).expand(B, 2, 8, 12)
     out, targets = mix(images, torch.arange(B), B, rng(), *alphas, smoothing)

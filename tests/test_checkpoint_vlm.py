@@ -118,7 +118,7 @@ def lively(model):
 
 
 def example(config):
-    """Inputs for a model of this published config: two rows, for a VLM with one picture each at different places."""
+    """Inputs for a model of this published config: two rows, for a VLM with one image each at different places."""
     torch.manual_seed(1)
     vlm = hasattr(config, "text_config") and config.model_type != "siglip"
     tower = getattr(config, "vision_config", config)
@@ -181,7 +181,7 @@ def test_what_they_save_we_load_and_what_we_save_they_load(published, tmp_path):
     close(our_logits(again, inputs), expected)
 
 
-def test_pooled_pictures_and_texts_too(tmp_path):
+def test_pooled_images_and_texts_too(tmp_path):
     theirs = lively(siglip())
     theirs.save_pretrained(tmp_path)
     inputs, ours = example(theirs.config), from_pretrained(tmp_path)

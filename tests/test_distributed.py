@@ -81,7 +81,7 @@ def train(script, flags, folder: Path) -> None:
 def runs(tmp_path_factory):
     """one/ and two/ with all runs of one and two processes; what the two printed."""
     folder, chance, rows = tmp_path_factory.mktemp("runs"), random.Random(0), []
-    for k in range(16):  # half of them without a picture: then some batches of a process have none at all
+    for k in range(16):  # half of them without an image: then some batches of a process have none at all
         colour = ("red", "green", "blue", "black")[k % 4]
         Image.new("RGB", (40, 32), colour).save(folder / f"{k}.png")
         turns = [("human", f"What is it? {'Well? ' * chance.randrange(9)}"), ("gpt", f"{colour} " * chance.randrange(1, 9))]
@@ -134,7 +134,7 @@ def assert_same_gradients(one: Path, two: Path, last: int | None = None) -> None
 
 @pytest.mark.parametrize("name", RUNS)
 def test_two_processes_learn_what_one_does(runs, name):
-    """From batches of which each has its part: unequal numbers of answers, pictures or none; SigLIP's pairs of all with all."""
+    """From batches of which each has its part: unequal numbers of answers, images or none; SigLIP's pairs of all with all."""
     folder, _ = runs
     alone = folder / "one" / name.removesuffix("-fsdp")
     assert_same_gradients(alone, folder / "two" / name)

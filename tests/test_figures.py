@@ -80,7 +80,7 @@ def test_token_strip_shows_patches_where_they_are_given():
         left, right, low, high = image.get_extent()
         assert box.x0 < left < right < box.x1 and box.y0 < high < low < box.y1
         assert right - left == pytest.approx(low - high)  # as square as it was
-    assert figure.axes[0].get_ylim()[0] > figure.axes[0].get_ylim()[1] == 0  # a picture turns the axes unless told not to
+    assert figure.axes[0].get_ylim()[0] > figure.axes[0].get_ylim()[1] == 0  # an image turns the axes unless told not to
 
 
 def test_heat_map_shows_its_numbers_and_names():
@@ -178,7 +178,7 @@ def test_patch_grid_draws_the_whole_patches_of_a_photo():
 
 def test_pca_finds_the_direction_that_was_put_in_and_keeps_its_sense():
     """Tokens that differ along one hidden line: the first component is that line. Where the first token goes to the other end,
-    the decomposition turns round of itself; the picture must not."""
+    the decomposition turns round of itself; the image must not."""
     torch.manual_seed(0)
     where, line = torch.linspace(0, 1, 12), torch.randn(8)
     moved = torch.cat([torch.ones(1), where[1:]])
@@ -190,7 +190,7 @@ def test_pca_finds_the_direction_that_was_put_in_and_keeps_its_sense():
     assert abs(alike[0]) > 0.99 and abs(alike[1] - alike[0]) < 0.01
 
 
-def test_pca_grid_shows_picture_colours_and_first_component():
+def test_pca_grid_shows_image_colours_and_first_component():
     parts = torch.rand(2, 3, 4, 5)
     image = ramp(1, 4, 5).to(torch.uint8)
     figure = figures.pca_grid(image, parts, ["start", "end"])

@@ -1,4 +1,4 @@
-"""Laws of llmvit.py: every backbone reads pictures, every embedder teaches the encoder, frozen means frozen."""
+"""Laws of llmvit.py: every backbone reads images, every embedder teaches the encoder, frozen means frozen."""
 
 import functools
 import re
@@ -88,7 +88,7 @@ def vectors(M=20, words=V, width=D, seed=3):
 
 
 @pytest.mark.parametrize("name", BACKBONES)
-def test_every_backbone_reads_pictures_and_teaches_the_encoder(name, batch):
+def test_every_backbone_reads_images_and_teaches_the_encoder(name, batch):
     images, labels = batch
     model = make(BACKBONES[name](), embedder=EmbedderConfig("knn", temperature=1.0))
     out = model(images, labels)
@@ -232,7 +232,7 @@ def test_encoders(kind, cls, batch):
 @pytest.mark.parametrize("kind", ["vit", "patch_embed"])
 def test_sizes_that_patches_do_not_divide_are_padded_and_said(kind):
     size = {"type": kind, "img_size": (13, 10), "patch_size": (4, 3)}
-    with pytest.warns(UserWarning, match="13x10 picture: 3 rows below and 2 columns"):
+    with pytest.warns(UserWarning, match="13x10 image: 3 rows below and 2 columns"):
         model = make(encoder=size)
     assert (model.config.grid, model.config.padding) == ((4, 4), (3, 2))
     images = torch.randn(2, 1, 13, 10)

@@ -45,7 +45,7 @@ def asked(question, answer):
 @pytest.mark.parametrize("length", [0, 300])
 @torch.no_grad()
 def test_packed_logits_are_those_of_each_question_alone(processor, fusion, length):
-    """With length 300 three samples share a row; in it stand a sample of many turns, one of one, and one without a picture."""
+    """With length 300 three samples share a row; in it stand a sample of many turns, one of one, and one without an image."""
     if fusion == "cross":
         processor = MllamaImageProcessor(processor.tokenizer, 1, 32, add_location_tokens=False)
     model, pixels = make(processor, fusion), torch.randn(2, 3, 32, 32)
@@ -130,7 +130,7 @@ def test_padding_has_no_label_and_attends_to_no_sample():
 
 
 def test_the_depth_of_a_sample_is_its_longest_conversation(processor):
-    """Positions restart with every branch: a context of 512 tokens has room for a picture with forty questions."""
+    """Positions restart with every branch: a context of 512 tokens has room for an image with forty questions."""
     rows = [ids_and_labels(processor, asked(*turn), 1)[0] for turn in TURNS]
     sample = encode_sample(processor, [asked(*turn) for turn in TURNS], 1)
     assert sample.depth == max(map(len, rows)) < len(sample)
@@ -139,7 +139,7 @@ def test_the_depth_of_a_sample_is_its_longest_conversation(processor):
 
 
 def test_blocks_say_what_the_mask_says(processor, monkeypatch):
-    """Samples of all shapes, three to a row, without pictures: hidden states and gradients are those of the whole mask."""
+    """Samples of all shapes, three to a row, without images: hidden states and gradients are those of the whole mask."""
     random = torch.Generator().manual_seed(0)
 
     def some(most):

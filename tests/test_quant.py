@@ -64,7 +64,7 @@ def vlm(**changes):
 
 
 def inputs_of(model):
-    """Of ours: two rows, for a VLM with one picture each."""
+    """Of ours: two rows, for a VLM with one image each."""
     if isinstance(model, Llama3ForCausalLM):
         return {"input_ids": IDS}
     ids = IDS.clone()

@@ -1,4 +1,4 @@
-"""Laws of scenes.py: pictures show what the labels say, splits keep apart, every question has exactly one true answer."""
+"""Laws of scenes.py: images show what the labels say, splits keep apart, every question has exactly one true answer."""
 
 import hashlib
 import itertools
@@ -41,7 +41,7 @@ from data.scenes import (
 from lib.cli import run_cli
 from lib.tokenizer import BPETokenizer
 
-GOLDEN = ["fb03d454e4e022ed", "e36f66af19e1c7b3", "9576766df32d39c1"]  # sha256 of pictures, boxes, questions
+GOLDEN = ["fb03d454e4e022ed", "e36f66af19e1c7b3", "9576766df32d39c1"]  # sha256 of images, boxes, questions
 
 S = SceneConfig().size
 EVERY_KIND = dict.fromkeys(KINDS, 1)
@@ -159,7 +159,7 @@ def test_numbers_places_digits_and_colours_come_up_alike(made):
         assert len(shares) == layout**2 and (shares * layout**2 - 1).abs().max() < 0.3
 
 
-# ---- pictures show what the labels say ----
+# ---- images show what the labels say ----
 
 
 def test_digits_lie_in_their_own_cells_in_reading_order_and_wander_all_over_them(made):
@@ -190,13 +190,13 @@ def test_the_middle_of_a_box_tells_the_place_whatever_the_layout(made):
 def test_ink_has_its_colours_name_and_stays_in_its_box(made):
     _, scenes = made
     names, inks = list(INKS), np.array(list(INKS.values()))
-    pictures = scenes.images.permute(0, 2, 3, 1).numpy().astype(float)
-    paper = np.median(pictures, axis=(1, 2))
-    contrast = np.abs(pictures - paper[:, None, None]).max(axis=-1)
+    pixels = scenes.images.permute(0, 2, 3, 1).numpy().astype(float)
+    paper = np.median(pixels, axis=(1, 2))
+    contrast = np.abs(pixels - paper[:, None, None]).max(axis=-1)
     outside = np.ones_like(contrast, dtype=bool)
     for n, _, _, colour, _, box in digits_of(scenes):
         x0, y0, x1, y1 = (round(edge) for edge in box)
-        crop, strength = pictures[n, y0:y1, x0:x1].reshape(-1, 3), contrast[n, y0:y1, x0:x1].ravel()
+        crop, strength = pixels[n, y0:y1, x0:x1].reshape(-1, 3), contrast[n, y0:y1, x0:x1].ravel()
         strongest = crop[strength.argsort()[-8:]].mean(axis=0)
         assert names[np.square(inks - strongest).sum(1).argmin()] == colour
         outside[n, max(y0 - 3, 0) : y1 + 3, max(x0 - 3, 0) : x1 + 3] = False  # its rim is faint
@@ -437,8 +437,8 @@ def test_an_export_that_fails_leaves_nothing_and_an_old_one_is_not_touched(tmp_p
 
 def test_show_draws_a_sheet(tmp_path):
     show_scenes.main([str(tmp_path / "sheet.png"), "--split", "compositional", "--seed", "1"])
-    with Image.open(tmp_path / "sheet.png") as picture:
-        assert picture.width > 1000 and picture.height > 500 and len(picture.convert("RGB").getcolors(1 << 24)) > 1000
+    with Image.open(tmp_path / "sheet.png") as image:
+        assert image.width > 1000 and image.height > 500 and len(image.convert("RGB").getcolors(1 << 24)) > 1000
 
 
 def test_a_wrong_command_is_one_line_and_exit_code_2(tmp_path, capsys):
@@ -485,6 +485,6 @@ def test_settings_are_followed(change):
     assert scenes.counts.min() >= config.digits[0] and scenes.counts.max() <= config.digits[1]
     tall = (scenes.boxes[..., 3] - scenes.boxes[..., 1])[scenes.digits >= 0]
     assert tall.max() <= min(config.side[1], 1 / min(config.layouts)) * config.size * 1.25
-    paper = scenes.images.flatten(2).median(dim=2).values.float().mean(dim=1)  # most of a picture is paper
+    paper = scenes.images.flatten(2).median(dim=2).values.float().mean(dim=1)  # most of an image is paper
     assert all(any(PAPERS[name][0] - 8 < grey < PAPERS[name][1] + 8 for name in config.papers) for grey in paper.tolist())
     assert MIX.keys() == set(KINDS)

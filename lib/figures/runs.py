@@ -88,7 +88,7 @@ def answer_sheet(
     columns: int = 4,
     good: Sequence[bool | None] | None = None,
 ):
-    """Pictures uint8 [3, h, w], under each the question, what the model said and, where that is wrong, the truth.
+    """Images uint8 [3, h, w], under each the question, what the model said and, where that is wrong, the truth.
 
     good: which answers count as right, None for one that is not judged; by default those that equal the truth but for case
     and spaces, and none is judged that has no truth. Right and wrong differ in colour and in the sign before the answer.
