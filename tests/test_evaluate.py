@@ -155,7 +155,7 @@ SPELLINGS = {
     "test.jsonl": json.dumps({"images": ["0.png"], "messages": [
         {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Which colour?\nA. red\nB. green"}]},
         {"role": "assistant", "content": "A"}], "id": 7}),
-    "test.json": json.dumps([{"image": "0.png", "question": "Which colour?", "choices": ["red", "green"], "answer": 0, "id": 7.0}]),
+    "test.json": json.dumps([{"image": "0.png", "query": "Which colour?", "choices": ["red", "green"], "answer": 0, "id": 7}]),
 }  # fmt: skip
 
 

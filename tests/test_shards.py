@@ -8,6 +8,8 @@ import json
 import tarfile
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -20,6 +22,7 @@ from data.shard_stream import LANES, ShardStream, epoch_order
 from data.shards import ShardImages, Shards, check_shards, main, pack_shards, scan, unpack_shards
 from extras import train_siglip
 from lib import run as training
+from samples import image_bytes
 
 ROWS, PER_SHARD = 60, 7
 
@@ -117,6 +120,59 @@ def test_other_tools_archives_are_read(tmp_path):
             tar.addfile(about, io.BytesIO(content))
     shards = Shards.open(tmp_path / "a.tar")
     assert not shards.problems and [len(row.images) for row in shards.head(9)] == [1, 1]
+
+
+def test_img2dataset_s_shards_are_captions(tmp_path):
+    """KEY.jpg, KEY.txt, KEY.json, in the order in which it writes them; they were refused."""
+    about = {
+        "caption": "A cat.",
+        "url": "http://x/cat.jpg",
+        "key": "000000000",
+        "status": "success",
+        "width": 12,
+        "sha256": "0",
+    }
+    jpg = image_bytes(kind="JPEG")
+    members = {
+        "0.jpg": jpg,
+        "0.txt": b"A cat.",
+        "0.json": json.dumps(about).encode(),
+        "1.txt": "Une forêt.".encode(),
+        "1.jpg": jpg,
+    }
+    members |= {"2.jpg": jpg, "3.txt": b"An image that was not loaded."}
+    with tarfile.open(tmp_path / "00000.tar", "w") as tar:
+        for name, content in members.items():
+            about = tarfile.TarInfo(name)
+            about.size = len(content)
+            tar.addfile(about, io.BytesIO(content))
+    shards, lost = Shards.open(tmp_path / "00000.tar"), {}
+    rows = list(shards.read(range(3), lost))
+    assert [row.messages[-1]["content"] for row in rows if row] == ["A cat.", "Une forêt."] and rows[0].images[0].data == jpg
+    assert shards.problems == [("00000.tar", "2 has no .json or .txt")] and "image" in str(lost)
+    assert [len(row.images) for row in LlavaRows.read(tmp_path / "00000.tar")] == [1, 1]
+
+
+def test_captions_of_one_image_stay_apart_from_each_other_when_packed(tmp_path):
+    (tmp_path / "a.png").write_bytes(image_bytes())
+    (tmp_path / "rows.json").write_text(json.dumps([{"image": "a.png", "captions": ["A cat.", "It sleeps."]}]))
+    rows = LlavaRows.read(tmp_path / "rows.json")
+    pack_shards(rows, tmp_path / "out", 9)
+    (row,) = Shards.open(tmp_path / "out" / "*.tar").head(9)
+    assert row.isolated and row.conversations == rows[0].conversations and len(row.conversations) == 2
+
+
+@pytest.mark.parametrize("name", ["data [v1]/s", "[a]/b [c]"])
+def test_square_brackets_in_a_path_are_no_pattern(tmp_path, capsys, name):
+    """'data [v1]/s' was packed and could not be opened."""
+    write_rows(tmp_path, 5)
+    main(["pack", str(tmp_path / "train.json"), str(tmp_path / name), "--per-shard", "2"])
+    for pattern in ("shard-*.tar", "shard-00000[0-2].tar", "*"):
+        with pytest.raises(SystemExit) as stop:
+            main(["check", str(tmp_path / name / pattern)])
+        assert stop.value.code == 0 and "5 rows are usable" in capsys.readouterr().out
+    (tmp_path / name / "shard-000000.tar").rename(tmp_path / name / "x [1].tar")
+    assert [len(Shards.open(tmp_path / name / pattern).paths) for pattern in ("x [1].tar", "x [1]*.tar", "x*")] == [1, 1, 1]
 
 
 # ---- the order -------------------------------------------------------------------------------------------------------
@@ -293,8 +349,18 @@ def data_flags(packed):
     return ["--data", str(packed[1] / "shard-*.tar"), "--test-data", str(packed[1].parent / "train.json")]
 
 
+@pytest.fixture(scope="module")
+def as_parquet(packed):
+    """The rows of the shards as a table."""
+    rows = [{"messages": row.messages, "images": [{"bytes": path.read_bytes(), "path": path.name} for path in row.images]}
+            for row in packed[0]]  # fmt: skip
+    pq.write_table(pa.Table.from_pylist(rows), packed[1].parent / "train.parquet", row_group_size=PER_SHARD)
+    return packed[1].parent / "train.parquet"
+
+
 @pytest.mark.usefixtures("undrawn")
-def test_a_model_is_trained_from_shards_and_resumed_bit_for_bit(packed, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("kind", ["shards", "parquet"])
+def test_a_model_is_trained_from_front_to_back_and_resumed_bit_for_bit(packed, as_parquet, tmp_path, monkeypatch, capsys, kind):
     save = training.save_state
 
     def keep(run, state):
@@ -302,7 +368,7 @@ def test_a_model_is_trained_from_shards_and_resumed_bit_for_bit(packed, tmp_path
         (run / f"{state['steps_done']}.pt").write_bytes((run / "state.pt").read_bytes())
 
     monkeypatch.setattr(training, "save_state", keep)
-    flags = [*VLM, *data_flags(packed)]
+    flags = [*VLM, *data_flags(packed), *(["--data", str(as_parquet)] if kind == "parquet" else [])]
     finetune_vlm.main([*flags, "--out", str(tmp_path / "whole")])
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert {"unreadable_images": 0, "rows_too_long": 0, "damaged_rows": 0}.items() <= result.items()
