@@ -54,6 +54,9 @@ def save_lora(model: nn.Module, folder: str | Path, base: str | None = None) -> 
     layers = {renamed(name, layout.modules): layer for name, layer in lora_layers(model).items()}
     if not layers:
         raise ValueError("the model has no LoRA layers to save: convert_linears_to_lora makes them")
+    read_again = our_layers(model, layout, [f"{path}.weight" for path in layers])
+    if lost := [name for name in lora_layers(model) if name not in read_again.values()]:
+        raise ValueError(f"a {kind} has no such layers as {shorten(lost)}: leave them out of the targets of LoRA")
     tensors, ranks, alphas = {}, {}, {}
     for path, layer in layers.items():
         for letter, tensor in (("A", layer.lora_a), ("B", layer.lora_b)):
@@ -125,24 +128,30 @@ def read_adapter_config(folder: Path) -> dict:
     return config
 
 
+def our_layers(model: nn.Module, layout: Layout, weights: list[str]) -> dict[str, str | None]:
+    """{a weight's name in a file, in whichever spelling: our layer's; None where there is none, or it is made of several}."""
+    names = layout.names(empty_model(layout.build, model.config))
+    ours = {name.theirs[0]: name.ours for name in names if name.repeat is None and len(name.theirs) == 1}
+    spelled = {weight: next(iter(layout.clean({weight: torch.empty(0)})), None) for weight in weights}
+    return {weight: (name := ours.get(each)) and name.removesuffix(".weight") for weight, each in spelled.items()}
+
+
 def read_adapter(model: nn.Module, layout: Layout, file: Path) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """{name of our layer: (A, B)}, whichever spelling the file has."""
     if not file.exists():
         raise FileNotFoundError(f"there is no {file}: save the adapter as safetensors")
-    names = layout.names(empty_model(layout.build, model.config))
-    ours = {name.theirs[0]: name.ours for name in names if name.repeat is None}
     with naming(file):
         tensors = unwrapped(load_file(file))
+    matches = {key: re.fullmatch(r"base_model\.model\.(.+)\.lora_([AB])\.weight", key) for key in tensors}
+    ours = our_layers(model, layout, [f"{match[1]}.weight" for match in matches.values() if match])
     found: dict[str, dict[str, torch.Tensor]] = {}
     strange = []
-    for key, tensor in tensors.items():
-        match = re.fullmatch(r"base_model\.model\.(.+)\.lora_([AB])\.weight", key)
-        spelled = layout.clean({f"{match[1]}.weight": tensor}) if match else {}
-        name = ours.get(next(iter(spelled), None))
+    for key, match in matches.items():
+        name = ours.get(f"{match[1]}.weight") if match else None
         if name is None:
             strange.append(key)
         else:
-            found.setdefault(name.removesuffix(".weight"), {})[match[2]] = tensor
+            found.setdefault(name, {})[match[2]] = tensors[key]
     halves = [name for name, pair in found.items() if len(pair) < 2]
     if strange or halves:
         wrong = {"no LoRA of a layer of the model": sorted(strange), "only one of two matrices": halves}

@@ -17,6 +17,7 @@ from data import scenes
 from data.convert import convert_scenes
 from data.features import FrozenFeatures
 from finetune_vlm import Learner, Stage, build, parse_args, stages, train_only
+from gpt import GPT, GPTConfig
 from lib import vlm_report
 from lib.answers import answer, scene_items
 from lib.checkpoint import from_pretrained, load_vlm, save_pretrained
@@ -133,17 +134,36 @@ def test_what_was_learned_by_heart_is_said():
 
 # ---- resume ----------------------------------------------------------------------------------------------------------
 
-VARIANTS = {
+VARIANTS = {  # of each kind of tower and decoder at least one; from nothing: SigLIP and LLaMA
     "common questions": "--data COMMON --isolated --vision-steps 2 --ema 0.9 --grad-accum 2 --shift 0.1",
-    "LoRA, features kept": "--data ROWS --vision RUN --lm RUN --lora 2 --cache-features",
-    "QLoRA, cross": "--data ROWS --vision RUN --lm RUN --qlora 2 --fusion cross",
+    "LoRA, features kept": "--data ROWS --vision CLIP --lm GPT2 --lora 2 --cache-features --projector mlp --pixel-shuffle 1",
+    "QLoRA, cross": "--data ROWS --vision GREY --lm QWEN3 --qlora 2 --fusion cross",
 }
 
 
+@pytest.fixture(scope="module")
+def parts(runs):
+    """A CLIP tower, a run of train_vit.py on grey images, a GPT-2 and a Qwen3 with tokenizers."""
+    tokenizer = train_tokenizer(scenes.corpus(), 400)
+    size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    towers = {"image_size": 64, "patch_size": 16, **size}
+    text = {**SIZES["tiny"][1], "qk_norm": True, "head_dim": 16}
+    torch.manual_seed(3)
+    for name, model in {
+        "CLIP": ViTModel(ViTConfig(**towers, num_labels=0, patch_bias=False, pre_norm=True, hidden_act="quick_gelu")),
+        "GREY": ViTModel(ViTConfig(**towers, num_channels=1, num_labels=4, pooling="mean")),
+        "GPT2": GPT(GPTConfig(**size, vocab_size=len(tokenizer), context_length=384)),
+        "QWEN3": Llama3ForCausalLM(LLAMA32Config(**text, vocab_size=len(tokenizer))),
+    }.items():
+        save_pretrained(model, runs / name)
+        tokenizer.save_pretrained(runs / name)
+    return {name: runs / name for name in ("CLIP", "GREY", "GPT2", "QWEN3")}
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_stopped_and_resumed_is_uninterrupted_byte_for_byte(runs, source, photos, common, variant):
+def test_stopped_and_resumed_is_uninterrupted_byte_for_byte(runs, parts, photos, common, variant):
     """Stopped in each stage and at its end; a kill goes back to the state of --save-every."""
-    names = {"COMMON": common, "ROWS": photos / "scenes.json", "RUN": source}
+    names = {"COMMON": common, "ROWS": photos / "scenes.json", **parts}
     flags = [names.get(flag, flag) for flag in VARIANTS[variant].split()] + ["--save-every", 2]
     whole, parts = runs / f"{variant} whole", runs / f"{variant} parts"
     steps = train(*flags, "--out", whole)["steps"]

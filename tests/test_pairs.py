@@ -4,6 +4,7 @@ Towers: the features of every layer. Decoders: logits and greedy words. Pairs, a
 what training asks of any pair, in both fusions: packing, frozen features, LoRA, QLoRA. What is refused, by name.
 """
 
+import copy
 import json
 from functools import partial
 
@@ -12,6 +13,7 @@ import torch
 
 from extras.cross_attention import CrossAttentionConfig, CrossAttentionVLM
 from gpt import GPTConfig
+from lib.adapters import load_lora, save_lora
 from lib.checkpoint import from_pretrained, layout_line, load_vlm, read_config, save_pretrained
 from lib.layouts import FAMILIES, NOT_READ
 from lib.positions import resized_tower
@@ -341,7 +343,7 @@ def test_what_training_asks_of_any_pair(tmp_path, tower, decoder, fusion):
     quantised = fusion == "early"
     if quantised:
         quantize_(model.language_model, r".*(q_proj|up_proj|attn\.qkv|mlp\.fc)")
-    targets = ["q_proj", "k_proj", "up_proj", "attn.qkv", "mlp.fc"]
+    plain, targets = copy.deepcopy(model), ["q_proj", "k_proj", "up_proj", "attn.qkv", "mlp.fc"]
     wrapped = convert_linears_to_lora(model.language_model, 2, 4, 0.0, (torch.nn.Linear, Linear4bit), targets)
     labels = packed["input_ids"]
     model(**packed, labels=labels, vision_features=model.vision_features(images))["loss"].backward()
@@ -357,8 +359,36 @@ def test_what_training_asks_of_any_pair(tmp_path, tower, decoder, fusion):
         kind = save_pretrained(model, tmp_path)
         expected = "llava" if fusion == "early" and "registers" not in tower else "mllama_scratch"
         assert kind == expected and ("transformers does not open" in layout_line(model, tmp_path, kind)) == (kind != "llava")
-        again = from_pretrained(tmp_path)
-        close(again(**packed, pixel_values=images)["logits"], model(**packed, pixel_values=images)["logits"])
+        save_lora(model, tmp_path / "lora")
+        load_lora(plain, tmp_path / "lora")
+        for again in (from_pretrained(tmp_path), plain):
+            close(again(**packed, pixel_values=images)["logits"], model(**packed, pixel_values=images)["logits"])
+
+
+@torch.no_grad()
+def test_peft_opens_the_adapter_of_a_gpt2_in_a_llava(tmp_path):
+    """A run with --lm GPT2 --lora had trained to its end, and then said that its adapter had no layout."""
+    peft = pytest.importorskip("peft", reason="the adapter's layout is PEFT's")
+    ours, (ids, x) = from_pretrained_pair(tmp_path), (torch.arange(12).view(1, 12), pixels(1, 3, 28, 28))
+    ids[:, 2:6] = IMAGE
+    before = ours(ids, x)["logits"]
+    convert_linears_to_lora(ours.language_model, 2, 4, targets=["attn.qkv", "mlp.proj"])
+    for name, parameter in ours.named_parameters():
+        if name.endswith("lora_b"):
+            parameter.copy_(torch.randn_like(parameter))
+    save_lora(ours, tmp_path / "lora")
+    base = tf.AutoModelForImageTextToText.from_pretrained(tmp_path / "theirs")
+    theirs = peft.PeftModel.from_pretrained(base, tmp_path / "lora").eval()
+    close(theirs(input_ids=ids, pixel_values=x).logits, ours(ids, x)["logits"])
+    assert (ours(ids, x)["logits"] - before).abs().max() > 0.1
+
+
+def test_lora_in_a_layer_that_is_several_elsewhere_is_no_adapter(tmp_path):
+    model = from_pretrained_pair(tmp_path)
+    convert_linears_to_lora(model.vision_tower, 2, 4, targets=["attn.qkv"])
+    with pytest.raises(ValueError, match="a llava has no such layers as vision_tower.blocks.0.attn.qkv"):
+        save_lora(model, tmp_path / "lora")
+    assert not (tmp_path / "lora").exists()
 
 
 @pytest.mark.parametrize("decoder", OWN_DECODERS)

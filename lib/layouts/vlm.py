@@ -11,6 +11,7 @@ import torch
 from gpt import GPT, GPTConfig
 from lib.checks import checked
 from lib.layouts.common import NO_PARAMETER, Layout, Name, own_settings, prefix_layout, respell, unusual, with_defaults
+from lib.layouts.gpt2 import GPT2_BLOCK
 from lib.layouts.gpt2 import LAYOUTS as GPT2_LAYOUTS
 from lib.layouts.llama import DEFAULTS as LLAMA_KINDS
 from lib.layouts.llama import LAYOUTS as LLAMA_LAYOUTS
@@ -180,7 +181,11 @@ def llava_layout(layout: Layout, config: MLLAMAConfig, published: dict | None) -
             others["language_model.lm_head.weight"] = others["language_model.model.wte.weight"].clone()
         return others | {f"vision_tower.{name}": tensor for name, tensor in tower.finish(own).items()}
 
-    modules = layout.modules if isinstance(config.text_config, LLAMA32Config) else None
+    modules = LLAVA_MODULES
+    if is_gpt2:
+        each = [(i, *pair) for i in range(config.text_config.num_hidden_layers) for pair in GPT2_BLOCK.items()]
+        modules = {f"language_model.blocks.{i}.{ours}": f"model.language_model.h.{i}.{theirs}" for i, ours, theirs in each}
+        modules |= LLAVA_MODULES
     return replace(layout, names=names, clean=clean, finish=finish, modules=modules)
 
 
