@@ -436,7 +436,6 @@ REFUSED = {  # configs as transformers writes them, and what the one line says
     "dinov2 giant": (lambda: tf.Dinov2Config(use_swiglu_ffn=True), "use_swiglu_ffn is true: DINOv2's giant"),
     "smollm3": (lambda: tf.SmolLM3Config(), "'smollm3', .*NoPE"),
     "gemma": (lambda: tf.GemmaConfig(), "'gemma', .*norms that add 1"),
-    "bert": (lambda: tf.BertConfig(), "'bert', .*bidirectional attention"),
     "qwen2-vl": (lambda: tf.Qwen2VLConfig(), "'qwen2_vl', .*two .tower. and three .decoder. dimensions"),
     "a tower that no LLaVA has": (lambda: their_llava(tf.SwinConfig(**NO_GRID)), "vision_config is a swin: only"),
     "grey tower": (

@@ -32,7 +32,6 @@ NOT_READ = {  # model_type: the one thing that is missing
     "dinov3_vit": "2-D rotary positions",
     **dict.fromkeys(("siglip2", "siglip2_vision_model"), "NaFlex, for images of any proportions; fixed-size ones say siglip"),
     "clip_text_model": "CLIP's text tower: of CLIP only the image tower is read",
-    **dict.fromkeys(("bert", "distilbert", "roberta"), "bidirectional attention over text, and norms after attention and MLP"),
     **dict.fromkeys(("gemma", "gemma2", "gemma3", "gemma3_text"), "GELU in the gated MLP, norms that add 1, scaled embeddings"),
     "smollm3": "layers without rotary positions (NoPE) between those with them",
     "phi3": "queries, keys and values in one matrix",
