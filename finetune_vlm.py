@@ -151,7 +151,7 @@ def build(args, texts: list[str]):
                 f"--lm {args.lm}: its tokenizer has {tokenizer.plain_size} tokens, its model {text.config.vocab_size}: "
                 "they do not belong together"
             )
-        with_chat_template(tokenizer)
+        with_chat_template(tokenizer, args.lm)
     else:
         text, tokenizer = LLAMA32Config(**text_settings), train_tokenizer(texts, vocabulary)
     join = {"projector_type": args.projector, "vision_feature_layer": -1 if args.projector == "mlp" else None}

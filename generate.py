@@ -34,6 +34,7 @@ from lib.conversation import Conversation, stream_text
 from lib.devices import find_device
 from lib.fast_decode import fast_step
 from lib.files import find_source
+from lib.generation import unlike_generate
 from lib.image_settings import read_image_settings
 from lib.tokenizer import BPETokenizer, load_tokenizer
 from lib.vocabulary import check_rows
@@ -63,7 +64,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--chat", action="store_true", help="PROMPT is a question to answer, not a text to continue")
     add("--system", help="what a chat begins with; default: the template's own, if it has one")
     add("--top", type=positive_int, metavar="K", help="show the K likeliest tokens after each prefix of PROMPT")
-    add("--max-new-tokens", type=positive_int, default=100)
+    add("--max-new-tokens", type=positive_int, help="default: what the folder's generation_config.json says, else 100")
     add("--temperature", type=not_negative_float, default=0.0, help="0: always the likeliest token (the default)")
     add("--top-k", type=positive_int)
     add("--top-p", type=positive_float)
@@ -139,6 +140,9 @@ def load(args) -> tuple[torch.nn.Module, BPETokenizer, MllamaImageProcessor | No
             name = type(model).__name__
             raise ValueError(f"{args.source} holds a {name}, which reads no images: leave out --image, --attention")
         processor, tokenizer = None, load_tokenizer(args.source)
+    unlike = unlike_generate(model.generation_config)
+    if unlike and not args.temperature:
+        print(f"[{unlike}]", file=sys.stderr)
     if args.int8:
         from lib.int8 import quantize_8bit_
 

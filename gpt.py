@@ -402,18 +402,20 @@ def sample(logits, temperature=0.0, top_k=None, top_p=None, min_p=None, generato
 
 
 @torch.no_grad()
-def decode(step, logits, cache, max_new_tokens, stop_tokens: Sequence[int] = (), **sampling) -> Iterator[list[int | None]]:
+def decode(
+    step, logits, cache, max_new_tokens, stop_tokens: Sequence[int] = (), adjust: Callable | None = None, **sampling
+) -> Iterator[list[int | None]]:
     """The loop after the prompt: from its last logits [B, V] and its filled cache, one token per row and step.
 
     A row stops when it draws one of stop_tokens (which is not yielded) and yields None from then on; the loop ends when
-    all rows have stopped or after max_new_tokens. sampling: the settings of `sample`. step: a decoder, or anything else that
-    maps (input_ids [B, 1], cache=cache) to {"logits": [B, 1, V]}.
+    all rows have stopped or after max_new_tokens. adjust: changes logits [B, V] before a token is chosen; sampling: the
+    settings of `sample`. step: a decoder, or anything else that maps (input_ids [B, 1], cache=cache) to {"logits": [B, 1, V]}.
     """
     stopped, ids = [False] * len(logits), None
     for _ in range(max_new_tokens):
         if ids is not None:
             logits = step(ids[:, None], cache=cache)["logits"][:, -1]
-        ids = sample(logits, **sampling)
+        ids = sample(adjust(logits) if adjust else logits, **sampling)
         row = ids.tolist()
         stopped = [done or token in stop_tokens for done, token in zip(stopped, row, strict=True)]
         if all(stopped):

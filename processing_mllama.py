@@ -197,6 +197,7 @@ class MllamaImageProcessor:
         absent = (None, tokenizer.unk_token_id)
         self.locations = {i: token for i, token in zip(ids, LOCATION_TOKENS, strict=True) if i not in absent}
         self.recognised = frozenset([*special, *self.locations.values()])
+        self._places = num_image_token, self.around_image
 
     def __call__(
         self, prompts: str | Sequence[str] | None = None, images=None, conversations: Sequence | None = None, *,
@@ -217,13 +218,12 @@ class MllamaImageProcessor:
         named = [sum(message["content"].count(IMAGE_TOKEN) for message in row) for row in rows]
         shared = images_per_prompt(images, named)
         encoded, learn = [], conversations is not None and not add_generation_prompt
-        for number, (row, places) in enumerate(zip(rows, named, strict=True)):
-            row = self._with_placeholders(row, 0 if places else len(shared[number]))
+        for number, row in enumerate(rows):
             if conversations is None:
-                ids = self._encode(row[0]["content"], add_special_tokens)
+                ids = self._encode(self._with_images(row, len(shared[number]))[0]["content"], add_special_tokens)
                 answers = [0] * len(ids)
             else:
-                ids, answers = self._encode_conversation(row, add_generation_prompt)
+                ids, answers = self._encode_conversation(row, len(shared[number]), add_generation_prompt)
                 if learn and not any(answers):
                     raise ValueError(f"conversation {number} has no answer: add_generation_prompt=True would ask for one")
             encoded.append(self._truncated(number, ids, answers, max_length, truncation))
@@ -252,7 +252,7 @@ class MllamaImageProcessor:
         named = sum(message["content"].count(IMAGE_TOKEN) for message in messages)
         if named not in (0, num_images):
             raise ValueError(f"a conversation says {IMAGE_TOKEN} {named} times and has {num_images} images: give one for each")
-        return self._encode_conversation(self._with_placeholders(messages, 0 if named else num_images), add_generation_prompt)
+        return self._encode_conversation(messages, num_images, add_generation_prompt)
 
     def decode(self, ids) -> str:
         """Text of ids without special tokens, but with <locNNNN> and <segNNN>, which are part of an answer."""
@@ -279,21 +279,25 @@ class MllamaImageProcessor:
                 raise ValueError(f"prompt {number} is {prompt!r:.80}: give a text that is not empty")
         return [[{"role": "user", "content": prompt}] for prompt in given]
 
-    def _with_placeholders(self, messages: list[dict[str, str]], unnamed: int) -> list[dict[str, str]]:
-        """The messages with every <image> written out, and so many more before the first question."""
+    def _with_images(self, messages: list[dict[str, str]], num_images: int) -> list[dict[str, str]]:
+        """The messages; where none says <image>, all of them stand before the first question."""
+        if any(IMAGE_TOKEN in message["content"] for message in messages):
+            return messages
         question = next((message for message in messages if message["role"] == "user"), messages[0])
-        texts = [IMAGE_TOKEN * (unnamed if message is question else 0) + message["content"] for message in messages]
-        texts = add_image_tokens_to_prompts(texts, self.num_image_token, self.around_image)
-        return [message | {"content": text} for message, text in zip(messages, texts, strict=True)]
+        first = question | {"content": IMAGE_TOKEN * num_images + question["content"]}
+        return [first if message is question else message for message in messages]
 
     def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        (text,) = add_image_tokens_to_prompts([text], *self._places)
         options = {"parse_special": self.recognised} if self.ours else {}
         return self.tokenizer(text, add_special_tokens=add_special_tokens, **options)["input_ids"]
 
-    def _encode_conversation(self, messages: list[dict], add_generation_prompt: bool) -> tuple[list[int], list[int]]:
+    def _encode_conversation(self, messages: list[dict], num_images: int, ask: bool) -> tuple[list[int], list[int]]:
         from lib.chat import encode_conversation
 
-        return encode_conversation(self.tokenizer, messages, add_generation_prompt, self.recognised)
+        images = add_image_tokens_to_prompts([IMAGE_TOKEN] * num_images, *self._places)
+        messages = self._with_images(messages, num_images)
+        return encode_conversation(self.tokenizer, messages, ask, self.recognised, IMAGE_TOKEN, images, add_special_tokens=True)
 
     def _truncated(self, number: int, ids: list[int], answers: list[int], limit: int | None, truncation: bool):
         """(ids, labels) of a row, at most `limit` long."""

@@ -26,7 +26,7 @@ from data.llava import count_images, questions_of_row
 from data.scene_batches import about_image
 from data.scenes import make_scenes, questions
 from gpt import KVCache, left_pad
-from lib.chat import stop_tokens
+from lib.generation import LogitRules, stop_tokens
 from lib.vocabulary import check_rows
 from processing_mllama import to_messages
 
@@ -212,14 +212,20 @@ def own_parts(batch: list[Row], cache: KVCache) -> dict[str, torch.Tensor]:
     return {"input_ids": input_ids, "attention_mask": attention_mask}
 
 
-def continue_rows(model, logits, cache: KVCache, most: Sequence[int], stop: set[int]) -> list[list[int]]:
+def continue_rows(
+    model, logits, cache: KVCache, most: Sequence[int], stop: set[int], rules: LogitRules | None = None,
+    prompts: Sequence[list[int]] = (),
+) -> list[list[int]]:  # fmt: skip
     """gpt.decode at temperature 0 with a limit for each row, but rows that are done leave the batch as soon as they are half of
-    it: short answers do not wait for the longest. logits [B, V] after the prompts -> the new ids of each row."""
+    it: short answers do not wait for the longest. logits [B, V] after the prompts -> the new ids of each row. rules: those of
+    the model's folder, which the ids of the prompts belong to."""
     said, rows, ids = [[] for _ in most], list(range(len(most))), None
     going = set(rows)
     while True:
         if ids is not None:
             logits = model.language_model(ids[:, None], cache=cache)["logits"][:, -1]
+        if rules:
+            logits = rules(logits, [prompts[row] + said[row] for row in rows], [len(prompts[row]) for row in rows])
         ids, full = logits.argmax(dim=-1), False
         for row, token in zip(rows, ids.tolist(), strict=True):
             if row in going and token in stop:
@@ -262,7 +268,8 @@ def answer(
     rows = rows_for(model, processor, items, blind, answered=False)
     longest, limit = longest_row(model, rows, 1), model.language_model.config.context_length
     batch_size = batch_size or fitting_rows(model, longest + max_new_tokens)
-    said, stop = [""] * len(items), stop_tokens(processor.tokenizer)
+    said, stop = [""] * len(items), stop_tokens(model, processor.tokenizer)
+    rules = LogitRules.of(model, processor.tokenizer)
     with eval_mode(model):
         for batch in row_batches(rows, batch_size):
             between()
@@ -270,7 +277,9 @@ def answer(
             cache = cache.select(prefixes)
             out = model.language_model(**own_parts(batch, cache), cache=cache, logits_to_keep=1)
             most = [min(max_new_tokens, limit - row.length) for row in batch]
-            for row, ids in zip(batch, continue_rows(model, out["logits"][:, -1], cache, most, stop), strict=True):
+            prompts = [[*row.prefix, *row.own] for row in batch] if rules else ()
+            new = continue_rows(model, out["logits"][:, -1], cache, most, stop, rules, prompts)
+            for row, ids in zip(batch, new, strict=True):
                 text = processor.decode(ids).strip()
                 for number in row.items:
                     said[number] = text

@@ -1,151 +1,240 @@
-"""Conversations as token ids: chat formats, which tokens are answers, and the tokens that end one.
+"""Conversations as token ids: written by a chat template, with a mask of what are answers.
 
     ids, mask = encode_conversation(tokenizer, messages)     # messages: [{"role": "user", "content": "What is it?"}, ...]
 
-The mask is 1 on the tokens of the assistant's answers and on the token that ends each: there a loss counts. A format that is
-known (CHAT_FORMATS) is written part by part, so that special-token text inside a message stays text. A Hugging Face tokenizer
-writes the conversation with its own template, and an answer is what the text gains when the answer comes in.
+The ids are those of transformers' apply_chat_template. The mask is 1 on the tokens of the assistant's answers and on the token
+that ends each: there a loss counts. An answer is what the text gains when the answer comes in.
 `MllamaForConditionalGeneration._create_conversation_mask` shows the idea on ids alone.
+
+Text is data: with our tokenizer (lib/tokenizer.py) special-token text inside a message stays text, where transformers parses
+it. For this each such text is one private character while the template runs. A template that looks into messages may then
+write something else; there the ids are transformers' own.
 """
 
 import itertools
 import re
 from collections.abc import Collection, Sequence
+from functools import lru_cache, partial
 from typing import NamedTuple
 
-from lib.files import need, one_line
+from lib.chat_template import OURS, render
+from lib.files import need
+
+PROBE, KEY = "\U0010fffc", "\U0010fffd"  # private characters: a message's text, and what no template asks a part for
+HIDDEN = 0x100000  # from here on: special-token text inside messages
 
 
-class ChatFormat(NamedTuple):
-    """A turn is start, role, middle, gap, content, end, tail. start, middle and end are special tokens (or empty)."""
-
-    start: str
-    middle: str
-    gap: str
-    end: str
-    tail: str
-    opens: bool  # bos_token comes before the first turn
-    strips: bool  # contents are trimmed
-    jinja: str  # the same, for other tools
-    answer_prefix: str = ""  # what an answer begins with, and whoever reads it strips
+# ---- what a template is like -------------------------------------------------------------------------------------------
 
 
-CHAT_FORMATS = {
-    "chatml": ChatFormat("<|im_start|>", "", "\n", "<|im_end|>", "\n", False, False, (
-        r"{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] }}"
-        r"{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")),
-    # The first word of an answer is then the token that it is within a text: " red", not "re" and "d". A model that starts
-    # from nothing learned most kinds of questions about scenes in half the steps.
-    "chatml_spaced": ChatFormat("<|im_start|>", "", "\n", "<|im_end|>", "\n", False, False, (
-        r"{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
-        r"{{ (' ' if message['role'] == 'assistant' else '') + message['content'] + '<|im_end|>\n' }}{% endfor %}"
-        r"{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"), " "),
-    "llama3": ChatFormat("<|start_header_id|>", "<|end_header_id|>", "\n\n", "<|eot_id|>", "", True, True, (
-        r"{% if bos_token %}{{ bos_token }}{% endif %}{% for message in messages %}{{ '<|start_header_id|>' "
-        r"+ message['role'] + '<|end_header_id|>\n\n' + (message['content'] | trim) + '<|eot_id|>' }}{% endfor %}"
-        r"{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}")),
-}  # fmt: skip
+def template_of(tokenizer) -> str:
+    """The template that conversations are written in. Raises ValueError where there is none."""
+    template = getattr(tokenizer, "chat_template", None)
+    if isinstance(template, dict):  # several, by name
+        need("default" in template, "chat", f"of the templates {', '.join(template)} none is called default")
+        template = template["default"]
+    need(template, "chat", "the tokenizer has no chat_template to write conversations with: set one, or give texts to continue")
+    return template
 
 
-def recognise(jinja: str | None) -> tuple[str | None, str | None]:
-    """The name of the format that a published template writes, and the system message that it adds by itself; or None."""
-    known, system = None, None
-    for name, form in CHAT_FORMATS.items():
-        signs = [form.jinja] if form.answer_prefix else [form.start, form.end]
-        if jinja and all(sign in jinja for sign in signs):
-            opening = re.escape(form.start + "system" + form.middle) + r"(?:\n|\\n)+"
-            found = re.search(opening + r"([^'\"{}<|]+)" + re.escape(form.end), jinja)
-            known, system = name, found[1] if found else None
-    return known, system
+def named_tokens(tokenizer) -> dict[str, str]:
+    return {name: str(token) for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
 
 
-def stop_tokens(tokenizer) -> set[int]:
-    """Ids that end an answer: the tokenizer's eos_token and the ends of turn of known chat formats."""
-    ends = [tokenizer.convert_tokens_to_ids(token) for token in (*(f.end for f in CHAT_FORMATS.values()), "<|endoftext|>")]
-    return ({*ends} - {None, tokenizer.unk_token_id} | {tokenizer.eos_token_id}) - {None}
+def as_parts(content: str, image_token: str | None) -> list[dict]:
+    """A message's text as a list of parts. A line break between image and text is the template's affair."""
+    parts = []
+    for number, text in enumerate(content.split(image_token) if image_token else [content]):
+        last = number == (content.count(image_token) if image_token else 0)
+        text = text[number > 0 and text.startswith("\n") :]
+        text = text[: len(text) - (not last and text.endswith("\n"))]
+        parts += [{"type": "image"}] if number else []
+        parts += [{"type": "text", "text": text}] if text else []
+    return parts
 
 
-# ---- a known format, part by part --------------------------------------------------------------------------------------
+@lru_cache(maxsize=64)
+def message_form(template: str, tokens: tuple[tuple[str, str], ...], image_token: str | None) -> str:
+    """What the template takes as a message's content: "images", a list of images and texts, wherever it writes both; else a
+    "text"; else a "list" of one text, images and all. Raises ValueError for a template that shows none."""
+
+    def written(content) -> str:
+        try:
+            return render(template, [{"role": "user", "content": content}], True, **dict(tokens))
+        except ValueError as error:
+            reasons.append(str(error))
+            return ""
+
+    reasons, text = [], {"type": "text", "text": PROBE, KEY: ""}
+    pictured = written([{"type": "image", KEY: ""}, text]) if image_token else ""
+    if pictured.count(PROBE) == 1 == pictured.count(image_token or KEY) and KEY not in pictured:
+        return "images"
+    if PROBE in written(PROBE):
+        return "text"
+    listed = written([text])
+    if PROBE not in listed or KEY in listed:
+        raise ValueError(reasons[0] if reasons else "the chat template leaves out what users say")
+    return "list"
 
 
-class Part(NamedTuple):
-    """A stretch of a conversation as it is written: a special token, or text of the format, of a message, of an answer."""
+def shape(messages: list[dict], form: str, image_token: str | None) -> list[dict]:
+    """The messages as a template of this form takes them."""
+    if form == "text":
+        return messages
+    return [m | {"content": as_parts(m["content"], image_token if form == "images" else None)} for m in messages]
+
+
+@lru_cache(maxsize=64)
+def answer_opening(template: str, tokens: tuple[tuple[str, str], ...]) -> str:
+    chat = [{"role": "user", "content": PROBE}, {"role": "assistant", "content": KEY}]
+    chat = shape(chat, message_form(template, tokens, None), None)
+    before, after = render(template, chat[:1], True, **dict(tokens)), render(template, chat, **dict(tokens))
+    between = after.removeprefix(before).partition(KEY)[0]
+    return between if between.isspace() else ""
+
+
+def answer_prefix(tokenizer) -> str:
+    """The white space that the template writes before an answer, and a model says first."""
+    return answer_opening(template_of(tokenizer), tuple(named_tokens(tokenizer).items()))
+
+
+def end_of_turn(tokenizer) -> int:
+    """The token that ends an answer in the tokenizer's template. Raises ValueError where no special one does."""
+    chat = [{"role": "user", "content": PROBE}, {"role": "assistant", "content": PROBE}]
+    ids, mask = encode_conversation(tokenizer, chat)
+    return ids[len(mask) - 1 - mask[::-1].index(1)]
+
+
+# ---- a conversation as it is written -------------------------------------------------------------------------------------
+
+
+class Written(NamedTuple):
+    """text; answers: [start, stop) of each in it, with what ends its turn; hidden: private characters -> special-token text."""
 
     text: str
-    special: bool = False
-    content: bool = False
-    answer: bool = False
+    answers: list[tuple[int, int]]
+    hidden: dict[str, str]
 
 
-def parts_of(
-    form: ChatFormat, messages: Sequence[dict], bos_token: str | None, system: str | None, add_generation_prompt: bool
-) -> list[Part]:
-    """The messages in a chat format; system: the message to begin with where they have none of their own."""
+def check_messages(messages: Sequence[dict]) -> None:
     need(isinstance(messages, (list, tuple)) and messages, "chat", f"{messages!r} is not a list of messages")
     for message in messages:
         good = isinstance(message, dict) and all(isinstance(message.get(key), str) for key in ("role", "content"))
         need(good, "chat", f"a message is {{'role': text, 'content': text}}, not {message!r}")
 
-    def opening(role):
-        return [Part(form.start, special=True), Part(role), Part(form.middle, special=True), Part(form.gap)]
 
-    parts = [Part(bos_token or "", special=True)] if form.opens else []
-    if system and messages[0]["role"] != "system":
-        messages = [{"role": "system", "content": system}, *messages]
-    for message in messages:
-        answer = message["role"] == "assistant"
-        content = message["content"].strip() if form.strips else message["content"]
-        parts += [*opening(message["role"]), Part(form.answer_prefix if answer else "")]
-        parts += [Part(content, content=True, answer=answer), Part(form.end, special=True, answer=answer), Part(form.tail)]
-    return [part for part in parts + (opening("assistant") if add_generation_prompt else []) if part.text]
-
-
-def encode_parts(tokenizer, parts: list[Part], special_in_content: Collection[str]) -> tuple[list[int], list[int]]:
-    """Ids and mask. What stands between two special tokens is encoded as one text, so the ids are those of the written
-    conversation; a token across the border of an answer's opening and the answer belongs to the answer."""
-    flat = []
-    for part in parts:
-        pieces = tokenizer.split_at_added(part.text, special_in_content) if part.content else [part.text]
-        flat += [(tokenizer.convert_tokens_to_ids(piece) if part.special else piece, part.answer) for piece in pieces]
-    ids, mask = [], []
-    for is_text, group in itertools.groupby(flat, key=lambda item: isinstance(item[0], str)):
-        run, answers = zip(*group, strict=True)
-        if is_text:  # of the format, then perhaps of an answer, which begins `opening` bytes into the run
-            texts = zip(run, answers, strict=True)
-            opening = sum(len(text.encode("utf-8", "replace")) for text, answer in texts if not answer)
-            run = tokenizer.encode("".join(run), add_special_tokens=False)
-            ends = itertools.accumulate(len(tokenizer.decode_bytes([i])) for i in run)
-            answers = [any(answers) and end > opening for end in ends]
-        ids += run
-        mask += map(int, answers)
-    return ids, mask
+def hide(tokenizer, messages: list[dict], means_something: Collection[str]) -> tuple[list[dict], dict[str, str]]:
+    """The messages, each special-token text in them but those that mean something as one private character; and what these
+    stand for. With a tokenizer that obeys whatever it finds: as they are."""
+    everything = "\0".join(message[key] for message in messages for key in ("role", "content"))
+    special = tokenizer.special_in(everything) if hasattr(tokenizer, "special_in") else ()
+    present = sorted(set(special) - {*means_something}, key=len, reverse=True)
+    if not present:
+        return messages, {}
+    free = (chr(code) for code in range(HIDDEN, ord(PROBE)) if chr(code) not in everything)
+    hidden = dict(zip(present, free, strict=False))
+    finder = re.compile("|".join(map(re.escape, present)))
+    found = [m | {key: finder.sub(lambda match: hidden[match[0]], m[key]) for key in ("role", "content")} for m in messages]
+    return found, {char: token for token, char in hidden.items()}
 
 
-# ---- any tokenizer -----------------------------------------------------------------------------------------------------
+def restore(text: str, hidden: dict[str, str]) -> str:
+    return text.translate(str.maketrans(hidden)) if hidden else text
+
+
+def write(
+    tokenizer, messages: list[dict], add_generation_prompt: bool = False, special_in_content: Collection[str] = (),
+    image_token: str | None = None, find_answers: bool = False,
+) -> Written:  # fmt: skip
+    """The conversation by the tokenizer's template. See encode_conversation."""
+    check_messages(messages)
+    template, tokens = template_of(tokenizer), named_tokens(tokenizer)
+    form = message_form(template, tuple(tokens.items()), image_token)
+
+    def shaped(turns):
+        return shape(turns, form, image_token)
+
+    plain = render(template, shaped(messages), add_generation_prompt, **tokens)
+    safe, hidden = hide(tokenizer, messages, special_in_content)
+    whole = render(template, shaped(safe), add_generation_prompt, **tokens) if hidden else plain
+    if restore(whole, hidden) != plain:  # the template looks into messages
+        safe, hidden, whole = messages, {}, plain
+    if add_generation_prompt or not find_answers:
+        return Written(whole, [], hidden)
+    turns = shaped(safe)
+    if template in OURS.values():  # they write each turn by itself, so that many turns cost no more than their number
+        ends = [0, *itertools.accumulate(len(render(template, [turn])) for turn in turns)]
+        opening = len(render(template, [], True))
+        spans = zip(safe, ends, ends[1:], strict=False)
+        return Written(whole, [(start + opening, stop) for m, start, stop in spans if m["role"] == "assistant"], hidden)
+    return Written(whole, answers_in(whole, safe, turns, partial(render, template, **tokens), image_token), hidden)
+
+
+def answers_in(whole: str, messages: list[dict], turns: list[dict], render, image_token: str | None) -> list[tuple[int, int]]:
+    """Where the answers are in what a template writes, turn by turn. turns: the messages as the template takes them. Raises
+    ValueError for a template that writes a turn in another way once others follow, or that leaves out what was said."""
+    found = []
+    for k in [k for k, message in enumerate(messages) if message["role"] == "assistant"]:
+        before, after = render(turns[:k], True), render(turns[: k + 1], False)
+        for earlier, later, why in ((before, after, "opens message {} for an answer"), (after, whole, "writes message {}")):
+            if not later.startswith(earlier):
+                at = shared_length(earlier, later)
+                once, then = (text[at : at + 40] for text in (earlier, later))
+                raise ValueError(
+                    f"the chat template {why.format(k)} with {once!r}, and later has {then!r} there: it changes what stands "
+                    "before, so its answers cannot be told apart and it cannot be trained with"
+                )
+        found.append((len(before), len(after)))
+    spans = dict(zip([k for k, message in enumerate(messages) if message["role"] == "assistant"], found, strict=True))
+    for number, message in enumerate(messages):
+        start, stop = spans.get(number, (0, len(whole)))
+        said = message["content"].split(image_token) if image_token else [message["content"]]
+        if not all(text.strip() in whole[start:stop] for text in said):
+            raise ValueError(f"the chat template leaves out some of message {number}: it cannot be trained with")
+    return found
+
+
+def put_images(written: Written, image_token: str, images: Sequence[str]) -> Written:
+    """Each image token of the text becomes the text of its image. Raises ValueError where the template wrote another number."""
+    pieces = written.text.split(image_token)
+    if len(pieces) - 1 != len(images):
+        raise ValueError(f"the chat template writes {image_token} {len(pieces) - 1} times for {len(images)} images")
+    places, at = [], 0
+    for piece, image in zip(pieces, images, strict=False):
+        at += len(piece) + len(image_token)
+        places.append((at, len(image) - len(image_token)))
+    text = pieces[0] + "".join(image + piece for image, piece in zip(images, pieces[1:], strict=True))
+    answers = [tuple(b + sum(grown for place, grown in places if place <= b) for b in answer) for answer in written.answers]
+    return Written(text, answers, written.hidden)
+
+
+# ---- as ids ------------------------------------------------------------------------------------------------------------
 
 
 def encode_conversation(
-    tokenizer, messages: list[dict[str, str]], add_generation_prompt: bool = False, special_in_content: Collection[str] = ()
-) -> tuple[list[int], list[int]]:
-    """Ids of a conversation in the tokenizer's chat template, and the mask of its answers.
+    tokenizer, messages: list[dict[str, str]], add_generation_prompt: bool = False, special_in_content: Collection[str] = (),
+    image_token: str | None = None, images: Sequence[str] | None = None, add_special_tokens: bool = False,
+    find_answers: bool = True,
+) -> tuple[list[int], list[int]]:  # fmt: skip
+    """Ids of a conversation in the tokenizer's chat template, and the mask of its answers: all 0 without find_answers, and with
+    add_generation_prompt, which asks for one more answer.
 
-    special_in_content: the tokens that mean something inside a message, with our tokenizer, which alone can tell; the location
-    tokens among them are no end of an answer. With a Hugging Face tokenizer what the template writes for the first messages
-    must begin what it writes for all. Raises ValueError for a template that is not like that, leaves something out, or ends
-    answers without a special token: a model could not learn to stop.
+    special_in_content: the tokens that mean something inside a message, with our tokenizer, which alone can tell; none of them
+    ends an answer. image_token: stands for an image in messages; images: what each becomes, in their order (else: itself).
+    add_special_tokens: as transformers' processors, with what the tokenizer puts around any text unless it begins with bos.
+    Raises ValueError for a template that cannot write the conversation and, where the mask is wanted, for one that writes turns
+    in another way once others follow, leaves something out, or ends answers without a special token: a model could not learn
+    to stop.
     """
-    if hasattr(tokenizer, "encode_chat"):
-        return tokenizer.encode_chat(messages, add_generation_prompt, True, special_in_content)
-    write = template_writer(tokenizer, messages)
-    whole = write(len(messages), add_generation_prompt)
-    ids = encode_text(tokenizer, whole)
+    written = write(tokenizer, messages, add_generation_prompt, special_in_content, image_token, find_answers)
+    if images is not None:
+        written = put_images(written, image_token, images)
+    bos = tokenizer.bos_token
+    around = add_special_tokens and not (bos and written.text.startswith(bos))
+    by_parts = written.hidden or getattr(tokenizer, "encodes_parts_alone", False)
+    ids, spans = (encode_parts if by_parts else encode_whole)(tokenizer, written, around)
     mask = [0] * len(ids)
-    for k in [k for k, message in enumerate(messages) if message["role"] == "assistant"]:
-        before, after = write(k, True), write(k + 1, False)
-        if not (after.startswith(before) and whole.startswith(after)):
-            raise ValueError(f"the chat template changes what stands before message {k}: its answers cannot be told apart")
-        # A token across the border of opening and answer belongs to the answer, as in encode_parts.
-        start, stop = (shared_length(encode_text(tokenizer, text), ids) for text in (before, after))
+    for start, stop in spans:
         while stop > start and not is_special(tokenizer, ids[stop - 1], special_in_content):
             stop -= 1
         if stop == start:
@@ -154,29 +243,41 @@ def encode_conversation(
     return ids, mask
 
 
-def template_writer(tokenizer, messages: list[dict]):
-    """write(n, ask): the first n messages as the tokenizer's template writes them, with the opening of an answer if `ask`.
-    Templates of vision-language models want a list of parts where those of language models want a text: the form that
-    leaves out nothing is taken."""
-    if not getattr(tokenizer, "chat_template", None):
-        raise ValueError("the tokenizer has no chat_template to write conversations with: set one, or give prompts")
-
-    def write_with(turns, n, ask):
-        try:
-            return tokenizer.apply_chat_template(turns[:n], tokenize=False, add_generation_prompt=ask)
-        except Exception as error:  # a template is a program, and may fail like one
-            raise ValueError(f"the chat template cannot write this conversation ({one_line(error)})") from None
-
-    listed = [message | {"content": [{"type": "text", "text": message["content"]}]} for message in messages]
-    for turns in (messages, listed):
-        whole = write_with(turns, len(turns), False)
-        if all(message["content"].strip() in whole for message in messages):
-            return lambda n, ask, turns=turns: write_with(turns, n, ask)
-    raise ValueError("the chat template leaves out some of what the messages say: set another one")
+def encode_parts(tokenizer, written: Written, around: bool) -> tuple[list[int], list[tuple[int, int]]]:
+    """Ids, and where the answers are in them, with our tokenizer. What stands between two special tokens is encoded as one
+    text; a token across the border of an answer's opening and the answer belongs to the answer."""
+    before, after = tokenizer.around if around else ([], [])
+    ids, at, borders = [*before], 0, {border for answer in written.answers for border in answer}
+    first = {}  # of each border: how many ids end before it
+    for part in tokenizer.split_at_added(written.text, True):
+        special = isinstance(part, int)
+        text = tokenizer.convert_ids_to_tokens(part) if special else part
+        new = [part] if special else tokenizer.encode(restore(text, written.hidden), add_special_tokens=False)
+        for border in [border for border in borders if at <= border < at + len(text)]:
+            first[border] = len(ids) + count_inside(tokenizer, restore(text[: border - at], written.hidden), new)
+        ids, at = ids + new, at + len(text)
+    first[at] = len(ids)
+    return ids + [*after], [(first[start], first[stop]) for start, stop in written.answers]
 
 
-def encode_text(tokenizer, text: str) -> list[int]:
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
+def count_inside(tokenizer, opening: str, ids: list[int]) -> int:
+    """How many of the ids of a text end within its opening."""
+    if not tokenizer.encodes_parts_alone:
+        return shared_length(tokenizer.encode(opening, add_special_tokens=False), ids)
+    ends = itertools.accumulate(len(tokenizer.decode_bytes([i])) for i in ids)
+    return sum(end <= len(opening.encode("utf-8", "replace")) for end in ends)
+
+
+def encode_whole(tokenizer, written: Written, around: bool) -> tuple[list[int], list[tuple[int, int]]]:
+    """The same with any other tokenizer: an answer's ids are those that the text before it, encoded alone, does not have."""
+
+    def encode(text: str) -> list[int]:
+        if hasattr(tokenizer, "encodes_parts_alone"):
+            return tokenizer.encode(text, around, parse_special=True)
+        return tokenizer(text, add_special_tokens=around)["input_ids"]
+
+    ids = encode(written.text)
+    return ids, [tuple(shared_length(encode(written.text[:end]), ids) for end in answer) for answer in written.answers]
 
 
 def is_special(tokenizer, token: int, except_for: Collection[str]) -> bool:

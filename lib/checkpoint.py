@@ -30,7 +30,8 @@ def from_pretrained(
     device: str | torch.device = "cpu",
     image_size: int | tuple[int, int] | None = None,
 ) -> nn.Module:
-    """A checkpoint as one of our modules, in eval mode, with its `.config`.
+    """A checkpoint as one of our modules, in eval mode, with its `.config`; one that writes text has a `.generation_config`,
+    too (lib/generation.py).
 
     source: a run folder, a folder with config.json and safetensors, a LLaMA's .gguf file, or a hub name. config.json's
     model_type decides which module it is. dtype None: as stored (quantised .gguf tensors: fp32). image_size: make the vision
@@ -57,6 +58,10 @@ def from_pretrained(
     load_tensors(model, tensors, names, str(path), dtype)
     if image_size is not None:
         model = resize_images(model, image_size)
+    if hasattr(model, "stream"):  # it writes text
+        from lib.generation import read_generation_config
+
+        model.generation_config = read_generation_config(path, published)
     return model.to(device).eval()
 
 

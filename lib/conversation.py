@@ -10,19 +10,21 @@ from collections.abc import Iterator, Mapping
 
 import torch
 
-from lib.chat import stop_tokens
+from lib.chat import answer_prefix, encode_conversation
+from lib.generation import LogitRules, most_new_tokens, stop_tokens
 from lib.vocabulary import check_rows
 from processing_mllama import IMAGE_TOKEN, MllamaImageProcessor, denormalize
 
 
 def stream_text(
-    model, tokenizer, ids: list[int], max_new_tokens: int = 100, seed: int = 0, shown: Mapping[int, str] | None = None,
+    model, tokenizer, ids: list[int], max_new_tokens: int | None = None, seed: int = 0, shown: Mapping[int, str] | None = None,
     prefix: str = "", **options,
 ) -> Iterator[tuple[str, int | None]]:  # fmt: skip
     """How the model continues ids, as it comes: (text, token), and last (what text is left, None).
 
-    shown: special tokens that are part of the text, by id; prefix: what is taken from its beginning; options: of `stream`
-    (temperature, ..., step, image_features). Raises ValueError where the model's context has no room, or no row for a token.
+    max_new_tokens: unless given, what the model's folder says. shown: special tokens that are part of the text, by id; prefix:
+    what is taken from its beginning; options: of `stream` (temperature, ..., step, image_features). Raises ValueError where the
+    model's context has no room, or no row for a token.
     """
     text_config = getattr(model.config, "text_config", model.config)
     check_rows(tokenizer, ids, text_config.vocab_size, getattr(model.config, "image_token_id", None))
@@ -32,8 +34,12 @@ def stream_text(
         raise ValueError(f"the text has {len(ids)} tokens, the model's context is {limit}: shorten it or start afresh")
     generator = torch.Generator(device=next(model.parameters()).device).manual_seed(seed)
     decoder = tokenizer.stream_decoder(skip_special_tokens=True)
-    options |= {"max_new_tokens": min(max_new_tokens, room), "stop_tokens": stop_tokens(tokenizer), "generator": generator}
+    rules, whole = LogitRules.of(model, tokenizer), [*ids]
+    options |= {"max_new_tokens": min(most_new_tokens(model, len(ids), max_new_tokens), room), "generator": generator}
+    options |= {"stop_tokens": stop_tokens(model, tokenizer)}
+    options |= {"adjust": lambda logits: rules(logits, [whole], [len(ids)])} if rules else {}
     for (token,) in model.stream([ids], **options):
+        whole.append(token)
         word = (shown or {}).get(token) or decoder.push(token)
         yield word.removeprefix(prefix), token
         prefix = "" if word else prefix
@@ -71,12 +77,12 @@ class Conversation:
         before = "" if IMAGE_TOKEN in question else f"{IMAGE_TOKEN}\n" * self.new_images  # as LLaVA's data and ours have it
         messages = [*self.messages, {"role": "user", "content": before + question}]
         if self.processor is None:
-            ids, images = self.tokenizer.encode_chat(messages, add_generation_prompt=True), {}
+            ids, images = encode_conversation(self.tokenizer, messages, add_generation_prompt=True)[0], {}
         else:
             ids, _ = self.processor.encode(messages, len(self.images), add_generation_prompt=True)
             images = {"image_features": self.features, "shown": self.processor.locations}
         text, answer = "", []
-        settings = {**self.settings, **images, "prefix": self.tokenizer.answer_prefix}
+        settings = {**self.settings, **images, "prefix": answer_prefix(self.tokenizer)}
         for piece, token in stream_text(self.model, self.tokenizer, ids, **settings):
             text += piece
             answer += [] if token is None else [token]

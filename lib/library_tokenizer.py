@@ -39,7 +39,7 @@ class LibraryStream:
 class LibraryTokenizer(BPETokenizer):
     """spec, config, source: as BPETokenizer's."""
 
-    REFUSED_FLAGS, _nfc = (), False
+    REFUSED_FLAGS, _nfc, encodes_parts_alone = (), False, False
 
     def _read_model(self, spec: dict, source) -> dict[str, int]:
         try:

@@ -18,8 +18,7 @@ max_length=, return_tensors="pt", add_special_tokens=)`, decode, batch_decode, c
 convert_ids_to_tokens, add_special_tokens({"additional_special_tokens": [...]}), save_pretrained, padding_side,
 apply_chat_template(messages, tokenize=False), bos_token, eos_token, pad_token, unk_token and their _id.
 
-Limits: chat templates are recognised, not executed ("llama3" is Llama 3's own, without the date lines of 3.1 and
-later); letters and digits are those of each library's Unicode version, so the newest characters may be cut apart
+Limits: letters and digits are those of each library's Unicode version, so the newest characters may be cut apart
 differently; half a surrogate pair, which UTF-8 cannot hold, becomes U+FFFD; tiktoken before 0.13 takes quadratic time
 on one word of many thousand letters.
 """
@@ -41,6 +40,7 @@ import tiktoken
 
 from lib import chat
 from lib.bpe_training import learn_merges
+from lib.chat_template import OURS, named, write_templates
 from lib.files import find_source, need, one_line, read_json, read_text, write_atomic
 from lib.tokenizer_files import (
     BYTE_OF,
@@ -129,6 +129,7 @@ class BPETokenizer:
     """spec: the content of a tokenizer.json; config: of a tokenizer_config.json; source: what errors call them."""
 
     REFUSED_FLAGS = ("single_word", "lstrip", "rstrip")  # of added tokens
+    encodes_parts_alone = True  # what stands between two special tokens has the ids that it has by itself
 
     def __init__(self, spec: dict, config: dict | None = None, source="tokenizer.json"):
         self._spec, self._added, self._finders, config = spec, {}, {}, config or {}
@@ -202,11 +203,7 @@ class BPETokenizer:
         limit = config.get("model_max_length") or 0
         self.model_max_length = int(limit) if 0 < limit < 10**9 else None  # published files write 1e30 for none
         self.padding_side = config.get("padding_side", "right")
-        template = config.get("chat_template")
-        if isinstance(template, list):  # several, by name
-            template = {entry["name"]: entry["template"] for entry in template}.get("default")
-        fitting = [name for name, form in chat.CHAT_FORMATS.items() if {form.start, form.end} <= self._added.keys()]
-        self.chat_template = template or (fitting[0] if fitting else None)
+        self.chat_template = config.get("chat_template")
         if "add_bos_token" in config or "add_eos_token" in config:  # these overrule the post_processor
             bos, eos = (
                 {token: self._id(token)} if token and config.get(f"add_{key}_token") else {}
@@ -242,7 +239,8 @@ class BPETokenizer:
         """Learn a vocabulary of special tokens (ids from 0), the 256 bytes and merges, in this order.
 
         corpus: a text, a path (os.PathLike) of a UTF-8 file, or an iterable of both. pattern: a name in PRE_TOKENIZERS
-        or a regex. eos_token and pad_token become the special token known to end a turn, or else a text.
+        or a regex. eos_token and pad_token become the special token known to end a turn, or else a text; with ChatML's
+        <|im_start|> and <|im_end|> it writes conversations in ChatML.
         Raises ValueError if vocab_size does not hold bytes and special tokens, or is more than the corpus can give; at_most:
         then take what it gives.
         """
@@ -260,7 +258,9 @@ class BPETokenizer:
         merges = [list(pair) for pair in learn_merges(spelled, names, vocab_size, at_most)]
         ends = [end for end in ("<|im_end|>", "<|eot_id|>", "<|endoftext|>", "<|end_of_text|>") if end in special]
         spec = make_spec({name: i for i, name in enumerate(names)}, merges, pattern, added)
-        return cls(spec, {"eos_token": ends[0], "pad_token": ends[0]} if ends else {}, "train")
+        config = {"eos_token": ends[0], "pad_token": ends[0]} if ends else {}
+        config["chat_template"] = OURS["chatml"] if {"<|im_start|>", "<|im_end|>"} <= {*special} else None
+        return cls(spec, config, "train")
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
         """Write tokenizer.json and tokenizer_config.json; from_pretrained and transformers' AutoTokenizer open them."""
@@ -275,13 +275,13 @@ class BPETokenizer:
         }
         spec = self._spec | {"added_tokens": sorted(self._added.values(), key=lambda entry: entry["id"])}
         files = {"tokenizer.json": json.dumps(spec, ensure_ascii=False)}
-        if self._jinja:  # in both places: older and newer releases of transformers look in one each
-            config["chat_template"] = files["chat_template.jinja"] = self._jinja
-        else:
-            (folder / "chat_template.jinja").unlink(missing_ok=True)
+        if self._templates:  # in both places: older and newer releases of transformers look in one each
+            several = [{"name": name, "template": text} for name, text in self._templates.items()]
+            config["chat_template"] = self.chat_template if self._templates.keys() == {"default"} else several
         files["tokenizer_config.json"] = json.dumps(config, ensure_ascii=False, indent=2)
         for name, text in files.items():
             write_atomic(folder / name, lambda tmp, text=text: tmp.write_bytes(text.encode()))
+        write_templates(folder, self._templates)
 
     # --- vocabulary ---
 
@@ -464,25 +464,29 @@ class BPETokenizer:
 
     @property
     def chat_template(self) -> str | None:
-        """A name in CHAT_FORMATS, or None. May be set to such a name, or to a published Jinja text to be recognised."""
-        return self._chat_format
+        """The Jinja text that conversations are written by, or None. May be set to one, to several by name, of which "default"
+        is used, or to the name of one of ours (lib/chat_template.py)."""
+        return self._templates.get("default")
 
     @chat_template.setter
-    def chat_template(self, value: str | None) -> None:
-        self._jinja = chat.CHAT_FORMATS[value].jinja if value in chat.CHAT_FORMATS else value
-        self._chat_format, self._system = chat.recognise(self._jinja)
+    def chat_template(self, value: str | dict | list | None) -> None:
+        self._templates = named(OURS.get(value, value) if isinstance(value, str) else value, "chat_template")
 
     @property
-    def answer_prefix(self) -> str:
-        """What the chat template writes before an answer, and a model says first."""
-        return chat.CHAT_FORMATS[self._chat_format].answer_prefix if self._chat_format else ""
+    def special_tokens_map(self) -> dict[str, str]:
+        """The special tokens that have a name, as chat templates use them."""
+        more = {name: token for name, token in self._carried.items() if name.endswith("_token")}
+        return {name: getattr(self, name) for name in NAMED_TOKENS if getattr(self, name)} | more
 
-    def _chat_parts(self, messages: list[dict], add_generation_prompt: bool) -> list[chat.Part]:
-        need(self._chat_format, "chat", f"no known template; set chat_template to one of {list(chat.CHAT_FORMATS)}")
-        form = chat.CHAT_FORMATS[self._chat_format]
-        lacking = [token for token in (form.start, form.middle, form.end) if token and token not in self._added]
-        need(not lacking, "chat", f"{self._chat_format} needs the tokens {lacking}; add_special_tokens first")
-        return chat.parts_of(form, messages, self.bos_token, self._system, add_generation_prompt)
+    @property
+    def around(self) -> tuple[list[int], list[int]]:
+        """Ids that the vocabulary asks for before and after a text."""
+        return self._before, self._after
+
+    def special_in(self, text: str) -> list[str]:
+        """The special tokens that a text spells."""
+        found = {part for part in self.split_at_added(text, True) if isinstance(part, int)}
+        return [self._token_of[i] for i in found if self._added[self._token_of[i]]["special"]]
 
     def encode_chat(
         self,
@@ -493,14 +497,16 @@ class BPETokenizer:
     ):
         """Ids of a conversation [{"role": ..., "content": ...}, ...] in the chat template; with the mask of its answers:
         (ids, mask), see lib/chat.py. Inside contents only the tokens in `special_in_content` are special."""
-        ids, mask = chat.encode_parts(self, self._chat_parts(messages, add_generation_prompt), special_in_content)
+        options = {"special_in_content": special_in_content, "find_answers": return_assistant_mask}
+        ids, mask = chat.encode_conversation(self, messages, add_generation_prompt, **options)
         return (ids, mask) if return_assistant_mask else ids
 
     def apply_chat_template(self, messages: list[dict], tokenize: bool = True, add_generation_prompt: bool = False):
         """A conversation as ids or, with tokenize=False, as text whose special tokens are still to be parsed."""
         if tokenize:
             return self.encode_chat(messages, add_generation_prompt)
-        return "".join(part.text for part in self._chat_parts(messages, add_generation_prompt))
+        written = chat.write(self, messages, add_generation_prompt)
+        return chat.restore(written.text, written.hidden)
 
 
 def load_tokenizer(source: str | os.PathLike) -> BPETokenizer:

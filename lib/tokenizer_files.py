@@ -6,6 +6,7 @@ byte-level BPE, or not understood, is refused with the reason.
 
 from pathlib import Path
 
+from lib.chat_template import TEMPLATE_FILES, read_templates
 from lib.files import need, read_json, read_text
 
 GPT2_REGEX = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -53,8 +54,8 @@ MORE_TOKENS = ("additional_special_tokens", "extra_special_tokens")  # transform
 # What else of a tokenizer_config.json goes along when a tokenizer is saved: how transformers calls the model with it.
 CARRIED = ("model_input_names", "clean_up_tokenization_spaces", "do_lower_case")
 
-TOKENIZER_FILES = ("tokenizer*.json", "special_tokens_map.json", "chat_template.jinja", "vocab.json", "merges.txt")
-TOKENIZER_FILES += ("added_tokens.json", "*.model")
+TOKENIZER_FILES = ("tokenizer*.json", "special_tokens_map.json", "vocab.json", "merges.txt", "*processor_config.json")
+TOKENIZER_FILES += ("added_tokens.json", "*.model", *TEMPLATE_FILES)
 
 # --- bytes as text ---
 
@@ -241,8 +242,7 @@ def read_folder(folder: Path) -> tuple[dict, dict]:
         config["added_tokens_decoder"] = {
             i: added_entry(token, i, token in special) | {"normalized": token not in special} for token, i in added.items()
         }
-    if (folder / "chat_template.jinja").is_file():
-        config["chat_template"] = read_text(folder / "chat_template.jinja")
+    config["chat_template"] = read_templates(folder, config)
     if (folder / "tokenizer.json").is_file():
         return read_json(folder / "tokenizer.json"), config
     for vocab_name, merges_name in (("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt")):

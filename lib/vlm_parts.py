@@ -12,7 +12,9 @@ import torch
 import torch.nn as nn
 
 from gpt import GPT
+from lib.chat_template import OURS
 from lib.files import find_source
+from lib.generation import with_end_of_turn
 from lib.image_settings import around_image, read_image_settings
 from lib.positions import resized_tower
 from lib.tokenizer import BPETokenizer
@@ -43,14 +45,15 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> BPETokenizer:
     """A tokenizer with a chat template, as large as the texts allow, up to vocab_size."""
     special = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
     roles = ["user\n", "assistant\n", "system\n"] * 100  # what the chat template writes, in few tokens
-    return with_chat_template(BPETokenizer.train([*texts, *roles], vocab_size, special, at_most=True))
+    return BPETokenizer.train([*texts, *roles], vocab_size, special, at_most=True)
 
 
-def with_chat_template(tokenizer: BPETokenizer) -> BPETokenizer:
-    """The tokenizer; one that has no chat template, such as a base model's, gets one, in place."""
-    if tokenizer.chat_template is None:
-        tokenizer.add_special_tokens(["<|im_start|>", "<|im_end|>"])
-        tokenizer.chat_template = "chatml_spaced"
+def with_chat_template(tokenizer, source: str):
+    """The tokenizer that came from `source`; one that has no chat template, such as a base model's, gets ours, in place."""
+    if not tokenizer.chat_template:
+        print(f"{source} has no chat template: it learns ours, chatml_spaced with <|im_start|> and <|im_end|>")
+        tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+        tokenizer.chat_template = OURS["chatml_spaced"]
     return tokenizer
 
 
@@ -61,6 +64,7 @@ def find_part(source: str, part: str, image_size: int | None = None) -> nn.Modul
 
     found = from_pretrained(source)
     if isinstance(found, MllamaForConditionalGeneration):
+        found.language_model.generation_config = found.generation_config
         found = found.vision_tower if part == "vision" else found.language_model
     elif part == "vision" and isinstance(found, SiglipTwoTower):
         towers, found = found, SiglipModel(found.config.vision_config)
@@ -132,6 +136,7 @@ def assemble(
         positions.data.copy_(sincos_positions(vision.grid, vision.hidden_size))
     if decoder:
         take_over(model.language_model, decoder, vocabulary)
+    model.generation_config = with_end_of_turn(getattr(decoder, "generation_config", {}), tokenizer)
     return model, processor
 
 
@@ -151,7 +156,8 @@ def whole_model(source: str, seed: int = 0) -> tuple[MllamaForConditionalGenerat
     from lib.vocabulary import resize_token_embeddings
 
     model, processor = load_vlm(source)
-    with_chat_template(processor.tokenizer)
+    with_chat_template(processor.tokenizer, source)
+    model.generation_config = with_end_of_turn(model.generation_config, processor.tokenizer)
     resize_token_embeddings(model, max(len(processor.tokenizer), model.config.text_config.vocab_size))
     model.config = replace(model.config, image_token_id=processor.image_token_id)
     torch.manual_seed(seed)

@@ -14,9 +14,9 @@ import torch
 
 from lib import figures
 from lib.answers import MOST_NEW_TOKENS, Item, answer, image_key, mean_answer_loss
-from lib.chat import stop_tokens
 from lib.checkpoint import from_pretrained, layout_line, save_pretrained
 from lib.files import read_json, write_json
+from lib.generation import stop_tokens, with_end_of_turn, write_generation_config
 from lib.lora import lora_layers
 from lib.scores import is_right, score
 from processing_mllama import IMAGE_TOKEN, to_image
@@ -67,10 +67,12 @@ def leave_behind(run, model, processor, tests: dict[str, list[Item]], found: dic
 
 
 def save_run(folder: Path, model, processor, settings: dict) -> str:
-    """The model as a published checkpoint folder with its processor; the LoRA corrections by themselves as well. Returns a line
-    that says which layout it is."""
-    ends = {"eos_token_id": processor.tokenizer.eos_token_id, "pad_token_id": processor.tokenizer.pad_token_id}
+    """The model as a published checkpoint folder with its processor and what its answers end with; the LoRA corrections by
+    themselves as well. Returns a line that says which layout it is."""
+    generation = with_end_of_turn(getattr(model, "generation_config", {}), processor.tokenizer)
+    ends = {"eos_token_id": generation["eos_token_id"], "pad_token_id": processor.tokenizer.pad_token_id}
     kind = save_pretrained(model, folder, **ends)
+    write_generation_config(folder, {**ends, **generation})
     processor.save_pretrained(folder, kind if kind in ("llava", "idefics3") else None)
     if lora_layers(model):
         from lib.adapters import save_lora
@@ -108,7 +110,7 @@ def draw_attention(path: Path, model, processor, item: Item) -> None:
 
     batch = processor(None, [item.images], [item.messages], add_generation_prompt=True)
     batch = {key: value.to(next(model.parameters()).device) for key, value in batch.items()}
-    (ids,) = model.generate(**batch, max_new_tokens=MOST_NEW_TOKENS, stop_tokens=stop_tokens(processor.tokenizer))
+    (ids,) = model.generate(**batch, max_new_tokens=MOST_NEW_TOKENS, stop_tokens=stop_tokens(model, processor.tokenizer))
     if not ids:
         return
     maps = attention_over_image_tokens(model, ids, batch["input_ids"], batch["pixel_values"])

@@ -67,7 +67,7 @@ def mixed_items():
 def slow_answer(model, processor, item, new_tokens):
     """One prompt by the processor and the model's own generate, without a batch and without anything shared."""
     batch = processor(None, item.images or None, [item.messages], add_generation_prompt=True)
-    stop = answers.stop_tokens(processor.tokenizer)
+    stop = answers.stop_tokens(model, processor.tokenizer)
     return processor.decode(model.generate(**batch, max_new_tokens=new_tokens, stop_tokens=stop)[0]).strip()
 
 
@@ -89,7 +89,7 @@ def test_rows_that_stop_early_do_not_change_the_others(monkeypatch):
     ]
     plain = [processor.tokenizer.encode(text) for text in answer(model, processor, items, None, 20)]
     common = [token for token, _ in sorted(((t, sum(t in row for row in plain)) for t in range(330)), key=lambda x: -x[1])[:6]]
-    monkeypatch.setattr(answers, "stop_tokens", lambda tokenizer: set(common))
+    monkeypatch.setattr(answers, "stop_tokens", lambda model, tokenizer: set(common))
     sizes, select = [], KVCache.select
     monkeypatch.setattr(KVCache, "select", lambda cache, rows: sizes.append(len(rows)) or select(cache, rows))
     said = answer(model, processor, items, None, 20)
@@ -99,8 +99,7 @@ def test_rows_that_stop_early_do_not_change_the_others(monkeypatch):
 
 def test_answers_end_with_a_turn_or_at_their_own_limit():
     model, processor = build()
-    ends = {processor.tokenizer.convert_tokens_to_ids(token) for token in ("<|endoftext|>", "<|im_end|>")}
-    assert answers.stop_tokens(processor.tokenizer) == ends
+    assert answers.stop_tokens(model, processor.tokenizer) == {processor.tokenizer.convert_tokens_to_ids("<|im_end|>")}
     logits, cache = start(model, processor, mixed_items()[:3])
     assert [len(row) for row in answers.continue_rows(model, logits, cache, [2, 5, 1], stop=set())] == [2, 5, 1]
 

@@ -43,7 +43,7 @@ from extras import train_llmvit, train_siglip
 from extras.cross_attention import CrossAttentionConfig, CrossAttentionVLM
 from gpt import GPT, GPTConfig
 from lib import convert
-from lib.chat import stop_tokens
+from lib.chat import answer_prefix
 from lib.checkpoint import from_pretrained, save_pretrained
 from lib.cli import run_cli
 from lib.run_state import load_state, save_state
@@ -378,7 +378,7 @@ def test_a_spoiled_tokenizer_reads_text_or_is_refused(tmp_path, data):
         for text in ("A cat, 12 é\n<|im_end|>", "a" * 40 + "b", ""):
             ids = read_or_refused(tokenizer.encode, text)
             assert ids is REFUSED or (all(0 <= i < len(tokenizer) for i in ids) and isinstance(tokenizer.decode(ids), str))
-        read_or_refused(stop_tokens, tokenizer)
+        read_or_refused(answer_prefix, tokenizer)
         read_or_refused(tokenizer.encode_chat, [{"role": "user", "content": "What?"}])
 
 

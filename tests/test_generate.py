@@ -18,7 +18,7 @@ from calls import refused
 from data.scenes import make_scenes
 from extras.cross_attention import CrossAttentionConfig, CrossAttentionVLM
 from gpt import GPT, GPTConfig
-from lib import convert, figures
+from lib import conversation, convert, figures
 from lib.adapters import lora_layers, put_adapter, save_lora
 from lib.checkpoint import from_pretrained, load_vlm, save_pretrained
 from lib.cli import run_cli
@@ -107,9 +107,8 @@ def test_the_table_shows_each_prefix_with_its_likeliest_next_tokens(run, capsys)
 
 
 def test_a_conversation_remembers_what_was_said(run, capsys, monkeypatch):
-    asked = []
-    encode_chat = BPETokenizer.encode_chat
-    monkeypatch.setattr(BPETokenizer, "encode_chat", lambda self, m, **kw: asked.append(list(m)) or encode_chat(self, m, **kw))
+    asked, encode = [], conversation.encode_conversation
+    monkeypatch.setattr(conversation, "encode_conversation", lambda t, m, **kw: asked.append(list(m)) or encode(t, m, **kw))
     monkeypatch.setattr(sys, "stdin", io.StringIO("hello\nand you?\n\n"))
     call(capsys, run, "--max-new-tokens", 4)
     assert [len(messages) for messages in asked] == [1, 3]
