@@ -10,27 +10,16 @@ Images stay uint8 until the batch. A folder's images are decoded once and then m
 Axes: N images, C channels, H and W the image's sides.
 """
 
-import gzip
-import hashlib
-import http.client
-import math
-import os
-import urllib.error
-import urllib.request
-import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
-from data.archives import DAMAGED, open_archive
 from data.digits import load_digits
-from data.folders import cache_folder, load_folder
+from data.downloads import load_cifar10, load_idx
+from data.folders import load_folder
 from data.images import height_width
-from lib.files import one_line
 
 
 @dataclass(frozen=True)
@@ -39,43 +28,20 @@ class DatasetInfo:
     size: int | None  # side in pixels
     channels: int
     flip: bool  # whether a mirrored image is still one of its class
-    base_url: str = ""
-    files: dict[str, str] = field(default_factory=dict)  # name -> checksum
 
 
 _TEN_DIGITS = tuple("0123456789")
-_IDX_NAMES = [f"{part}-{kind}-ubyte.gz" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
-# SHA-256 as recorded in tensorflow/datasets (url_checksums/) for the very same URLs.
 DATASETS = {
     "digits": DatasetInfo(_TEN_DIGITS, 8, 1, flip=False),
-    "mnist": DatasetInfo(
-        _TEN_DIGITS, 28, 1, flip=False,
-        base_url="https://storage.googleapis.com/cvdf-datasets/mnist/",
-        files=dict(zip(_IDX_NAMES, (
-            "440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609",
-            "3552534a0a558bbed6aed32b30c495cca23d567ec52cac8be1a0730e8010255c",
-            "8d422c7b0a1c1c79245a5bcf07fe86e33eeafee792b84584aec276f5a2dbc4e6",
-            "f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6",
-        ), strict=True)),
-    ),
+    "mnist": DatasetInfo(_TEN_DIGITS, 28, 1, flip=False),
     "fashion-mnist": DatasetInfo(
-        ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot"),
-        28, 1, flip=True,
-        base_url="http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
-        files=dict(zip(_IDX_NAMES, (
-            "3aede38d61863908ad78613f6a32ed271626dd12800ba2636569512369268a84",
-            "a04f17134ac03560a47e3764e11b92fc97de4d1bfaf8ba1a3aa29af54cc90845",
-            "346e55b948d973a97e58d2351dde16a484bd415d4595297633bb08f03db6a073",
-            "67da17c76eaffca5446c3361aaab5c3cd6d1c2608764d35dfb1850b086bf8dd5",
-        ), strict=True)),
+        ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot"), 28, 1, flip=True
     ),
     "cifar10": DatasetInfo(
-        ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"), 32, 3, flip=True,
-        base_url="https://www.cs.toronto.edu/~kriz/",
-        files={"cifar-10-binary.tar.gz": "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"},
+        ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"), 32, 3, flip=True
     ),
     "folder": DatasetInfo(None, None, 3, flip=True),
-}  # fmt: skip
+}
 
 
 def evenly(count: int, most: int) -> torch.Tensor:
@@ -120,133 +86,6 @@ class ImageDataset:
         return "\n".join(lines)
 
 
-# ---- files: download, the idx and CIFAR-10 formats ----
-
-
-def download(url: str, path: str | Path, checksum: str, progress: bool = True) -> Path:
-    """Fetches url to path, unless path is there. checksum: SHA-256 (64 hex digits) or MD5 (32).
-
-    What arrived stays in `path`.part, from where a later call goes on; path itself appears only when whole and checked.
-    Raises ConnectionError when it cannot be fetched, ValueError when the checksum is wrong (the part is then deleted).
-    """
-    path = Path(path)
-    if path.exists():
-        return path
-    part = path.with_name(path.name + ".part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _fetch(url, part, progress)
-    except (OSError, http.client.HTTPException) as error:
-        raise ConnectionError(
-            f"cannot download {url} ({one_line(error)}): run again to go on, "
-            "or get the file otherwise and name its folder with --data"
-        ) from None
-    digest = hashlib.new({64: "sha256", 32: "md5"}[len(checksum)])
-    with open(part, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    found = digest.hexdigest()
-    if found != checksum.lower():
-        part.unlink()
-        raise ValueError(
-            f"{url} has checksum {found}, expected {checksum}: deleted; run again, or use --data with a good copy"
-        )
-    os.replace(part, path)
-    return path
-
-
-def _fetch(url: str, part: Path, progress: bool) -> None:
-    """Appends what is missing of url to `part`, or starts over if the server does not resume."""
-    have = part.stat().st_size if part.exists() else 0
-    headers = {"User-Agent": "vlm-scratch"} | ({"Range": f"bytes={have}-"} if have else {})
-    try:
-        response = urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=30)
-    except urllib.error.HTTPError as error:
-        if error.code == 416 and have:  # nothing is left to send: the checksum tells whether the part is whole
-            return
-        raise
-    with response:
-        if response.status != 206 or not (response.headers["Content-Range"] or "").startswith(f"bytes {have}-"):
-            have = 0
-        length = response.headers["Content-Length"]
-        total = have + int(length) if length else None
-        with (
-            open(part, "ab" if have else "wb") as file,
-            tqdm(total=total, initial=have, unit="B", unit_scale=True, desc=part.stem, disable=not progress) as bar,
-        ):
-            while block := response.read(1 << 18):
-                file.write(block)
-                bar.update(len(block))
-    if total is not None and part.stat().st_size < total:
-        raise ConnectionError(f"the connection closed after {part.stat().st_size:,} of {total:,} bytes")
-
-
-def _require(name: str, file: str, data: Path | None, progress: bool) -> Path:
-    """Where `file` of data set `name` is: below --data (packed or not, also one or two folders down), or downloaded."""
-    info = DATASETS[name]
-    if data is None:
-        return download(info.base_url + file, cache_folder() / name / file, info.files[file], progress)
-    plain = file.removesuffix(".gz")
-    wanted = (file, plain, plain.replace("-idx", ".idx"))
-    patterns = [depth + spelling for depth in ("", "*/", "*/*/") for spelling in wanted]
-    found = [path for pattern in patterns for path in sorted(data.glob(pattern))]
-    if not found:
-        raise FileNotFoundError(f"--data {data} holds no {file} (nor {plain}): name the folder with {name}'s files")
-    return found[0]
-
-
-def _read_idx(path: Path, ndim: int) -> torch.Tensor:
-    """The idx format of MNIST: two zero bytes, type 8 (uint8), the rank, big-endian sizes, then the values."""
-    try:
-        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise ValueError(f"{path} is damaged ({error}): get it again") from None
-    head = 4 + 4 * ndim
-    if raw[:4] != bytes([0, 0, 8, ndim]) or len(raw) < head:
-        raise ValueError(f"{path} is no idx file of rank {ndim}: it starts with {raw[:4].hex()}")
-    shape = np.frombuffer(raw, dtype=">u4", count=ndim, offset=4).tolist()
-    values = np.frombuffer(raw, dtype=np.uint8, offset=head)
-    if len(values) != math.prod(shape):
-        raise ValueError(f"{path} holds {len(values):,} values, its header says {shape}: get it again")
-    return torch.from_numpy(values.reshape(shape).copy())
-
-
-def _load_idx(name: str, data: Path | None, progress: bool) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    tensors = [_read_idx(_require(name, file, data, progress), 3 if "images" in file else 1) for file in _IDX_NAMES]
-    pairs = [(tensors[0][:, None], tensors[1]), (tensors[2][:, None], tensors[3])]
-    for images, labels in pairs:
-        if len(images) != len(labels) or (labels > 9).any() or not len(labels):
-            raise ValueError(
-                f"{data or name}: {len(images)} images, {len(labels)} labels, or labels above 9: get it again"
-            )
-    return pairs
-
-
-def _load_cifar10(data: Path | None, progress: bool) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """CIFAR-10's binary version, from its archive or the unpacked folder: records of label + 3x32x32 pixels."""
-    names = [f"data_batch_{i}.bin" for i in range(1, 6)] + ["test_batch.bin"]
-    folders = [f for f in (data, data / "cifar-10-batches-bin") if (f / names[0]).exists()] if data else []
-    if folders:
-        source = folders[0]
-        blobs = {name: (source / name).read_bytes() for name in names if (source / name).exists()}
-    else:
-        source = data if data and data.is_file() else _require("cifar10", "cifar-10-binary.tar.gz", data, progress)
-        try:
-            with open_archive(source) as (entries, read):
-                blobs = {Path(entry).name: read(entry) for entry in entries if Path(entry).name in names}
-        except DAMAGED as error:
-            raise ValueError(f"{source} is damaged ({one_line(error)}): get it again") from None
-    records = []
-    for name in names:
-        raw = np.frombuffer(blobs.get(name, b""), dtype=np.uint8)
-        if len(raw) == 0 or len(raw) % 3073 or raw[::3073].max() > 9:
-            hint = "expected CIFAR-10's binary version; a folder of images is --dataset folder"
-            raise ValueError(f"{source} has no usable {name} ({len(raw):,} bytes): {hint}")
-        records.append(raw.reshape(-1, 3073))
-    parts = [torch.from_numpy(np.concatenate(part)) for part in (records[:5], records[5:])]
-    return [(part[:, 1:].reshape(-1, 3, 32, 32).contiguous(), part[:, 0]) for part in parts]
-
-
 # ---- all of them ----
 
 
@@ -289,7 +128,7 @@ def load_images(
     if name == "digits":
         parts = load_digits(split_seed)
     else:
-        parts = _load_cifar10(data, progress) if name == "cifar10" else _load_idx(name, data, progress)
+        parts = load_cifar10(data, progress) if name == "cifar10" else load_idx(name, data, progress)
     classes = list(DATASETS[name].classes)
     size = None if image_size is None else height_width(image_size)
     resized = [_resize(images, size) for images, _ in parts]

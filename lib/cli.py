@@ -6,6 +6,7 @@ import os
 import sys
 
 import torch
+import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from tqdm import tqdm
 
@@ -109,4 +110,5 @@ def run_cli(main) -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     finally:
-        end_processes()
+        if dist.is_available() and dist.is_initialized():
+            end_processes()

@@ -21,15 +21,14 @@ def start_processes(device: torch.device) -> None:
 
 
 def end_processes() -> None:
-    """Leave the group, if there is one, and end its threads.
+    """Leave the group and end its threads.
 
     Gloo's threads end with the last reference to the group. One that outlives the interpreter while it frees the tensors of the
     last collective asks for the interpreter's lock and is ended by force inside a destructor, which aborts the process:
     "terminate called without an active exception". Two things hold a reference: a DistributedDataParallel, and the functions
     of torch.distributed.nn if that is imported after the group is made (DDP does), by default arguments."""
-    if dist.is_available() and dist.is_initialized():
-        gc.collect()
-        dist.destroy_process_group()
+    gc.collect()
+    dist.destroy_process_group()
 
 
 def all_gather(values):

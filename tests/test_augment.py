@@ -8,20 +8,9 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageEnhance, ImageOps
 
-from data.augment import (
-    COLOUR_OPS,
-    GEOMETRY_OPS,
-    PRESETS,
-    Augment,
-    AugmentConfig,
-    _symmetric_beta,
-    crop_and_flip,
-    cutout,
-    mix,
-    normalize_images,
-    rand_augment,
-)
+from data.augment import PRESETS, Augment, AugmentConfig, _symmetric_beta, crop_and_flip, cutout, mix, normalize_images
 from data.datasets import DATASETS, load_images
+from data.rand_augment import COLOUR_OPS, GEOMETRY_OPS, rand_augment
 from data.warp import GEOMETRY, warp
 
 PLAIN = {"mean": (0.0,) * 3, "std": (1.0,) * 3}

@@ -1,4 +1,5 @@
-"""Laws of data/datasets.py: splits are fixed, file formats are read or named as broken, downloads resume, batches repeat."""
+"""Laws of data/datasets.py and downloads.py: splits are fixed, file formats are read or named as broken, downloads resume, batches
+repeat."""
 
 import gzip
 import hashlib
@@ -16,7 +17,8 @@ import pytest
 import torch
 
 from data.batches import Batches
-from data.datasets import DATASETS, ImageDataset, download, load_images
+from data.datasets import DATASETS, ImageDataset, load_images
+from data.downloads import SOURCES, download
 
 DIGITS_TEST_PART = "43289c5d80f3d35f3072dd3d1e62fd8549e4af7f831c35eb2d55505f8d4c5428"  # SHA-256
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -296,9 +298,7 @@ def test_offline_is_one_clear_line_that_names_data(monkeypatch):
     with socket.socket() as unused:  # a port where nothing listens
         unused.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{unused.getsockname()[1]}/"
-        monkeypatch.setitem(
-            DATASETS, "mnist", DATASETS["mnist"].__class__(**{**vars(DATASETS["mnist"]), "base_url": url})
-        )
+        monkeypatch.setitem(SOURCES, "mnist", (url, SOURCES["mnist"][1]))
         with pytest.raises(ConnectionError, match="refused.*--data") as error:
             load_images("mnist", progress=False)
     assert "\n" not in str(error.value)
@@ -316,16 +316,15 @@ def test_a_data_set_is_downloaded_into_the_cache(server, tmp_path, monkeypatch):
         self.wfile.write(content)
 
     monkeypatch.setattr(server, "do_GET", get)
-    changes = {"base_url": server.url.removesuffix("file.gz"), "files": sums}
-    monkeypatch.setitem(DATASETS, "mnist", DATASETS["mnist"].__class__(**{**vars(DATASETS["mnist"]), **changes}))
+    monkeypatch.setitem(SOURCES, "mnist", (server.url.removesuffix("file.gz"), sums))
     assert len(load_images("mnist", progress=False)[0]) == 5
     assert sorted(p.name for p in (tmp_path / "cache" / "mnist").iterdir()) == sorted(packed)
 
 
 def test_every_download_has_a_checksum():
-    for info in DATASETS.values():
-        assert bool(info.files) == bool(info.base_url)
-        assert all(re.fullmatch("[0-9a-f]{64}", checksum) for checksum in info.files.values())
+    assert SOURCES.keys() == DATASETS.keys() - {"digits", "folder"}
+    for _, checksums in SOURCES.values():
+        assert checksums and all(re.fullmatch("[0-9a-f]{64}", checksum) for checksum in checksums.values())
 
 
 # ---- batches ----

@@ -1,11 +1,12 @@
-"""Laws of lib/optim.py's Muon: a step is the momentum made orthogonal, the same for a matrix among others and alone, and goes
+"""Laws of lib/muon.py: a step is the momentum made orthogonal, the same for a matrix among others and alone, and goes
 on after a stop."""
 
 import pytest
 import torch
 import torch.nn as nn
 
-from lib.optim import Muon, make_optimizers, orthogonal, parameter_groups
+from lib.muon import Muon, orthogonal
+from lib.optim import make_optimizers, parameter_groups
 
 SHAPES = [(16, 16), (48, 16), (16, 48), (128, 384), (1, 20), (20, 1), (3, 64)]
 

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from bench import scaling
 from bench.scaling import ETHERNET, H100, Work, exchanged, memory_needed, shapes_of, step_seconds
 from lib.loss import chunked_cross_entropy
-from lib.optim import orthogonal
+from lib.muon import orthogonal
 from model import LLAMA32Config, MLLAMAConfig, MllamaForConditionalGeneration
 from siglip import SiglipVisionConfig
 
