@@ -17,7 +17,8 @@ from pathlib import Path
 
 from data.archives import DAMAGED, open_archive
 from data.row_files import decoded, parsed, write_rows
-from data.spellings import RowError, is_absent, kind_of, texts_of
+from data.row_values import RowError, is_absent, kind_of
+from data.spellings import texts_of
 from lib.files import new_folder, one_line
 
 SPLIT_LIST = re.compile(r"(?:.*[._-])?(train|dev|val|test)(?:_?images)?\.txt", re.IGNORECASE)

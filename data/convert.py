@@ -25,8 +25,8 @@ from data.captions import convert_captions
 from data.datasets import load_images
 from data.folders import arrange
 from data.row_files import parsed, write_rows
+from data.row_values import kind_of
 from data.scenes import MIX, SPLITS, make_scenes, questions
-from data.spellings import kind_of
 from lib.cli import not_negative_int, positive_int, run_cli
 from lib.files import new_folder, one_line, write_json
 from processing_mllama import IMAGE_TOKEN

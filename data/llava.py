@@ -26,7 +26,8 @@ from tqdm import tqdm
 
 from data.images import FORMATS, decoding_threads
 from data.row_files import RowFile, is_streamed, keep_image, read_file
-from data.spellings import Row, RowError, read_row
+from data.row_values import RowError
+from data.spellings import Row, read_row
 from lib.files import one_line
 from processing_mllama import IMAGE_TOKEN, MAX_ASPECT
 

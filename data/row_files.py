@@ -27,7 +27,9 @@ from pathlib import Path
 
 from data.archives import walk_folder
 from data.folders import arrange, cache_folder
-from data.spellings import ANSWERS, CAPTIONS, CONVERSATIONS, DESCRIBE, IMAGE_NAME, IMAGES, QUESTIONS, kind_of, suffix_of
+from data.row_images import IMAGE_NAME, IMAGES, suffix_of
+from data.row_values import kind_of
+from data.spellings import ANSWERS, CAPTIONS, CONVERSATIONS, DESCRIBE, QUESTIONS
 from lib.files import one_line, write_atomic
 
 SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv")
@@ -54,7 +56,7 @@ class RowFile:
 
 def is_streamed(source: str | Path) -> bool:
     """Whether a source is read from front to back: tars, parquet files, a folder that datasets.save_to_disk wrote."""
-    return str(source).endswith(STREAMED) or is_saved_to_disk(Path(source))
+    return str(source).lower().endswith(STREAMED) or is_saved_to_disk(Path(source))
 
 
 def is_saved_to_disk(folder: Path) -> bool:
@@ -70,7 +72,10 @@ def read_file(path: Path) -> RowFile:
     suffix = path.suffix.lower()
     if suffix not in SUFFIXES:
         raise ValueError(f"{path} is no file of rows: name one that ends in {READ}")
-    text, notes = decoded(path.read_bytes())
+    try:
+        text, notes = decoded(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     if suffix == ".json":
         rows, problems = json_rows(path, text), []
     else:
@@ -83,7 +88,8 @@ def read_file(path: Path) -> RowFile:
 
 def decoded(data: bytes) -> tuple[str, tuple[str, ...]]:
     """(the text of a file, what there is to say of its encoding). Bytes that are no UTF-8 stay in it as surrogates, and cost
-    the rows that they stand in; but where nothing else is UTF-8 either, the text is cp1252."""
+    the rows that they stand in; but where nothing else is UTF-8 either, the text is cp1252. Raises ValueError where most of
+    them stand side by side: accented letters do not, those of other alphabets do."""
     encoding = next((name for bom, name in BOMS.items() if data.startswith(bom)), None)
     if encoding is None and len(data) > 3 and (not any(data[1:200:2]) or not any(data[:200:2])):
         encoding = "utf-16-be" if not any(data[:200:2]) else "utf-16-le"
@@ -92,6 +98,9 @@ def decoded(data: bytes) -> tuple[str, tuple[str, ...]]:
     text = data.decode("utf-8", "surrogateescape")
     beyond = {char for char in text if char > "\x7f"} if not text.isascii() else set()
     if beyond and all("\udc80" <= char <= "\udcff" for char in beyond):
+        runs = [len(run) for run in re.findall(rb"[\x80-\xff]+", data)]
+        if sum(length for length in runs if length > 1) > sum(runs) / 2:
+            raise ValueError(f"its text is neither UTF-8 nor cp1252 ({sum(runs):,} bytes): save it as UTF-8")
         try:
             text = data.decode("cp1252")
         except UnicodeDecodeError:
@@ -188,24 +197,24 @@ def read_folder(folder: Path) -> RowFile:
         if (folder / name).exists():
             return read_file(folder / name)
     sizes = {name: size for name, (size, _) in walk_folder(folder).items()}
+    files = sorted((name for name in sizes if name.lower().endswith(SUFFIXES + STREAMED)), key=lambda name: name.count("/"))
     images = [name for name in sizes if IMAGE_NAME.search(name)]
     beside = {name: [note for end in (".txt", ".json") if (note := name.rpartition(".")[0] + end) in sizes] for name in images}
     if any(beside.values()):
         return RowFile(folder, folder, *beside_rows(folder, beside))
     plan = arrange(sizes, split_seed=0)
-    if plan.files:
+    if len({label for *_, label in plan.files}) > 1 and not (files and "/" not in files[0]):
         chosen = [file for file in plan.files if not plan.has_parts or file[1] == "train"]
         left = len(plan.files) - len(chosen)
         notes = (f"{left:,} images of its test part are left alone: name that folder for them",) if left else ()
         rows = [class_row(name, label) for name, _, label in chosen]
         problems = [(len(rows) + k, "image", f"{name[:80]!r} is {why}") for k, (name, why) in enumerate(plan.skipped, start=1)]
         return RowFile(folder, folder, list(enumerate(rows, start=1)), problems, notes)
-    files = sorted(file.name for file in folder.iterdir() if file.name.endswith(SUFFIXES + STREAMED))
     if files:
         raise ValueError(f"{folder} is a folder: name a file in it, such as {folder / files[0]}")
     raise ValueError(
         f"{folder} holds {len(images)} images and nothing that is said of them: name a file of rows, put a .txt with its "
-        "caption beside each image, or the images of each class in a folder"
+        "caption beside each image, or the images of each of several classes in a folder"
     )
 
 

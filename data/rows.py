@@ -25,7 +25,7 @@ def streams(args) -> bool:
 def open_streamed(source, images_dir=None, index: Path | None = None, progress: bool = False) -> StreamedRows:
     """Shards or tables. images_dir: of images that tables only name; index: see Shards.open. Raises ValueError or an OSError
     where they hold nothing."""
-    return Shards.open(source, index, progress) if str(source).endswith(".tar") else Tables.open(source, images_dir)
+    return Shards.open(source, index, progress) if str(source).lower().endswith(".tar") else Tables.open(source, images_dir)
 
 
 def load_rows(args, run) -> tuple[LlavaRows | StreamedRows, LlavaRows]:

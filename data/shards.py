@@ -35,7 +35,8 @@ from data.image_cache import ImageCache
 from data.images import decoding_threads
 from data.llava import LlavaRow, LlavaRows, image_groups
 from data.row_files import decoded, merged
-from data.spellings import RowError, read_row
+from data.row_values import RowError
+from data.spellings import read_row
 from data.streamed import ShardImage, StreamedRows
 from lib.cli import positive_int, run_cli
 from lib.files import matching_files, new_folder, one_line, write_atomic, write_json

@@ -17,16 +17,13 @@ of the images, they stand before the first question. A row that hints at an imag
 trained as text alone.
 """
 
-import ast
-import base64
-import binascii
-import json
-import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+from data.row_images import image_of, images_of, placed, refuse_hints
+from data.row_values import Fields, RowError, is_absent, kind_of, listed, text_of
 from processing_mllama import IMAGE_TOKEN, ROLES
 
 CONVERSATIONS = ("conversations", "conversation", "messages", "texts", "qa", "qas", "qa_pairs")
@@ -37,28 +34,10 @@ CAPTIONS = ("caption", "captions", "sentences", "text", "txt", "description")
 OPTIONS = ("options", "choices")
 KINDS = ("kind", "category", "question_type", "answer_type")
 IDS = ("id", "question_id", "uid", "index", "key")
-IMAGES = ("image", "images", "image_bytes", "image_path", "image_paths", "image_file", "img", "img_path", "picture", "photo")
-IMAGES += ("file_name", "filename", "jpg", "jpeg", "png", "webp")
 TEXT_PARTS, IMAGE_PARTS = ("text", "input_text", "output_text"), ("image", "image_url", "input_image")
 DESCRIBE = "Describe the image."  # what a row of captions is asked
 CHOOSE = "Answer with the letter of the right option."
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-
-PLACEHOLDER = re.compile(  # of an image, or of what is no image, in the words of other models
-    r"<\|vision_start\|>(?:<\|image_pad\|>)?<\|vision_end\|>|<start_of_image>|\[(?:img|image)[ _-]?(?P<bracketed>\d*)\]|"
-    r"<\|?(?P<name>image|img|imagehere|img_?context|image[ _-]?(?:pad|placeholder|soft_token)|picture|photo|"
-    r"video|video_?pad|audio|audio_?pad|speech|sound)[ _-]?(?P<number>\d*)\|?>",
-    re.IGNORECASE,
-)
-NO_IMAGES = ("video", "audio", "speech", "sound")
-IMAGE_KEY = re.compile(r"image|img|photo|picture|\bpic|video|frame|jpe?g|png|pixel", re.IGNORECASE)
-ABOUT_IMAGES = re.compile(r"(ratings|min|max|size|width|height|count)$|^(num|n)_images$", re.IGNORECASE)
-IMAGE_NAME = re.compile(r"\S\.(jpe?g|png|webp|gif|bmp|tiff?|ppm|jp2|avif)$", re.IGNORECASE)
-MAGIC = {b"\xff\xd8\xff": "jpg", b"\x89PNG": "png", b"RIFF": "webp", b"GIF8": "gif", b"BM": "bmp", b"II*\0": "tif"}
-
-
-class RowError(ValueError):
-    """(field, what): what makes a row unusable."""
 
 
 class Row(NamedTuple):
@@ -71,102 +50,6 @@ class Row(NamedTuple):
     kinds: tuple[str, ...] | None = None
     accepted: tuple[tuple[str, ...], ...] | None = None
     isolated: bool = False
-
-
-class Fields:
-    """The values of a row that hold something, by their keys in lower case, and which of them were read."""
-
-    def __init__(self, raw: Mapping):
-        self.values = {str(key).strip().lower(): value for key, value in raw.items() if not is_absent(value)}
-        self.read: set[str] = set()
-
-    def take(self, *keys: str):
-        """(key, value) of the first of these keys that there is, or (the first key, None)."""
-        found = next((key for key in keys if key in self.values), None)
-        self.read.update([found] if found else [])
-        return found or keys[0], self.values.get(found)
-
-    def numbered(self, key: str) -> list[tuple[str, object]]:
-        """key_1, key_2 and so on, in order."""
-        found = [(int(match[1]), name) for name in self.values if (match := re.fullmatch(rf"{key}_?(\d+)", name))]
-        self.read.update(name for _, name in found)
-        return [(name, self.values[name]) for _, name in sorted(found)]
-
-    @property
-    def unread(self) -> dict[str, object]:
-        return {key: value for key, value in self.values.items() if key not in self.read}
-
-
-# ---- values ----------------------------------------------------------------------------------------------------------
-
-
-def is_absent(value) -> bool:
-    """None, NaN (as pandas writes it) and what is empty."""
-    return value is None or (isinstance(value, (str, bytes, list, dict)) and not value) or value != value
-
-
-def kind_of(value) -> str:
-    """What a JSON value is, in words. Its content stays out of it: that may be long, or nested without end."""
-    names = {bool: "true or false", str: "a text", list: "a list", dict: "an object", bytes: "bytes"}
-    if value is None or isinstance(value, (int, float)) and not isinstance(value, bool):
-        return "missing" if value is None or value != value else "a number"
-    return names.get(type(value), f"a {type(value).__name__}")
-
-
-def text_of(field: str, value) -> str:
-    """A text, or a number as it is written. Raises RowError."""
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
-        whole = isinstance(value, float) and value.is_integer() and abs(value) < 2**53  # pandas makes 3 a 3.0
-        return str(int(value) if whole else value)
-    if not isinstance(value, str):
-        raise RowError(field, f"is {kind_of(value)}: a text was expected")
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise RowError(field, "holds half of a surrogate pair, which is no text") from None
-    return value
-
-
-def listed(value):
-    """A list that a CSV cell or a column holds as text (JSON, or as Python prints it), as the list; {"user": [...],
-    "assistant": [...]} (a list of objects as datasets stores it) as [{"user", "assistant"}, ...]; all else as it is."""
-    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
-        for parse in (json.loads, ast.literal_eval):
-            try:
-                value = parse(value)
-                break
-            except (ValueError, SyntaxError, RecursionError, MemoryError):
-                continue
-    if isinstance(value, dict) and value and all(isinstance(column, list) for column in value.values()):
-        if len({len(column) for column in value.values()}) == 1:
-            return [dict(zip(value, each, strict=True)) for each in zip(*value.values(), strict=True)]
-    return value
-
-
-def image_of(field: str, value) -> str | bytes:
-    """An image as the name of its file, or its bytes. Raises RowError."""
-    if isinstance(value, Mapping):  # as datasets stores it, or a part of a message
-        value = next((value[key] for key in ("bytes", "path", "url", "file_name") if not is_absent(value.get(key))), value)
-    if isinstance(value, (bytes, bytearray, memoryview)):
-        return bytes(value)
-    if not isinstance(value, str):
-        raise RowError(field, f"is {kind_of(value)}: the name of an image was expected")
-    if value.startswith(("http://", "https://")):
-        raise RowError(field, f"is {value[:60]!r}, a web address: fetch the image and name its file")
-    encoded = re.match(r"data:image/[\w.+-]+;base64,", value)
-    if encoded or (len(value) > 256 and re.match(r"[A-Za-z0-9+/\s]{256}", value)):
-        try:
-            content = base64.b64decode(value[encoded.end() if encoded else 0 :], validate=False)
-        except binascii.Error:
-            raise RowError(field, "is damaged base64") from None
-        if encoded or suffix_of(content) != "img":
-            return content
-    return text_of(field, value.removeprefix("file://"))
-
-
-def suffix_of(content: bytes) -> str:
-    """jpg, png and so on, by how the bytes of an image begin; img for what is not known."""
-    return next((suffix for magic, suffix in MAGIC.items() if content.startswith(magic)), "img")
 
 
 # ---- turns -----------------------------------------------------------------------------------------------------------
@@ -277,7 +160,10 @@ def asked_of(fields: Fields, own: list) -> Asked:
     themselves. Raises RowError."""
     field, turns = fields.take(*CONVERSATIONS)
     if turns is not None:
-        return Asked(turns_of(field, turns, own), kinds_of(fields), accepted_of(fields))
+        found = turns_of(field, turns, own)
+        if isinstance(fields.values.get("system"), str) and found[0][1] != "system":
+            found = [("system", "system", fields.take("system")[1]), *found]
+        return Asked(found, kinds_of(fields), accepted_of(fields))
     field, question = fields.take(*QUESTIONS)
     if question is not None and any(key in fields.values for key in ANSWERS):
         return answered_question(fields, text_of(field, question))
@@ -306,10 +192,10 @@ def texts_of(field: str, value) -> list[str]:
 
 def answered_question(fields: Fields, question: str) -> Asked:
     """A question and its answer: of several the one that most give (Goyal et al. 2017), and the others are accepted."""
-    kind_field, kind = fields.take(*KINDS)
-    kinds = None if kind is None else (text_of(kind_field, kind),)
-    _, hint = fields.take("hint")
-    question = question if hint is None else f"{text_of('hint', hint)}\n{question}"
+    kind = next((fields.take(key)[1] for key in KINDS if isinstance(fields.values.get(key), str | int)), None)
+    kinds = None if kind is None else (str(kind),)
+    hint, more = (fields.take(key)[1] for key in ("hint", "input"))  # ScienceQA's; Alpaca's, after the instruction
+    question = "\n".join(text_of("question", text) for text in (hint, question, more) if text is not None)
     options = options_of(fields)
     field, value = fields.take(*ANSWERS)
     if options:
@@ -354,82 +240,6 @@ def chosen_option(field: str, value, options: Sequence[str]) -> int:
         why = "may be two: name it by its letter" if ways else "is none: neither a letter, nor a text, nor a number from 0"
         raise RowError(field, f"is {said[:40]!r}, which of {len(options)} options {why}")
     return ways.pop()
-
-
-# ---- images and where they stand ---------------------------------------------------------------------------------------
-
-
-def images_of(fields: Fields) -> tuple[list[str | bytes], list[str]]:
-    """(a row's images, the placeholders that it names them by, if it does). Raises RowError."""
-    field, value = fields.take(*IMAGES)
-    if value is None:
-        return [image_of(name, each) for name, each in fields.numbered("image")], []
-    value = listed(value) if isinstance(value, str) and value.lstrip().startswith("[") else value
-    if isinstance(value, Mapping) and all(str(key).startswith("<") for key in value):  # MiniCPM-V: {"<image_00>": name}
-        return [image_of(f"{field}.{key}", each) for key, each in value.items()], [*map(str, value)]
-    if isinstance(value, (list, tuple)):
-        return [image_of(f"{field}[{k}]", each) for k, each in enumerate(value)], []
-    return [image_of(field, value)], []
-
-
-def placed(messages: list[dict[str, str]], images: list, names: Sequence[str] = ()) -> list:
-    """The images in the order of their <image>s, which the questions have afterwards, whatever the row calls them. Raises
-    RowError where they cannot be placed."""
-    questions = [message for message in messages if message["role"] != "assistant"]
-    for number, name in enumerate(names, start=1):
-        for message in questions:
-            message["content"] = message["content"].replace(name, f"<image_{number}>")
-    said = "\n".join(message["content"] for message in questions)
-    plain, others = said.count(IMAGE_TOKEN), [match for match in PLACEHOLDER.finditer(said) if match[0] != IMAGE_TOKEN]
-    if not plain and not images and (inside := re.findall(r"<img>([^<>\n]+)</img>", said)):  # Qwen-VL: <img>name</img>
-        for message in questions:
-            message["content"] = re.sub(r"<img>[^<>\n]+</img>", IMAGE_TOKEN, message["content"])
-        return [image_of("<img>", name.strip()) for name in inside]
-    if plain or not (images or others):
-        if plain != len(images):
-            raise RowError("image", f"there are {len(images)} images, but the conversation says {IMAGE_TOKEN} {plain} times")
-        return images
-    if not others:
-        first = next(message for message in messages if message["role"] == "user")
-        first["content"] = IMAGE_TOKEN * len(images) + first["content"]
-        return images
-    media = next((m[0] for m in others if (m["name"] or "").lower().startswith(NO_IMAGES)), None)
-    if media:
-        raise RowError("conversations", f"says {media}, which is no image and not read")
-    if not images:
-        raise RowError("conversations", f"says {others[0][0]}, but the row has no image")
-    return place_numbered(questions, images, others)
-
-
-def place_numbered(questions: list[dict[str, str]], images: list, others: Sequence[re.Match]) -> list:
-    """The same where the questions say each image as PLACEHOLDER has it: all without a number, or all with one, of which the
-    second mention stays a mention ("image 2"). Raises RowError unless all images are named."""
-    numbers = [match["number"] or match["bracketed"] for match in others]
-    numbers = numbers if any(numbers) else range(len(others))
-    order = list(dict.fromkeys(map(int, numbers))) if all(str(number).isdigit() for number in numbers) else []
-    first = min(order, default=0)
-    if first > 1 or sorted(order) != list(range(first, first + len(images))):
-        raise RowError("image", f"there are {len(images)} images, but the conversation says {others[0][0]} {len(others)} times")
-    unseen, coming = set(order), iter(numbers)
-
-    def write(match: re.Match) -> str:
-        number = int(next(coming))
-        if number not in unseen:
-            return f"image {number}"
-        unseen.remove(number)
-        return IMAGE_TOKEN
-
-    for message in questions:
-        message["content"] = PLACEHOLDER.sub(write, message["content"])
-    return [images[number - first] for number in order]
-
-
-def refuse_hints(fields: Fields) -> None:
-    """Raises RowError where what was not read speaks of an image: the row came without."""
-    for key, value in fields.unread.items():
-        a_name = isinstance(value, str) and len(value) < 1000 and IMAGE_NAME.search(value)
-        if a_name or isinstance(value, bytes) or (IMAGE_KEY.search(key) and not ABOUT_IMAGES.search(key)):
-            raise RowError(key[:40], f"hints at an image that is not read: name it under {IMAGES[0]!r} or {IMAGES[1]!r}")
 
 
 # ---- a row -----------------------------------------------------------------------------------------------------------

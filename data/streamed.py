@@ -15,7 +15,8 @@ from tqdm import tqdm
 
 from data.llava import LlavaRow, problem_lines
 from data.row_files import RowFile
-from data.spellings import Row, RowError
+from data.row_values import RowError
+from data.spellings import Row
 
 
 @dataclass(eq=False)

@@ -19,7 +19,8 @@ from tqdm import tqdm
 
 from data.llava import LlavaRow, checked_path
 from data.row_files import RowFile, is_saved_to_disk
-from data.spellings import RowError, read_row
+from data.row_values import RowError
+from data.spellings import read_row
 from data.streamed import ShardImage, StreamedRows
 from lib.files import matching_files, one_line, read_json
 
@@ -52,7 +53,7 @@ class Tables(StreamedRows):
         counts, groups, problems = [], [], []
         for number, path in enumerate(paths):
             try:
-                rows = parquet_groups(path) if path.suffix == ".parquet" else batch_sizes(path)
+                rows = parquet_groups(path) if path.suffix.lower() == ".parquet" else batch_sizes(path)
             except (OSError, arrow().ArrowException) as error:
                 problems.append((path.name, f"cannot be read ({one_line(error)[:200]})"))
                 continue
@@ -149,7 +150,7 @@ def arrow_files(folder: Path) -> list[Path]:
 
 def group_rows(path: Path, group: int) -> Iterator[dict]:
     """The rows of a group, a few at a time as Python objects."""
-    if path.suffix == ".parquet":
+    if path.suffix.lower() == ".parquet":
         with arrow().parquet.ParquetFile(path, memory_map=True) as file:
             for batch in file.iter_batches(AT_ONCE, row_groups=[group]):
                 yield from batch.to_pylist()

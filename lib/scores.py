@@ -55,7 +55,7 @@ def is_right(item, said: str) -> bool:
 
 
 def options_in(question: str) -> dict[str, str]:
-    """Letter -> text of the options that a question lists from A on, as "A. ...", "A: ..." or "(A) ..."; {} for less than two."""
+    """Letter -> text of the options that a question lists from A on, as "A. ...", "A: ..." or "(A) ..."; {} for under two."""
     marks = [(found[1], found.start(), found.end()) for found in re.finditer(r"(?:(?<=[\s(])|^)\(?([A-Z])[.:)]\s", question)]
     first = max((k for k, mark in enumerate(marks) if mark[0] == "A"), default=len(marks))
     chosen = []

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from data.image_cache import ImageCache
 from data.llava import LlavaRows
-from data.spellings import DESCRIBE, RowError, conversation_of, read_row
+from data.row_values import RowError
+from data.spellings import DESCRIBE, conversation_of, read_row
 from processing_mllama import to_messages
 from samples import image_bytes
 
@@ -67,6 +68,7 @@ SAME = {  # all of them: one image a.png, "What?", "A cat."
         for mark in ("<img>", "<|image|>", "<image 1>", "<|image_1|>", "<ImageHere>", "[IMG]", "<IMAGE>", "<start_of_image>",
                      "<|vision_start|><|image_pad|><|vision_end|>")
     },
+    "Alpaca": {"images": ["a.png"], "instruction": "What?", "input": "", "output": "A cat."},
     "Qwen-VL": {"conversations": say("<img>a.png</img>What?")},
     "an empty image beside": {"image": "", "image_path": "a.png", "question": "What?", "answer": "A cat."},
     "NaN beside": {"image": float("nan"), "images": "a.png", "question": "What?", "answer": "A cat.", "caption": float("nan")},
@@ -182,6 +184,15 @@ def test_what_is_left_out_or_not_used_is_noted():
                           "key 'height' is not used"}  # fmt: skip
 
 
+def test_what_comes_beside_the_turns_is_read():
+    said, *_ = read({"image": "a.png", "system": "Be short.", "conversations": TURNS})
+    assert said == [("system", "Be short."), *ASKED]
+    said, *_ = read({"image": "a.png", "instruction": "What?", "input": "In a word.", "hint": "A photo.", "output": "A cat."})
+    assert said[0] == ("user", "<image>A photo.\nWhat?\nIn a word.")
+    row = read({"image": "a.png", "question": "What?", "answer": "A cat.", "category": ["a", "b"], "question_type": "what"})[2]
+    assert row.kinds == ("what",)
+
+
 OPTIONS = {
     "a letter": ({"options": ["cat", "dog"], "answer": "B"}, "B"),
     "in brackets": ({"choices": ["cat", "dog"], "answer": "(b)"}, "B"),
@@ -258,6 +269,12 @@ def test_encodings_are_read_or_named(photos, encoding, suffix):
     assert ("read as cp1252, its first such word being 'Où'" in rows.report()) == (encoding == "cp1252")
 
 
+def test_a_text_in_another_alphabet_is_no_cp1252(photos):
+    (photos / "x.csv").write_bytes("image,caption\na.png,Кошка спит\n".encode("cp1251"))
+    with pytest.raises(ValueError, match="x.csv: its text is neither UTF-8 nor cp1252 .* save it as UTF-8"):
+        LlavaRows.read(photos / "x.csv")
+
+
 def test_damage_among_utf8_costs_its_row_alone(photos):
     good = json.dumps({"image": "a.png", "question": "Où ?", "answer": "x"}, ensure_ascii=False).encode()
     (photos / "x.jsonl").write_bytes(b"\n".join([good, good.replace(b"x", b"\xff"), good]))
@@ -305,8 +322,12 @@ def test_folders_say_what_is_on_their_images(tmp_path):
     assert [row.messages[-1]["content"] for row in LlavaRows.read(tmp_path / "beside")] == ["X"]
     (tmp_path / "flat").mkdir()
     (tmp_path / "flat" / "1.png").write_bytes(PNG)
-    with pytest.raises(ValueError, match="1 images and nothing that is said of them"):
-        LlavaRows.read(tmp_path / "flat")
+    for folder in ("flat", "classes/cat"):
+        with pytest.raises(ValueError, match="images and nothing that is said of them"):
+            LlavaRows.read(tmp_path / folder)
+    (tmp_path / "classes" / "train.json").write_text("[]")  # then the folders may be anything
+    with pytest.raises(ValueError, match="is a folder: name a file in it, such as .*train.json"):
+        LlavaRows.read(tmp_path / "classes")
 
 
 def test_bytes_become_files_by_their_content(tmp_path, monkeypatch):
