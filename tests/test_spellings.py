@@ -4,6 +4,7 @@ cannot be placed is left out and named, never trained as text alone."""
 import base64
 import json
 from collections import Counter
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -35,44 +36,8 @@ def read(raw: dict, **more):
     return [(m["role"], m["content"]) for m in row.messages], row.images, row, notes
 
 
-SAME = {  # all of them: one image a.png, "What?", "A cat."
-    "LLaVA": {"image": "a.png", "conversations": MARKED},
-    "LLaVA without its <image>": {"image": "a.png", "conversations": TURNS},
-    "a list of one": {"image": ["a.png"], "conversations": TURNS},
-    "images": {"images": "a.png", "conversations": TURNS},
-    "other keys": {"IMG_PATH": "a.png", "Question": "What?", "Answer": "A cat."},
-    "numbered columns": {"image_1": "a.png", "image_2": None, "question": "What?", "answer": "A cat."},
-    "turns as JSON": {"image": "a.png", "conversations": json.dumps(TURNS)},
-    "turns as columns": {"image": "a.png", "conversations": {"from": ["human", "gpt"], "value": ["What?", "A cat."]}},
-    "role and content": {"images": ["a.png"], "messages": say()},
-    "capitals": {"image": "a.png", "conversations": [{"from": "Human", "value": "What?"}, {"from": "GPT", "value": "A cat."}]},
-    "parts": {"images": ["a.png"], "messages": say([{"type": "image"}, PART])},
-    "parts on both sides": {"images": ["a.png"], "messages": say([{"type": "image"}, PART], [{"text": "A cat."}])},
-    "parts with their image": {"messages": say([{"type": "image", "image": "a.png"}, PART])},
-    "parts with its address": {"messages": say([{"type": "image_url", "image_url": {"url": "a.png"}}, PART])},
-    "parts from a table": {
-        "images": [{"bytes": None, "path": "a.png"}],
-        "messages": say([{"type": "image", "text": None, "index": 0.0}, PART | {"index": None}]),
-    },
-    "the_cauldron": {"images": ["a.png"], "texts": [{"user": "What?", "assistant": "A cat.", "source": "x"}]},
-    "the_cauldron as columns": {"images": ["a.png"], "texts": {"user": ["What?"], "assistant": ["A cat."]}},
-    "pairs": {"image": "a.png", "qa": [{"question": "What?", "answer": "A cat."}]},
-    "VQA": {"image": "a.png", "question": "What?", "answer": "A cat."},
-    "VQA v2": {"image": "a.png", "question": "What?", "answers": [{"answer": text} for text in ("dog", "A cat.", "A cat.")]},
-    "ChartQA": {"image": "a.png", "query": "What?", "label": ["A cat."]},
-    "a caption with its prompt": {"image": "a.png", "prompt": "What?", "caption": "A cat."},
-    "numbered": {"image": ["a.png"], "messages": say("<image_1>What?")},
-    "from 0": {"image": {"<image_00>": "a.png"}, "conversations": say("<image_00>What?")},
-    **{
-        f"placeholder {mark}": {"image": "a.png", "question": f"{mark}What?", "answer": "A cat."}
-        for mark in ("<img>", "<|image|>", "<image 1>", "<|image_1|>", "<ImageHere>", "[IMG]", "<IMAGE>", "<start_of_image>",
-                     "<|vision_start|><|image_pad|><|vision_end|>")
-    },
-    "Alpaca": {"images": ["a.png"], "instruction": "What?", "input": "", "output": "A cat."},
-    "Qwen-VL": {"conversations": say("<img>a.png</img>What?")},
-    "an empty image beside": {"image": "", "image_path": "a.png", "question": "What?", "answer": "A cat."},
-    "NaN beside": {"image": float("nan"), "images": "a.png", "question": "What?", "answer": "A cat.", "caption": float("nan")},
-}  # fmt: skip
+# A row of every spelling; all of them say: one image a.png, "What?", "A cat."
+SAME = json.loads((Path(__file__).parent / "spellings.json").read_text(encoding="utf-8"))
 
 
 @pytest.mark.parametrize("name", SAME)
