@@ -19,47 +19,75 @@ import torch.nn as nn
 from lib.checkpoint import from_pretrained, is_published, open_source, save_pretrained
 from lib.files import find_source, write_atomic
 from lib.layouts.common import TOKEN_IDS
-from lib.weights import DTYPES, list_safetensors
+from lib.layouts.settings import GENERATION
+from lib.weights import DTYPES, list_safetensors, safetensors_files, shorten
 
-# What stands beside the weights and goes along when a folder is converted.
+# What stands beside the weights and goes along when a folder is converted: tokenizer, templates, image and generation settings.
 COMPANIONS = (
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
-    *("vocab.json", "merges.txt", "encoder.json", "vocab.bpe", "tokenizer.model", "spiece.model"),
-    *("preprocessor_config.json", "processor_config.json", "generation_config.json"),
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "*.model"),
+    *("vocab.json", "vocab.txt", "merges.txt", "encoder.json", "vocab.bpe"),
+    *("chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja"),
+    *("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json", "generation_config.json"),
 )
-KEPT = (*TOKEN_IDS, "id2label", "label2id")  # entries of config.json that our configs do not hold
+KEPT = {*TOKEN_IDS, "id2label", "label2id", *GENERATION}  # entries of config.json that our configs do not hold
 
 
-def convert(source: str, folder: str | Path, dtype: torch.dtype | None = None) -> str:
-    """Read a checkpoint and write it as a folder, with its tokenizer; the model_type written is returned."""
+def convert(source: str, folder: str | Path, dtype: torch.dtype | None = None) -> tuple[str, list[str]]:
+    """Read a checkpoint and write it as a folder; see write_folder for what is returned. Raises ValueError, before anything is
+    written, for numbers that dtype cannot hold."""
     path = find_source(source)
     return write_folder(from_pretrained(path, dtype), path, Path(folder))
 
 
-def write_folder(model: nn.Module, path: Path, folder: Path) -> str:
-    """A model that was read from `path`, with what stands beside it there; the model_type written is returned."""
-    if path.suffix == ".gguf":
-        from lib.tokenizer import BPETokenizer
+def companions(folder: Path) -> list[str]:
+    """The names of those files of a folder that go along."""
+    return sorted({file.relative_to(folder).as_posix() for pattern in COMPANIONS for file in folder.glob(pattern)})
 
-        BPETokenizer.from_pretrained(path).save_pretrained(folder)
+
+def write_folder(model: nn.Module, path: Path, folder: Path) -> tuple[str, list[str]]:
+    """A model that was read from `path`, with what stands beside it there. Returns the model_type written, and a line about
+    each thing that was left. Raises ValueError for a folder with files of another model: they would be read with this one."""
+    is_gguf, same = path.suffix == ".gguf", path.resolve() == folder.resolve()
+    along = FROM_GGUF if is_gguf else companions(path)
+    if others := [name for name in companions(folder) if name not in along]:
+        raise ValueError(f"{folder} has {', '.join(others)} of another model: name a new folder")
     published = open_source(path)[0]
     known = {**(published.get("text_config") or {}), **published}
-    kind = save_pretrained(model, folder, **{key: known[key] for key in KEPT if key in known})
-    for name in COMPANIONS:
-        if (path / name).is_file() and path.resolve() != folder.resolve():
-            write_atomic(folder / name, partial(shutil.copyfile, path / name))
-    return kind
+    kind = save_pretrained(model, folder, **{key: known[key] for key in sorted(KEPT & known.keys())})
+    if is_gguf:
+        return kind, write_gguf_tokenizer(path, folder)
+    for name in along if not same else ():
+        (folder / name).parent.mkdir(exist_ok=True)
+        write_atomic(folder / name, partial(shutil.copyfile, path / name))
+    weights = {"config.json", "model.safetensors.index.json", *(file.name for file in safetensors_files(path))}
+    top = {name.partition("/")[0] for name in along} | weights
+    left = [file.name for file in sorted(path.iterdir()) if file.name not in top and not file.name.startswith(".")]
+    return kind, [f"left in {path}: {shorten(left)}"] if left and not same else []
 
 
-def merge_adapter(source: str, folder: str | Path, adapter: str | None = None) -> tuple[str, str]:
-    """Write a checkpoint with an adapter (a run's own unless given) merged into it; the model_type written and put_adapter's
-    line are returned."""
+FROM_GGUF = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")  # which a .gguf file has in its header
+
+
+def write_gguf_tokenizer(path: Path, folder: Path) -> list[str]:
+    from lib.tokenizer import load_tokenizer
+
+    try:
+        load_tokenizer(path).save_pretrained(folder)
+    except ValueError as error:
+        return [f"left in the file: tokenizer and chat template ({error})"]
+    return []
+
+
+def merge_adapter(source: str, folder: str | Path, adapter: str | None = None) -> tuple[str, list[str]]:
+    """Write a checkpoint with an adapter (a run's own unless given) merged into it. Returns what write_folder does, and first
+    put_adapter's line."""
     from lib.adapters import put_adapter
 
     path = find_source(source)
     model = from_pretrained(path, dtype=None)
     about = put_adapter(model, path, adapter or path / "lora")
-    return write_folder(model, path, Path(folder)), about
+    kind, left = write_folder(model, path, Path(folder))
+    return kind, [about, *left]
 
 
 def list_tensors(path: Path) -> list[tuple[str, tuple[int, ...], str]]:
@@ -127,8 +155,9 @@ def main() -> None:
     if args.command == "show":
         print("\n".join(show(args.source)))
     elif args.command == "merge-lora":
-        kind, about = merge_adapter(args.source, args.folder, args.adapter)
-        print(f"{about}\n{args.folder} holds a {kind} now, without LoRA layers")
+        kind, lines = merge_adapter(args.source, args.folder, args.adapter)
+        print("\n".join((*lines, f"{args.folder} holds a {kind} now, without LoRA layers")))
     else:
-        kind = convert(args.source, args.folder, DTYPES.get(args.dtype))
-        print(f"{args.folder} holds a {kind} now" + ("" if is_published(kind) else ", which only this project opens"))
+        kind, lines = convert(args.source, args.folder, DTYPES.get(args.dtype))
+        told = "" if is_published(kind) else ", which only this project opens"
+        print("\n".join((*lines, f"{args.folder} holds a {kind} now{told}")))

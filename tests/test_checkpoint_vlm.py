@@ -332,7 +332,6 @@ def test_a_tied_head_may_be_there_once_more_but_not_another_one(tmp_path, make, 
 # ---- what must not load ----------------------------------------------------------------------------------------------
 
 
-
 def unshuffled():
     return idefics3(scale_factor=1)
 
@@ -855,6 +854,37 @@ def test_convert_rewrites_with_everything_that_belongs_to_it(tmp_path, monkeypat
         assert torch.equal(again.state_dict()[name], tensor.bfloat16()), name
     run_main(monkeypatch, "show", tmp_path / "ours")
     assert "model.safetensors" not in (shown := capsys.readouterr().out) and "BF16" in shown
+
+
+def test_convert_carries_what_belongs_to_the_model_and_names_what_it_leaves(tmp_path, monkeypatch, capsys):
+    """chat_template.json, tokenizer.model and the templates of a folder were left without a word."""
+    source, target = tmp_path / "theirs", tmp_path / "ours"
+    llama().save_pretrained(source)
+    edit_config(source, repetition_penalty=1.3, suppress_tokens=[3])  # where transformers 4 kept them
+    along = ["chat_template.json", "tokenizer.model", "additional_chat_templates/tool.jinja", "vocab.txt"]
+    for name in (*along, "README.md", "pytorch_model.bin", "notes/mine"):
+        (source / name).parent.mkdir(exist_ok=True)
+        (source / name).write_text(name)
+    run_main(monkeypatch, "convert", source, target)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == [f"left in {source}: README.md, notes, pytorch_model.bin", f"{target} holds a llama now"]
+    assert all((target / name).read_text() == name for name in along) and not (target / "README.md").exists()
+    config = json.loads((target / "config.json").read_text())
+    assert config["repetition_penalty"] == 1.3 and config["suppress_tokens"] == [3]
+    run_main(monkeypatch, "convert", source, target)  # again
+    (source / "vocab.txt").unlink()
+    with pytest.raises(ValueError, match="ours has vocab.txt of another model: name a new folder"):
+        run_main(monkeypatch, "convert", source, target)
+
+
+def test_convert_to_a_precision_that_cannot_hold_the_weights_writes_nothing(tmp_path, monkeypatch):
+    """--dtype fp16 made inf of 1e5, which was refused when the folder was read."""
+    theirs = llama()
+    theirs.model.norm.weight.data[3] = 1e5
+    theirs.save_pretrained(tmp_path / "theirs")
+    with pytest.raises(ValueError, match=r"model.norm.weight holds 1e\+05, more than the 6.55e\+04 of torch.float16"):
+        run_main(monkeypatch, "convert", tmp_path / "theirs", tmp_path / "ours", "--dtype", "fp16")
+    assert not (tmp_path / "ours").exists()
 
 
 def test_an_old_vlm_is_brought_up_to_date(tmp_path, monkeypatch):

@@ -220,6 +220,18 @@ def test_rope_scaling_by_setting_and_by_tensor(tmp_path):
     check(write(tmp_path / "d.gguf", llama(), tensors={"rope_freqs.weight": one(8)}), llama())
 
 
+def test_a_tokenizer_that_is_not_read_stays_in_the_file_and_convert_says_so(tmp_path):
+    """It ended the conversion, after the weights were read."""
+    model = llama()
+    kind, (line,) = convert(write(tmp_path / "x.gguf", model), tmp_path / "folder")
+    assert kind == "llama" and line.startswith("left in the file: tokenizer and chat template (") and "x.gguf" in line
+    assert sorted(file.name for file in (tmp_path / "folder").iterdir()) == ["config.json", "model.safetensors"]
+    theirs = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "folder").eval()
+    with torch.no_grad():
+        close(theirs(IDS).logits, model(IDS).logits)
+    assert theirs.generation_config.eos_token_id == 7
+
+
 def test_precision_asked_for(tmp_path):
     write(tmp_path / "x.gguf", llama(), "Q8_0")
     assert {p.dtype for p in from_pretrained(tmp_path / "x.gguf", dtype=torch.float16).parameters()} == {torch.float16}
@@ -321,7 +333,7 @@ def test_real_weights_have_transformers_logits_and_continue_alike(tmp_path):
 
     path, full = smollm2(), "SMOLLM2_FULL" in os.environ
     theirs = tf.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32).eval()
-    assert convert(path, tmp_path) == "llama"
+    assert convert(path, tmp_path) == ("llama", [])
     tokenizer, ours = BPETokenizer.from_pretrained(tmp_path), from_pretrained(tmp_path)
     ids = tokenizer.encode("The dog jumped over the")
     assert ids == [504, 2767, 25437, 690, 260] and len(PROMPTS) == 20
