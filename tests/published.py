@@ -29,7 +29,7 @@ from siglip import SiglipTwoTower
 from vit_scratch import ViTModel
 
 QUESTION = "  What color is the 2nd circle, é?\n"  # some templates trim it
-CAPTIONS = ["A photo of 2 Cats.", "the dog jumped, over the fence!"]
+CAPTIONS = ["A photo of \uff12 Cats.", "the dog jumped, over the fence!"]
 NEW_TOKENS = 6
 CORPUS = [
     "The dog jumped over the fence. What color is the circle? It is red, and 2 cats sit in a photo of 12 dogs.",

@@ -685,7 +685,7 @@ def test_streaming_never_shows_half_a_character(pair, kind):
 
 KINDS = ("llama2", "mistral", "gemma", "unigram", "clip", "wordpiece", "byte_level_with_strips")
 ODD = ["", " ", "Hello  world\n", "a </s> b<s> <image>  c <eos>", "\tété 日本 \U0001f600 <|endoftext|> [SEP]"]
-ODD += ["USER: <image>\nWhat?"]
+ODD += ["USER: <image>\nWhat?", "<s>x</s>y"]
 
 
 def other_kind(kind: str):
