@@ -46,6 +46,8 @@ from vit_scratch import ViTModel, pair
 
 # ---- settings ----------------------------------------------------------------------------------------------------------
 
+SAMPLING = ("--temperature", "--top-k", "--top-p", "--min-p")
+
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
@@ -69,6 +71,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--top-k", type=positive_int)
     add("--top-p", type=positive_float)
     add("--min-p", type=not_negative_float)
+    add("--beams", type=positive_int, default=1, help="follow so many continuations at once, and answer with the likeliest")
+    add("--length-penalty", type=float, default=1.0, help="of --beams: above 1 longer answers win, below 1 shorter ones")
     add("--seed", type=not_negative_int, default=0)
     add("--device", help="cpu, cuda, mps; default: the best there is")
     add("--dtype", choices=DTYPES, default="fp32")
@@ -82,6 +86,9 @@ def parse_args(argv=None) -> argparse.Namespace:
         parser.error("--top and --chat need a PROMPT")
     if args.top and (args.image or args.attention):
         parser.error("--top is about texts: leave out --image and --attention")
+    sampled = [flag for flag in SAMPLING if getattr(args, flag.strip("-").replace("-", "_"))]
+    if args.beams > 1 and sampled:
+        parser.error(f"--beams looks for the likeliest text, which draws nothing: leave out {', '.join(sampled)}")
     for flag, share in (("--top-p", args.top_p), ("--min-p", args.min_p)):
         if share is not None and share > 1:
             parser.error(f"{flag} is {share}: it must be at most 1")
@@ -110,7 +117,8 @@ def one_image_a_flag(parser: argparse.ArgumentParser, argv: list[str]) -> list[s
 
 def stream_settings(args) -> dict:
     """What stream_text and Conversation take."""
-    return {key: getattr(args, key) for key in ("max_new_tokens", "seed", "temperature", "top_k", "top_p", "min_p")}
+    keys = ("max_new_tokens", "seed", "temperature", "top_k", "top_p", "min_p", "beams", "length_penalty")
+    return {key: getattr(args, key) for key in keys}
 
 
 # ---- model -------------------------------------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ from data.llava import count_images, questions_of_row
 from data.scene_batches import about_image
 from data.scenes import make_scenes, questions
 from gpt import KVCache, left_pad
+from lib.beam_search import beam_search
 from lib.generation import LogitRules, stop_tokens
 from lib.vocabulary import check_rows
 from processing_mllama import to_messages
@@ -254,9 +255,10 @@ def longest_row(model, rows: Sequence[Row], room: int) -> int:
 
 def answer(
     model, processor, items: Sequence[Item], batch_size: int | None = None, max_new_tokens: int = MOST_NEW_TOKENS, blind=False,
-    between: Callable[[], None] = lambda: None,
+    between: Callable[[], None] = lambda: None, beams: int = 1,
 ) -> list[str]:  # fmt: skip
-    """What the model says to each item, by greedy decoding with a KV cache; the items' answers are not used.
+    """What the model says to each item, by greedy decoding with a KV cache, or by a search with several beams
+    (lib/beam_search.py); the items' answers are not used.
 
     batch_size: rows; unless given, what CACHE_BYTES hold. max_new_tokens: of an answer, or less where the context is full
     before. blind: every image is one of the mean colour (blind_pixels), and the real ones are not even opened. between: called
@@ -267,7 +269,7 @@ def answer(
         raise ValueError(f"max_new_tokens is {max_new_tokens}: it must be at least 1")
     rows = rows_for(model, processor, items, blind, answered=False)
     longest, limit = longest_row(model, rows, 1), model.language_model.config.context_length
-    batch_size = batch_size or fitting_rows(model, longest + max_new_tokens)
+    batch_size = batch_size or max(1, fitting_rows(model, longest + max_new_tokens) // beams)
     said, stop = [""] * len(items), stop_tokens(model, processor.tokenizer)
     rules = LogitRules.of(model, processor.tokenizer)
     with eval_mode(model):
@@ -278,7 +280,12 @@ def answer(
             out = model.language_model(**own_parts(batch, cache), cache=cache, logits_to_keep=1)
             most = [min(max_new_tokens, limit - row.length) for row in batch]
             prompts = [[*row.prefix, *row.own] for row in batch] if rules else ()
-            new = continue_rows(model, out["logits"][:, -1], cache, most, stop, rules, prompts)
+            after = out["logits"][:, -1], cache, most, stop
+            if beams == 1:
+                new = continue_rows(model, *after, rules, prompts)
+            else:
+                found = beam_search(model.language_model, *after, beams, rules=rules, prompts=prompts)
+                new = [best.ids for best, *_ in found]
             for row, ids in zip(batch, new, strict=True):
                 text = processor.decode(ids).strip()
                 for number in row.items:

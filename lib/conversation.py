@@ -10,21 +10,25 @@ from collections.abc import Iterator, Mapping
 
 import torch
 
+from lib.beam_search import continue_prompts
 from lib.chat import answer_prefix, encode_conversation
 from lib.generation import LogitRules, most_new_tokens, stop_tokens
 from lib.vocabulary import check_rows
 from processing_mllama import IMAGE_TOKEN, MllamaImageProcessor, denormalize
 
+SAMPLING = ("temperature", "top_k", "top_p", "min_p")  # settings of gpt.sample, which a search does without
+
 
 def stream_text(
     model, tokenizer, ids: list[int], max_new_tokens: int | None = None, seed: int = 0, shown: Mapping[int, str] | None = None,
-    prefix: str = "", **options,
+    prefix: str = "", beams: int = 1, length_penalty: float = 1.0, **options,
 ) -> Iterator[tuple[str, int | None]]:  # fmt: skip
     """How the model continues ids, as it comes: (text, token), and last (what text is left, None).
 
     max_new_tokens: unless given, what the model's folder says. shown: special tokens that are part of the text, by id; prefix:
-    what is taken from its beginning; options: of `stream` (temperature, ..., step, image_features). Raises ValueError where the
-    model's context has no room, or no row for a token.
+    what is taken from its beginning; beams: of a search for the likeliest text, which comes when it is found
+    (lib/beam_search.py), with its length_penalty; options: of `stream` (temperature, ..., step, image_features). Raises
+    ValueError where the model's context has no room, or no row for a token.
     """
     text_config = getattr(model.config, "text_config", model.config)
     check_rows(tokenizer, ids, text_config.vocab_size, getattr(model.config, "image_token_id", None))
@@ -35,10 +39,16 @@ def stream_text(
     generator = torch.Generator(device=next(model.parameters()).device).manual_seed(seed)
     decoder = tokenizer.stream_decoder(skip_special_tokens=True)
     rules, whole = LogitRules.of(model, tokenizer), [*ids]
-    options |= {"max_new_tokens": min(most_new_tokens(model, len(ids), max_new_tokens), room), "generator": generator}
+    options |= {"max_new_tokens": min(most_new_tokens(model, len(ids), max_new_tokens), room)}
     options |= {"stop_tokens": stop_tokens(model, tokenizer)}
-    options |= {"adjust": lambda logits: rules(logits, [whole], [len(ids)])} if rules else {}
-    for (token,) in model.stream([ids], **options):
+    if beams > 1:
+        options = {key: value for key, value in options.items() if key not in SAMPLING}
+        ((best, *_),) = continue_prompts(model, [ids], beams, length_penalty=length_penalty, rules=rules, **options)
+        steps = ([token] for token in best.ids)
+    else:
+        options |= {"adjust": lambda logits: rules(logits, [whole], [len(ids)])} if rules else {}
+        steps = model.stream([ids], generator=generator, **options)
+    for (token,) in steps:
         whole.append(token)
         word = (shown or {}).get(token) or decoder.push(token)
         yield word.removeprefix(prefix), token
