@@ -4,12 +4,13 @@
     python evaluate.py runs/vlm --blind --blind-run runs/vlm-blind    # and what can be guessed without images
     python evaluate.py runs/vlm --data test.json --images images      # or .csv, .parquet, ...: whatever finetune_vlm.py reads
 
-Answers are generated, greedily, and are right if they are the true one but for case and spaces. Beside the share of right ones
-stands the interval that holds it in 95 % of cases (Wilson). --blind asks the same model with every image replaced by the mean
-colour; --blind-run asks a second model, one that was trained without images. Perplexity is that of the true answers.
-Questions of kind "caption", and those that come with several answers about the same image, also get BLEU-4 and CIDEr-D over
-all answers given to them. Of a question that lists options ("A. cat") the letter counts, or the option's own words. Writes
-eval.json, eval.png and answers.jsonl, a line for each answer with its row's id; the last line printed is one JSON object.
+Answers are generated, greedily or with --beams, and are right if they are the true one but for case and spaces. Beside the
+share of right ones stands the interval that holds it in 95 % of cases (Wilson). --blind asks the same model with every image
+replaced by the mean colour; --blind-run asks a second model, one that was trained without images. Perplexity is that of the
+true answers. Questions of kind "caption", and those that come with several answers about the same image, also get BLEU-4 and
+CIDEr-D over all answers given to them. Of a question that lists options ("A. cat") the letter counts, or the option's own
+words. Writes eval.json, eval.png and answers.jsonl, a line for each answer with its row's id; the last line printed is one
+JSON object.
 """
 
 import argparse
@@ -65,6 +66,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--blind-run", metavar="RUN2", type=Path, help="ask a second model, which was trained without images, too")
     add("--batch-size", type=positive_int, help="questions at once; default: 256, or what 128 MB of keys and values hold")
     add("--max-new-tokens", type=positive_int, default=MOST_NEW_TOKENS, help="of an answer")
+    add("--beams", type=positive_int, default=1, help="search for the likeliest answers with so many beams; 1: greedy")
     add("--device", help="cpu, cuda, mps; default: the best there is")
     add("--out", metavar="FOLDER", type=Path, help="where eval.json and eval.png go; default: RUN")
     return parser.parse_args(argv)
@@ -165,7 +167,7 @@ def caption_figures(items: list[Item], said: list[str]) -> dict | None:
 def measure(model, processor, items: list[Item], blind: bool, args, dataset: str) -> dict:
     """Everything about one model's answers to the items of one split."""
     start = time.perf_counter()
-    said = answer(model, processor, items, args.batch_size, args.max_new_tokens, blind)
+    said = answer(model, processor, items, args.batch_size, args.max_new_tokens, blind, beams=args.beams)
     seconds = time.perf_counter() - start
     loss, tokens = mean_answer_loss(model, processor, items, args.batch_size, blind)
     found = score(items, said)

@@ -9,6 +9,7 @@
     python generate.py SOURCE --image a.png --zero-shot "a red 3" "a blue 7"     how well captions fit it (SigLIP's two towers)
     python generate.py SOURCE --image a.png b.png                  of a classifier: the five likeliest classes of each
     python generate.py SOURCE --adapter FOLDER "..."               with another LoRA adapter, PEFT's or ours, than its own
+    python generate.py SOURCE --image a.png "What is this?" --beams 3            the likeliest answer that a beam search finds
     python generate.py SOURCE --int8 "..."                         the decoder in 8 bits: faster on a CPU, in less memory
 
 SOURCE: a run folder, a Hugging Face folder, a .gguf file, or a hub name. Without --temperature the likeliest token is taken.
@@ -29,7 +30,7 @@ import torch
 
 from extras.llmvit import LLMVIT
 from lib.checkpoint import from_pretrained, load_processor
-from lib.cli import not_negative_float, not_negative_int, positive_float, positive_int, run_cli
+from lib.cli import finite_float, not_negative_float, not_negative_int, positive_float, positive_int, run_cli
 from lib.conversation import Conversation, stream_text
 from lib.devices import find_device
 from lib.fast_decode import fast_step
@@ -72,7 +73,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--top-p", type=positive_float)
     add("--min-p", type=not_negative_float)
     add("--beams", type=positive_int, default=1, help="follow so many continuations at once, and answer with the likeliest")
-    add("--length-penalty", type=float, default=1.0, help="of --beams: above 1 longer answers win, below 1 shorter ones")
+    add("--length-penalty", type=finite_float, default=1.0, help="of --beams: above 1 longer answers win, below 1 shorter ones")
     add("--seed", type=not_negative_int, default=0)
     add("--device", help="cpu, cuda, mps; default: the best there is")
     add("--dtype", choices=DTYPES, default="fp32")

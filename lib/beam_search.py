@@ -3,15 +3,15 @@
     (best, *others), = continue_prompts(model, [ids], beams=3, max_new_tokens=40, stop_tokens={2})
     best.ids, best.score
 
-Greedy decoding takes the likeliest token at every step and cannot go back: where "a" is likelier than "two" but every word after
-"a" is unlikely, it misses the sentence that begins with "two". A *beam* is one of the continuations that are kept. With three:
+Greedy decoding takes the likeliest token at every step and cannot go back: where "a" is likelier than "two" but every word
+after "a" is unlikely, it misses the sentence that begins with "two". A *beam* is one of the continuations kept. With three:
 
     step 1     a -1.0     two -1.2     the -1.9          log-probabilities of the three likeliest first tokens
     step 2     two dogs -1.3     a man -2.6     the dog -2.7    of all continuations of all beams again the three likeliest
     ...        until one ends: it is kept, with its score, and its place is free for another
 
 The score of a continuation is the sum of its tokens' log-probabilities over length ** length_penalty. A sum alone falls with
-every token and so prefers short answers; with 1.0 it is the mean over tokens, above it longer answers gain, below it shorter ones.
+every token and so prefers short answers; with 1.0 it is the mean over tokens; above it longer answers gain, below it shorter.
 The search for a prompt ends when as many continuations have ended as there are beams, and the best of those that go on scores
 no better than the worst of them. Figures for captions are often of 3 to 5 beams.
 

@@ -73,6 +73,7 @@ not_negative_int = number(int, lambda v: 0 <= v < 2**31, "a whole number of at l
 at_most_a_million = number(int, lambda v: 1 <= v <= 2**20, "a whole number of at least 1 and at most 2^20")
 positive_float = number(float, lambda v: 0 < v < math.inf, "a number above 0")
 not_negative_float = number(float, lambda v: 0 <= v < math.inf, "a number of at least 0")
+finite_float = number(float, math.isfinite, "a finite number")
 fraction = number(float, lambda v: 0 <= v < 1, "a number of at least 0 and below 1")
 
 

@@ -13,6 +13,7 @@ from extras.cross_attention import CrossAttentionConfig, CrossAttentionVLM
 from gpt import KVCache
 from lib import answers
 from lib.answers import Item, answer, mean_answer_loss, scene_items
+from lib.beam_search import continue_prompts
 from lib.scores import score
 from lib.tokenizer import BPETokenizer
 from model import MLLAMAConfig, MllamaForConditionalGeneration
@@ -54,9 +55,7 @@ def pictures(count, seed=0):
 def mixed_items():
     """Shared and lone pictures, two pictures, none, a longer conversation, a question that is asked twice."""
     a, b, c = pictures(3)
-    items = [
-        Item(a, about_image(q), t) for q, t in (("Count the digits.", "3"), ("Is there a 5?", "no"), ("What?", "a red 7"))
-    ]
+    items = [Item(a, about_image(q), t) for q, t in (("Count the digits.", "3"), ("Is there a 5?", "no"), ("What?", "a red 7"))]
     items += [Item([b], about_image("Describe the picture."), "a red 7 at the top left", "describe"), items[0]]
     items += [Item([a, c], [{"role": "user", "content": "<image>then <image>which is red?"}], "the first", "two")]
     items += [Item(None, [{"role": "user", "content": text}], "yes", "text") for text in ("Is it so?", "Is it not so, then?")]
@@ -64,10 +63,13 @@ def mixed_items():
     return items + [Item(c, [*turns, {"role": "user", "content": "Is there a 4?"}], "yes", "later")]
 
 
-def slow_answer(model, processor, item, new_tokens):
+def slow_answer(model, processor, item, new_tokens, beams=1):
     """One prompt by the processor and the model's own generate, without a batch and without anything shared."""
     batch = processor(None, item.images or None, [item.messages], add_generation_prompt=True)
     stop = answers.stop_tokens(model, processor.tokenizer)
+    if beams > 1:
+        prompts, seen = batch.pop("input_ids"), {key: batch[key] for key in batch if key != "attention_mask"}
+        return processor.decode(continue_prompts(model, prompts, beams, new_tokens, stop, **seen)[0][0].ids).strip()
     return processor.decode(model.generate(**batch, max_new_tokens=new_tokens, stop_tokens=stop)[0]).strip()
 
 
@@ -79,14 +81,14 @@ def test_a_batch_answers_like_each_prompt_alone(fusion, batch_size):
     wanted = [slow_answer(model, processor, item, 12) for item in items]
     assert len(set(wanted)) >= len(items) - 2  # or the comparison would show nothing
     assert answer(model, processor, items, batch_size, 12) == wanted
+    searched = [slow_answer(model, processor, item, 12, beams=3) for item in items]
+    assert answer(model, processor, items, batch_size, 12, beams=3) == searched != wanted
 
 
 def test_rows_that_stop_early_do_not_change_the_others(monkeypatch):
     """Stop tokens that some rows meet soon and others late: rows leave the batch at several points on the way."""
     model, processor = build()
-    items = [
-        Item(image, about_image(q), "") for image in pictures(4) for q in ("Count the digits.", "Is there a 5?", "What?")
-    ]
+    items = [Item(image, about_image(q), "") for image in pictures(4) for q in ("Count the digits.", "Is there a 5?", "What?")]
     plain = [processor.tokenizer.encode(text) for text in answer(model, processor, items, None, 20)]
     common = [token for token, _ in sorted(((t, sum(t in row for row in plain)) for t in range(330)), key=lambda x: -x[1])[:6]]
     monkeypatch.setattr(answers, "stop_tokens", lambda model, tokenizer: set(common))

@@ -136,7 +136,7 @@ def test_the_share_of_right_totals_is_apart_from_the_exact_match(runs, monkeypat
     model, processor, _ = evaluate.load_run(runs / "vlm", "cpu")
     items = [item for item in scene_items("test", 12) if item.kind == "sum"]
     said = [item.answer.rsplit(" ", 1)[-1] for item in items]  # the total alone
-    monkeypatch.setattr(evaluate, "answer", lambda *args: said)
+    monkeypatch.setattr(evaluate, "answer", lambda *args, **options: said)
     found = evaluate.measure(model, processor, items, False, evaluate.parse_args(["run"]), "scenes")["by_kind"]["sum"]
     assert found["right_totals"] == found["n"] == len(items) > found["right"]
 
@@ -162,7 +162,7 @@ SPELLINGS = {
 @pytest.mark.parametrize("name", SPELLINGS)
 def test_answers_of_every_spelling_are_written_with_their_ids(runs, llava, capsys, tmp_path, monkeypatch, name):
     (tmp_path / name).write_text(SPELLINGS[name], encoding="utf-8")
-    monkeypatch.setattr(evaluate, "answer", lambda model, processor, items, *_: ["A. red" for _ in items])
+    monkeypatch.setattr(evaluate, "answer", lambda model, processor, items, *_, **more: ["A. red" for _ in items])
     flags = "--data", tmp_path / name, "--images", llava, "--blind", "--out", tmp_path / "out"
     last, printed = call(capsys, runs / "vlm", *flags)
     lines = [json.loads(line) for line in (tmp_path / "out" / "answers.jsonl").read_text(encoding="utf-8").splitlines()]

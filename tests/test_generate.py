@@ -20,6 +20,8 @@ from extras.cross_attention import CrossAttentionConfig, CrossAttentionVLM
 from gpt import GPT, GPTConfig
 from lib import conversation, convert, figures
 from lib.adapters import lora_layers, put_adapter, save_lora
+from lib.beam_search import continue_prompts
+from lib.chat import stop_tokens
 from lib.checkpoint import from_pretrained, load_vlm, save_pretrained
 from lib.cli import run_cli
 from lib.conversation import Conversation
@@ -145,6 +147,12 @@ def test_special_token_text_in_a_question_stays_text(run, capsys):
         (["RUN", "The dog " * 300], "the model's context is 200"),
         (["RUN", "x", "--top-k", "0"], "'0' must be a whole number"),
         (["RUN", "x", "--temperature", "1", "--top-p", "1.5"], "--top-p is 1.5"),
+        (
+            ["RUN", "x", "--beams", "3", "--top-k", "5"],
+            "--beams looks for the likeliest text, which draws nothing: leave out --top-k",
+        ),
+        (["RUN", "x", "--beams", "999"], "--beams 999: it must be 1 to"),
+        (["RUN", "x", "--beams", "3", "--length-penalty", "nan"], "'nan' must be a finite number"),
         (["RUN", "--top", "5"], "need a PROMPT"),
         (["./nowhere", "x"], "there is no folder ./nowhere"),
         (["RUN", "x", "--device", "cuda:9"], "no such device"),
@@ -252,6 +260,18 @@ def test_the_answer_is_the_models_with_any_number_of_pictures(vlms, photos, caps
     assert printed == expected(vlms[kind], messages, photos[:count], 9) + "\n" != "\n"
     swapped = call(capsys, vlms[kind], *flags(photos[:count][::-1]), QUESTION, "--max-new-tokens", 9)
     assert (swapped != printed) == (count == 2 and kind != "cross")  # features of cross-attention have no positions
+
+
+def test_beams_answer_with_the_likeliest_text(vlms, photos, capsys):
+    """Which is another one than the likeliest words, here, and depends on the images and on the length penalty."""
+    asked = [vlms["idefics3"], *flags(photos[:1]), QUESTION, "--max-new-tokens", 9]
+    greedy, searched = call(capsys, *asked), call(capsys, *asked, "--beams", 4)
+    model, processor = load_vlm(vlms["idefics3"])
+    messages = [{"role": "user", "content": "<image>\n" + QUESTION}]
+    batch = processor(None, [photos[:1]], [messages], add_generation_prompt=True)
+    images = {key: batch[key] for key in batch if key not in ("input_ids", "attention_mask")}
+    (rows,) = continue_prompts(model, batch["input_ids"], 4, 9, stop_tokens(processor.tokenizer), **images)
+    assert searched.strip() == processor.decode(rows[0].ids).strip() != greedy.strip()
 
 
 def test_pictures_stand_where_the_question_says_so(vlms, photos, capsys):
