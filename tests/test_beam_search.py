@@ -7,6 +7,7 @@ from gpt import GPT, GPTConfig
 from lib.beam_search import beam_search, continue_prompts
 from lib.checkpoint import save_pretrained
 from lib.fast_decode import fast_step
+from lib.generation import LogitRules
 from toys import make, make_vlm, place, random_ids, shaken, words_and_images
 
 transformers = pytest.importorskip("transformers", reason="the search is compared with transformers'")
@@ -44,11 +45,11 @@ def pair(request, tmp_path_factory):
     return ours, prompts, more, theirs, {"input_ids": input_ids, "attention_mask": mask, **more}
 
 
-def their_answers(theirs, batch, beams, stop, length_penalty):
+def their_answers(theirs, batch, beams, stop, length_penalty, **more):
     settings = {"num_beams": beams, "num_return_sequences": beams, "length_penalty": length_penalty, "early_stopping": False}
     settings |= {"do_sample": False, "max_new_tokens": NEW, "pad_token_id": 0, "eos_token_id": stop or None}
     settings |= {"return_dict_in_generate": True, "output_scores": True}
-    out = theirs.generate(**batch, **settings)
+    out = theirs.generate(**batch, **settings, **more)
     rows = [row[batch["input_ids"].shape[1] :].tolist() for row in out.sequences]
     ends = [next((t for t, token in enumerate(row) if token in stop), len(row)) for row in rows]
     return [row[:end] for row, end in zip(rows, ends, strict=True)], out.sequences_scores
@@ -65,6 +66,17 @@ def test_hypotheses_and_scores_are_those_of_transformers(pair, beams, ends, leng
     assert [each.ids for row in found for each in row] == ids
     torch.testing.assert_close(torch.tensor([each.score for row in found for each in row]), scores, atol=1e-4, rtol=1e-4)
     assert not ends or len({len(each) for each in ids}) > 1, "some end before others"
+
+
+def test_a_folders_rules_hold_in_each_beam(pair):
+    ours, prompts, more, theirs, batch = pair
+    rules, stop = {"repetition_penalty": 1.4, "no_repeat_ngram_size": 2, "min_new_tokens": 3}, list(range(40, 60))
+    found = continue_prompts(ours, prompts, 3, NEW, stop, rules=LogitRules(rules, stop), **more)
+    ids, _ = their_answers(theirs, batch, 3, stop, 1.0, **rules)
+    if not more:  # with images, transformers' rules count the padding between rows of other lengths, too
+        assert [each.ids for row in found for each in row] == ids
+    plain = continue_prompts(ours, prompts, 3, NEW, stop, **more)
+    assert [row[0].ids for row in found] != [row[0].ids for row in plain] and all(len(row[0].ids) >= 3 for row in found)
 
 
 def test_one_beam_is_greedy_and_a_fast_step_searches_alike():

@@ -21,11 +21,11 @@ from gpt import GPT, GPTConfig
 from lib import conversation, convert, figures
 from lib.adapters import lora_layers, put_adapter, save_lora
 from lib.beam_search import continue_prompts
-from lib.chat import stop_tokens
 from lib.checkpoint import from_pretrained, load_vlm, save_pretrained
 from lib.cli import run_cli
 from lib.conversation import Conversation
 from lib.fast_decode import fast_step
+from lib.generation import stop_tokens
 from lib.int8 import Linear8bit, quantize_8bit_
 from lib.quant import Linear4bit, quantize_
 from lib.tokenizer import BPETokenizer
@@ -270,7 +270,7 @@ def test_beams_answer_with_the_likeliest_text(vlms, photos, capsys):
     messages = [{"role": "user", "content": "<image>\n" + QUESTION}]
     batch = processor(None, [photos[:1]], [messages], add_generation_prompt=True)
     images = {key: batch[key] for key in batch if key not in ("input_ids", "attention_mask")}
-    (rows,) = continue_prompts(model, batch["input_ids"], 4, 9, stop_tokens(processor.tokenizer), **images)
+    (rows,) = continue_prompts(model, batch["input_ids"], 4, 9, stop_tokens(model, processor.tokenizer), **images)
     assert searched.strip() == processor.decode(rows[0].ids).strip() != greedy.strip()
 
 
