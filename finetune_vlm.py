@@ -41,12 +41,20 @@ from lib.optim import cosine_schedule, make_optimizers, parameter_groups, set_le
 from lib.quant import Linear4bit, quantize_
 from lib.run import Run
 from lib.tokenizer import load_tokenizer
-from lib.vlm_parts import SIZES, assemble, find_part, tower_image_settings, train_tokenizer, whole_model, with_chat_template
+from lib.vlm_parts import (
+    SIZES,
+    assemble,
+    find_part,
+    parts_after,
+    tower_image_settings,
+    train_tokenizer,
+    whole_model,
+    with_chat_template,
+)
 from lib.vlm_report import ask, leave_behind, logged, memorised
 from model import LLAMA32Config, MLLAMAConfig, convert_linears_to_lora
 from processing_mllama import IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD
 from siglip import SiglipVisionConfig
-from vit_scratch import ViTModel
 
 # ---- settings --------------------------------------------------------------------------------------------------------
 
@@ -246,9 +254,9 @@ def train_only(learner: Learner, stage: Stage, args) -> list[dict]:
     trained_before = {PARTS["vision"]: args.vision, PARTS["projector"]: args.model, PARTS["language"]: args.lm}
     for part in stage.parts:
         module = learner.get_submodule(part).requires_grad_(True)
-        if part == PARTS["vision"] and learner.vlm.config.vision_feature_layer is not None:
-            final_norm = module.norm if isinstance(module, ViTModel) else module.vision_model.post_layernorm
-            final_norm.requires_grad_(False)  # comes after the features that are used
+        if part == PARTS["vision"]:
+            for unused in parts_after(module, learner.vlm.config.vision_feature_layer):
+                unused.requires_grad_(False)
         if part == PARTS["language"] and args.lora:
             for name, parameter in module.named_parameters():
                 parameter.requires_grad_(name.endswith(("lora_a", "lora_b")) or "cross_layers" in name)

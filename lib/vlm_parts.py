@@ -74,22 +74,32 @@ def find_part(source: str, part: str, image_size: int | None = None) -> nn.Modul
     if not isinstance(found, SiglipModel | ViTModel if part == "vision" else Llama3ForCausalLM | GPT):
         wanted = "a vision tower (SigLIP, ViT, CLIP, DINOv2)" if part == "vision" else "a decoder (LLaMA, Mistral, Qwen, GPT-2)"
         raise ValueError(f"--{part} {source} is a {type(found).__name__}: it must be {wanted}, or a model that has one")
+    if part == "vision" and found.config.num_channels != 3:
+        raise ValueError(f"--vision {source} reads images of {found.config.num_channels} channels: it must be 3, RGB")
     return resized_tower(found, image_size) if image_size else found
 
 
 def as_tower(vit: ViTModel) -> ViTModel:
     """A ViT as the tower of a vision-language model: without its classifier, and for RGB. Of a ViT for grey images each filter
-    becomes three, a third for each channel, which is the same for grey."""
-    config = replace(vit.config, num_labels=0, id2label=None, num_channels=3, pooling="cls")  # which no tower does
+    becomes three, a third for each channel, which is the same for grey. Any other number of channels stays."""
+    config = replace(vit.config, num_labels=0, id2label=None, pooling="cls")  # how it pooled is of no use to a tower
     state = {name: tensor for name, tensor in vit.state_dict().items() if not name.startswith("classifier.")}
     if vit.config.num_channels == 1:
         filters = state["embeddings.projection.weight"]
         state["embeddings.projection.weight"] = filters.expand(-1, 3, -1, -1) / 3
-    elif vit.config.num_channels != 3:
-        raise ValueError(f"a ViT for images of {vit.config.num_channels} channels is no tower here: grey or RGB is read")
+        config = replace(config, num_channels=3)
     tower = ViTModel(config).eval()
     tower.load_state_dict(state)
     return tower
+
+
+def parts_after(tower: SiglipModel | ViTModel, layer: int | None) -> list[nn.Module]:
+    """What of a tower comes after the features of a layer, counted as in its `features`: it has no gradient."""
+    if layer is None:
+        return []
+    vit = isinstance(tower, ViTModel)
+    blocks, norm = (tower.blocks, tower.norm) if vit else (tower.vision_model.encoder.layers, tower.vision_model.post_layernorm)
+    return [norm, *blocks[range(len(blocks) + 1)[layer] :]]
 
 
 def tower_image_settings(source: str) -> dict:

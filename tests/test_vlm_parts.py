@@ -6,8 +6,9 @@ import torch
 from data.scenes import corpus
 from gpt import GPT, GPTConfig
 from lib.checkpoint import from_pretrained, load_vlm, save_pretrained
-from lib.vlm_parts import as_tower, assemble, find_part, train_tokenizer
+from lib.vlm_parts import as_tower, assemble, find_part, parts_after, train_tokenizer
 from model import Llama3ForCausalLM, LLAMA32Config
+from siglip import SiglipModel, SiglipVisionConfig
 from toys import TEXT, close, shaken
 from vit_scratch import ViTConfig, ViTModel
 
@@ -52,9 +53,26 @@ def test_a_tower_reads_images_of_another_size(tmp_path):
         find_part(tmp_path, "vision", 18)
 
 
-def test_images_of_other_channels_are_refused():
-    with pytest.raises(ValueError, match="a ViT for images of 4 channels is no tower here"):
-        as_tower(vit(num_channels=4))
+@pytest.mark.parametrize("channels, siglip", [(4, False), (1, True)])
+def test_images_of_other_channels_are_refused(tmp_path, channels, siglip):
+    size = {key: value for key, value in VIT.items() if key != "num_labels"}
+    config = SiglipVisionConfig(**size, intermediate_size=64, num_channels=channels)
+    save_pretrained(SiglipModel(config) if siglip else vit(num_channels=channels), tmp_path)
+    with pytest.raises(ValueError, match=f"--vision .* reads images of {channels} channels: it must be 3, RGB"):
+        find_part(tmp_path, "vision")
+
+
+@pytest.mark.parametrize("layer", [None, -1, -2, 1])
+@pytest.mark.parametrize("kind", ["vit", "siglip"])
+def test_what_comes_after_the_features_of_a_layer_has_no_gradient(kind, layer):
+    """Of LLaVA-1.5, which takes the layer before the last, a block was said to train, and had no gradient."""
+    size = {key: value for key, value in VIT.items() if key != "num_labels"}
+    tower = as_tower(vit()) if kind == "vit" else SiglipModel(SiglipVisionConfig(**size, vision_use_head=False))
+    tower.features(torch.rand(1, 3, 16, 16), layer).square().sum().backward()
+    after = {id(p) for part in parts_after(tower, layer) for p in part.parameters()}
+    assert {name for name, p in tower.named_parameters() if p.grad is None} == {
+        name for name, p in tower.named_parameters() if id(p) in after
+    }
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
