@@ -127,11 +127,20 @@ def add_image_tokens_to_prompts(prompts: Sequence[str], num_image_token: int, ar
 
 
 def to_messages(conversation) -> list[dict[str, str]]:
-    """A row, or the turns of a conversation, in any spelling that data/spellings.py reads, as turns {"role", "content"}. Raises
+    """A conversation as turns {"role", "content"}: of a row, or of turns in any spelling that data/spellings.py reads. Raises
     ValueError."""
+    if isinstance(conversation, list) and conversation and all(map(is_turn, conversation)):
+        return [dict(turn) for turn in conversation]
     from data.spellings import conversation_of
 
     return conversation_of(conversation)
+
+
+def is_turn(turn) -> bool:
+    """Whether it is {"role": "user", "assistant" or "system", "content": text}. Half a surrogate pair is no text."""
+    if not isinstance(turn, dict) or turn.keys() != {"role", "content"} or turn["role"] not in ("user", "assistant", "system"):
+        return False
+    return isinstance(turn["content"], str) and turn["content"].encode(errors="ignore").decode() == turn["content"]
 
 
 def images_per_prompt(images, named: Sequence[int]) -> list[list]:

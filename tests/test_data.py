@@ -1,5 +1,5 @@
-"""Laws of data/datasets.py and downloads.py: splits are fixed, file formats are read or named as broken, downloads resume, batches
-repeat."""
+"""Laws of data/datasets.py and downloads.py: splits are fixed, file formats are read or named as broken, downloads resume,
+batches repeat."""
 
 import gzip
 import hashlib

@@ -521,7 +521,7 @@ def test_their_templates_that_want_parts(theirs):
         ({"id": "1"}, "not a conversation"),
         ("hello", "not a conversation"),
         ([{"from": "robot", "value": "a"}], "robot"),
-        ([{"from": "human", "value": 7}], "not a conversation"),
+        ([{"from": "human", "value": None}], "not a conversation"),
         ([{"role": "user"}], "not a conversation"),
         (MESSAGES[:1], "conversation 0 has no answer"),
     ],
