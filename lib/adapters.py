@@ -7,6 +7,7 @@ put_adapter(model, "runs/vlm", "my-lora")        # in place of the adapter that 
 
 import re
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
@@ -20,9 +21,23 @@ from lib.quant import Linear4bit
 from lib.weights import empty_model, naming, shorten, write_tensors
 from model import convert_linears_to_lora
 
-# What else PEFT can put into an adapter, which Linear_LORA does not compute.
-NOT_LORA = ("use_dora", "use_qalora", "use_bdlora", "lora_bias", "alora_invocation_tokens", "modules_to_save")
-NOT_LORA += ("trainable_token_indices", "target_parameters", "layer_replication")
+# What adapter_config.json may say of plain LoRA: which layers, how strong, and how training began where it left the base alone.
+# Anything else that is set is of a kind that Linear_LORA does not compute.
+PLAIN = {"peft_type", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "task_type", "peft_version"}
+PLAIN |= {"r", "rank_pattern", "lora_alpha", "alpha_pattern", "use_rslora", "lora_dropout", "fan_in_fan_out", "runtime_config"}
+PLAIN |= {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "megatron_config", "megatron_core"}
+PLAIN |= {"loftq_config", "eva_config", "corda_config", "lora_ga_config", "qalora_group_size", "ensure_weight_tying"}
+NEUTRAL = {"bias": ("none",), "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal", "mica")}
+
+
+class Pair(NamedTuple):
+    """What an adapter holds of a layer: where it is in the file, B x A, and the layer's own weight where PEFT stores that, too,
+    as it does of heads, whose rows may be others."""
+
+    path: str
+    a: torch.Tensor
+    b: torch.Tensor
+    base: torch.Tensor | None
 
 
 def plain_state(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -93,12 +108,13 @@ def load_lora(model: nn.Module, folder: str | Path) -> list[str]:
     _, layout = adapter_layout(model)
     pairs = read_adapter(model, layout, folder / "adapter_model.safetensors")
     alike: dict[tuple, list[str]] = {}
-    for name, (a, b) in pairs.items():
+    for name, (path, a, b, base) in pairs.items():
         layer, rank = model.get_submodule(name), a.shape[0] if a.ndim else 0
         expected = (getattr(layer, "out_features", None), rank, rank, getattr(layer, "in_features", None))
         if (*b.shape, *a.shape) != expected:
             raise ValueError(f"{folder}: {name} has LoRA matrices {list(b.shape)} x {list(a.shape)}, made for another layer")
-        path = renamed(name, layout.modules)
+        if base is not None and (isinstance(layer, Linear4bit) or base.shape != layer.weight.shape):
+            raise ValueError(f"{folder}: {name} has a base weight {list(base.shape)}, made for another layer")
         special = (value for key, value in config["alpha_pattern"].items() if re.match(rf"(.*\.)?({key})$", path))
         alpha = next(special, config["lora_alpha"]) * (rank**0.5 if config.get("use_rslora") else 1)
         alike.setdefault((rank, alpha), []).append(name)
@@ -106,11 +122,13 @@ def load_lora(model: nn.Module, folder: str | Path) -> list[str]:
         targets = "|".join(map(re.escape, names))
         classes = tuple({type(model.get_submodule(name)) for name in names})
         convert_linears_to_lora(model, rank, alpha, config["lora_dropout"], classes, targets)
-    for name, (a, b) in pairs.items():
+    for name, (_, a, b, base) in pairs.items():
         layer = model.get_submodule(name)
         with torch.no_grad():
             layer.lora_a.copy_(a)
             layer.lora_b.copy_(b)
+            if base is not None:
+                layer.linear.weight.copy_(base)
     return list(pairs)
 
 
@@ -122,9 +140,18 @@ def read_adapter_config(folder: Path) -> dict:
     config = with_defaults(read_json(folder / "adapter_config.json"), defaults)
     if config.get("peft_type") != "LORA":
         raise ValueError(f"{folder} is an adapter of type {config.get('peft_type')!r}: only LORA is implemented")
-    extra = [key for key in NOT_LORA if config.get(key)] + (["bias"] if config.get("bias", "none") != "none" else [])
-    if extra:
-        raise ValueError(f"{folder} is LoRA with {', '.join(extra)}, which Linear_LORA does not compute")
+    for key, value in config.items():
+        if key in NEUTRAL and value in NEUTRAL[key]:
+            continue
+        if key in NEUTRAL or (key not in PLAIN and value):
+            raise ValueError(
+                f"{folder} is LoRA with {key} {value!r:.80}, which Linear_LORA does not compute: merge it with PEFT "
+                "(PeftModel.merge_and_unload) and save the whole model"
+            )
+    try:
+        re.compile("|".join(config["alpha_pattern"]))
+    except (re.error, TypeError) as error:
+        raise ValueError(f"{folder} has an alpha_pattern that is no table of patterns ({error})") from None
     return config
 
 
@@ -136,27 +163,27 @@ def our_layers(model: nn.Module, layout: Layout, weights: list[str]) -> dict[str
     return {weight: (name := ours.get(each)) and name.removesuffix(".weight") for weight, each in spelled.items()}
 
 
-def read_adapter(model: nn.Module, layout: Layout, file: Path) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """{name of our layer: (A, B)}, whichever spelling the file has."""
+def read_adapter(model: nn.Module, layout: Layout, file: Path) -> dict[str, Pair]:
+    """{name of our layer: what the file has of it}, whichever spelling the file has."""
     if not file.exists():
         raise FileNotFoundError(f"there is no {file}: save the adapter as safetensors")
     with naming(file):
         tensors = unwrapped(load_file(file))
-    matches = {key: re.fullmatch(r"base_model\.model\.(.+)\.lora_([AB])\.weight", key) for key in tensors}
+    matches = {key: re.fullmatch(r"base_model\.model\.(.+)\.(lora_A|lora_B|base_layer)\.weight", key) for key in tensors}
     ours = our_layers(model, layout, [f"{match[1]}.weight" for match in matches.values() if match])
     found: dict[str, dict[str, torch.Tensor]] = {}
-    strange = []
+    paths, strange = {}, []
     for key, match in matches.items():
         name = ours.get(f"{match[1]}.weight") if match else None
         if name is None:
             strange.append(key)
         else:
-            found.setdefault(name, {})[match[2]] = tensors[key]
-    halves = [name for name, pair in found.items() if len(pair) < 2]
+            found.setdefault(name, {})[match[2]], paths[name] = tensors[key], match[1]
+    halves = [name for name, pair in found.items() if not {"lora_A", "lora_B"} <= pair.keys()]
     if strange or halves:
         wrong = {"no LoRA of a layer of the model": sorted(strange), "only one of two matrices": halves}
         raise ValueError(f"{file}: " + "; ".join(f"{what}: {shorten(which)}" for what, which in wrong.items() if which))
-    return {name: (pair["A"], pair["B"]) for name, pair in found.items()}
+    return {name: Pair(paths[name], pair["lora_A"], pair["lora_B"], pair.get("base_layer")) for name, pair in found.items()}
 
 
 def put_adapter(model: nn.Module, source: str | Path, adapter: str | Path) -> str:

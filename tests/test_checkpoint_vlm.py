@@ -745,6 +745,103 @@ def test_we_open_pefts_adapter(tmp_path, kind, settings):
     close(our_logits(ours, inputs_of(ours)), published_logits(theirs, inputs_of(ours)))
 
 
+PLAIN_LORA = {
+    "a name each": {"target_modules": ["q_proj", "down_proj"]},
+    "all linear layers": {"target_modules": "all-linear"},
+    "the head too": {"target_modules": ["lm_head", "v_proj"]},
+    "but some": {"target_modules": "all-linear", "exclude_modules": ["up_proj"]},
+    "one block": {"target_modules": ["q_proj"], "layers_to_transform": [1], "layers_pattern": "layers"},
+    "the other way round": {"target_modules": ["q_proj"], "fan_in_fan_out": True},
+    "ranks and strengths": {"target_modules": ["q_proj", "up_proj"], "use_rslora": True, "rank_pattern": {"up_proj": 2},
+                            "alpha_pattern": {r"layers\.1\.self_attn\.q_proj": 3, "0.mlp.up_proj": 9}},
+    "began gaussian": {"target_modules": ["q_proj"], "init_lora_weights": "gaussian"},
+    "began orthogonal": {"target_modules": ["q_proj"], "init_lora_weights": "orthogonal"},
+    "began as MiCA": {"target_modules": ["q_proj"], "init_lora_weights": "mica"},
+}  # fmt: skip
+OTHER_LORA = {  # the line that refuses it, or none where it is right
+    "PiSSA": ({"init_lora_weights": "pissa"}, "LoRA with init_lora_weights 'pissa'"),
+    "PiSSA, fast": ({"init_lora_weights": "pissa_niter_4"}, "LoRA with init_lora_weights 'pissa_niter_4'"),
+    "OLoRA": ({"init_lora_weights": "olora"}, "LoRA with init_lora_weights 'olora'"),
+    **{kind: ({"begun": kind}, f"LoRA with init_lora_weights '{kind}'") for kind in ("loftq", "corda", "lora_ga", "new")},
+    "DoRA": ({"use_dora": True}, "LoRA with use_dora True"),
+    "biases": ({"bias": "lora_only"}, "LoRA with bias 'lora_only'"),
+    "biases of LoRA": ({"lora_bias": True}, "LoRA with lora_bias True"),
+    "a whole head": ({"modules_to_save": ["lm_head"]}, r"LoRA with modules_to_save \['lm_head'\]"),
+    "a whole embedding": ({"modules_to_save": ["embed_tokens"]}, r"LoRA with modules_to_save \['embed_tokens'\]"),
+    "some tokens": ({"trainable_token_indices": [3, 4]}, r"LoRA with trainable_token_indices \[3, 4\]"),
+    "an embedding": ({"target_modules": ["embed_tokens", "q_proj"]}, "no LoRA of a layer of the model: .*embed_tokens"),
+    "a tied head": ({"target_modules": ["lm_head"], "tied": True}, "no LoRA of a layer of the model: .*lm_head"),
+}
+
+
+def pefts_adapter(folder, ours, **settings):
+    """ours, saved as published and opened by transformers, with an adapter of PEFT that is saved in folder/lora."""
+    peft = pytest.importorskip("peft", reason="the adapter's layout is PEFT's")
+    save_pretrained(ours, folder / "base", layout="published")
+    base = tf.AutoModelForCausalLM.from_pretrained(folder / "base")
+    theirs = peft.get_peft_model(base, peft.LoraConfig(r=4, lora_alpha=6, task_type="CAUSAL_LM", **settings)).eval()
+    with torch.no_grad():  # away from B = 0
+        for name, parameter in theirs.named_parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1 * ("lora_" in name))
+    theirs.save_pretrained(folder / "lora")
+    return theirs
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("case", PLAIN_LORA)
+def test_plain_lora_of_every_pattern_has_pefts_logits(tmp_path, case):
+    ours = tiny_llama()
+    theirs = pefts_adapter(tmp_path, ours, **PLAIN_LORA[case])
+    layers = [name for name in theirs.state_dict() if name.endswith("lora_A.default.weight")]
+    assert len(load_lora(ours, tmp_path / "lora")) == len(layers)
+    close(our_logits(ours, IDS), published_logits(theirs, IDS))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_head_that_peft_stores_beside_its_lora_takes_the_place_of_ours(tmp_path):
+    """PEFT saves the weight of a head that has LoRA, too; such an adapter was refused."""
+    ours = tiny_llama()
+    theirs = pefts_adapter(tmp_path, ours, target_modules=["lm_head"])
+    theirs.base_model.model.lm_head.base_layer.weight.data.mul_(2)
+    theirs.save_pretrained(tmp_path / "lora")
+    load_lora(ours, tmp_path / "lora")
+    close(our_logits(ours, IDS), published_logits(theirs, IDS))
+    edit_adapter(tmp_path / "lora", lambda t: t.update({"base_model.model.lm_head.base_layer.weight": torch.ones(100, 24)}))
+    with pytest.raises(ValueError, match=r"lm_head has a base weight \[100, 24\], made for another layer"):
+        load_lora(tiny_llama(), tmp_path / "lora")
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("case", OTHER_LORA)
+def test_lora_that_is_not_plain_is_refused_by_name(tmp_path, case):
+    """An untrained PiSSA adapter, which changes nothing on the base that PEFT prepares for it, moved the logits by 4.75."""
+    settings, line = OTHER_LORA[case]
+    settings = {"target_modules": ["q_proj"], **settings}
+    begun, ours = settings.pop("begun", None), tiny_llama(tie_word_embeddings=settings.pop("tied", False))
+    pefts_adapter(tmp_path, ours, **settings)
+    if begun:  # of which PEFT wants data or other libraries
+        set_adapter(tmp_path / "lora", init_lora_weights=begun)
+    with pytest.raises(ValueError, match=line) as error:
+        load_lora(ours, tmp_path / "lora")
+    assert "\n" not in str(error.value) and not adapters.lora_layers(ours)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_adapters_of_other_kinds_are_refused_by_name(tmp_path):
+    peft = pytest.importorskip("peft", reason="the adapter's layout is PEFT's")
+    ours = tiny_llama()
+    save_pretrained(ours, tmp_path / "base", layout="published")
+    for config in (
+        peft.IA3Config(target_modules=["q_proj"], feedforward_modules=[]), peft.LoHaConfig(target_modules=["q_proj"]),
+        peft.OFTConfig(target_modules=["q_proj"], oft_block_size=4), peft.VeraConfig(target_modules=["q_proj"]),
+        peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2),
+    ):  # fmt: skip
+        base = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+        peft.get_peft_model(base, config).save_pretrained(tmp_path / "other")
+        with pytest.raises(ValueError, match=f"is an adapter of type '{config.peft_type.value}': only LORA"):
+            load_lora(ours, tmp_path / "other")
+
+
 def edit_adapter(folder, edit):
     tensors = load_file(folder / "adapter_model.safetensors")
     edit(tensors)
