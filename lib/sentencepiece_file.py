@@ -15,6 +15,7 @@ from lib.files import need
 from lib.tokenizer_files import added_entry
 
 SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # a space in pieces
+BARE = {"version": "1.0", "normalizer": None, "pre_tokenizer": None, "post_processor": None}
 UNIGRAM, BPE = 1, 2  # kinds of models
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # kinds of pieces
 
@@ -67,11 +68,27 @@ def read_pieces(path: Path) -> tuple[list[tuple[str, float, int]], dict, dict]:
     return pieces, {3: UNIGRAM, 35: 0, 40: 0, **trained}, {2: b"", **normalized}
 
 
-def merges_of(vocab: dict[str, int]) -> list[tuple[str, str]]:
-    """The merges that SentencePiece's BPE does: any two pieces that make a third, the one with the smallest id first."""
+def merges_of(vocab: dict[str, int], scores: list[float] | None = None) -> list[tuple[str, str]]:
+    """The merges that SentencePiece's BPE does: any two pieces that make a third, the one with the smallest id first, or with
+    the highest score."""
     pairs = [(piece[:i], piece[i:]) for piece in vocab for i in range(1, len(piece))]
     pairs = [(left, right) for left, right in pairs if left in vocab and right in vocab]
-    return sorted(pairs, key=lambda pair: (vocab[pair[0] + pair[1]], len(pair[0]), vocab[pair[0]], vocab[pair[1]]))
+    if scores:  # of pairs that make the same piece the order is transformers' in either case
+        return sorted(pairs, key=lambda pair: (-scores[vocab[pair[0] + pair[1]]], -len(pair[0])))
+    return sorted(pairs, key=lambda pair: (vocab[pair[0] + pair[1]], len(pair[0])))
+
+
+def bpe_model(pieces: list[tuple[str, float, int]], unknown: int, by_score: bool = False, byte_fallback: bool = True) -> dict:
+    """The "model" of a tokenizer.json."""
+    vocab = {text: i for i, (text, _, _) in enumerate(pieces)}
+    merges = merges_of(vocab, [score for _, score, _ in pieces] if by_score else None)
+    return {"type": "BPE", "unk_token": pieces[unknown][0], "fuse_unk": True, "byte_fallback": byte_fallback,
+            "vocab": vocab, "merges": [list(pair) for pair in merges]}  # fmt: skip
+
+
+def added_pieces(pieces: list[tuple[str, float, int]]) -> list[dict]:
+    kinds = {CONTROL: True, USER_DEFINED: False}
+    return [added_entry(text, i, kinds[kind]) for i, (text, _, kind) in enumerate(pieces) if kind in kinds]
 
 
 # ---- what the classes of tokenizers do around it -----------------------------------------------------------------------
@@ -134,20 +151,21 @@ def read_sentencepiece(path: Path, config: dict) -> tuple[dict, dict]:
     around, defaults = CLASSES[kind]
     pieces, trained, normalized = read_pieces(path)
     need(trained[3] in (UNIGRAM, BPE), path, f"its model is of kind {trained[3]}: only Unigram and BPE are read")
-    vocab = {text: i for i, (text, _, _) in enumerate(pieces)}
-    need(len(vocab) == len(pieces), path, "a piece occurs twice in it")
+    need(len({text for text, _, _ in pieces}) == len(pieces), path, "a piece occurs twice in it")
     if trained[3] == UNIGRAM:
         scored = [[text, score] for text, score, _ in pieces]
         model = {"type": "Unigram", "unk_id": trained[40], "vocab": scored, "byte_fallback": bool(trained[35])}
     else:
-        model = {"type": "BPE", "unk_token": pieces[trained[40]][0], "fuse_unk": True, "byte_fallback": bool(trained[35])}
-        model |= {"vocab": vocab, "merges": [list(pair) for pair in merges_of(vocab)]}
-    spec = {"version": "1.0", "model": model, "normalizer": None, "pre_tokenizer": None, "post_processor": None}
-    spec |= around(config)
+        model = bpe_model(pieces, trained[40], byte_fallback=bool(trained[35]))
+    spec = BARE | {"model": model, "added_tokens": added_pieces(pieces)} | around(config)
     if normalized[2]:
         charsmap = {"type": "Precompiled", "precompiled_charsmap": base64.b64encode(normalized[2]).decode()}
         steps = [spec["normalizer"]] if spec["normalizer"] else []
         spec["normalizer"] = sequence("normalizers", [*steps, charsmap])
-    kinds = {CONTROL: True, USER_DEFINED: False}
-    spec["added_tokens"] = [added_entry(text, i, kinds[kind]) for i, (text, _, kind) in enumerate(pieces) if kind in kinds]
     return spec, defaults | config
+
+
+def gguf_sentencepiece(tokens: list[str], scores: list[float], kinds: list[int], unknown: int, config: dict) -> dict:
+    """A tokenizer.json of what the header of a .gguf file has of LLaMA's SentencePiece tokenizer."""
+    pieces = list(zip(tokens, scores, kinds, strict=True))
+    return BARE | {"model": bpe_model(pieces, unknown, by_score=True), "added_tokens": added_pieces(pieces)} | llama(config)

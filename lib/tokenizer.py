@@ -222,11 +222,11 @@ class BPETokenizer:
 
         Raises FileNotFoundError or OSError if it is not to be had, ValueError if it is malformed or not byte-level BPE.
         """
-        if Path(source).is_file() and Path(source).suffix != ".gguf":
-            spec, config = read_json(source), {}
-        else:
-            path = find_source(source, TOKENIZER_FILES)
-            spec, config = read_folder(path) if path.is_dir() else read_gguf(path)
+        return cls.of(*read_files(source), source)
+
+    @classmethod
+    def of(cls, spec: dict, config: dict, source) -> BPETokenizer:
+        """Of what files hold. Raises ValueError where it makes no sense, or is of another kind."""
         try:
             return cls(spec, config, source)
         except (AttributeError, LookupError, TypeError) as error:
@@ -512,19 +512,25 @@ class BPETokenizer:
 def load_tokenizer(source: str | os.PathLike) -> BPETokenizer:
     """The tokenizer of a checkpoint: ours where it is byte-level BPE, else read by the `tokenizers` library. Raises ValueError
     or FileNotFoundError where neither can read it."""
+    spec, config = read_files(source)
     try:
-        return BPETokenizer.from_pretrained(source)
+        return BPETokenizer.of(spec, config, source)
     except ValueError as error:
-        if Path(source).suffix == ".gguf":
-            raise
         ours = one_line(error)
     from lib.library_tokenizer import LibraryTokenizer
 
     try:
-        return LibraryTokenizer.from_pretrained(source)
+        return LibraryTokenizer.of(spec, config, source)
     except ValueError as error:
-        theirs = one_line(error)
-        raise ValueError(ours if theirs == ours else f"{ours}; {theirs.removeprefix(f'{source}: ')}") from None
+        raise ValueError(f"{ours}; {one_line(error).removeprefix(f'{source}: ')}") from None
+
+
+def read_files(source: str | os.PathLike) -> tuple[dict, dict]:
+    """(a tokenizer.json, a tokenizer_config.json) of a folder, a .gguf file, a hub name, or a tokenizer.json itself."""
+    if Path(source).is_file() and Path(source).suffix != ".gguf":
+        return read_json(source), {}
+    path = find_source(source, TOKENIZER_FILES)
+    return read_folder(path) if path.is_dir() else read_gguf(path)
 
 
 def _to_ints(ids) -> list[int]:

@@ -266,19 +266,26 @@ def read_gguf(path: Path) -> tuple[dict, dict]:
 
     get = read_header(path, r"tokenizer\.")[0].get
     kind, pre, tokens = (get(f"tokenizer.ggml.{key}") for key in ("model", "pre", "tokens"))
-    need(kind == "gpt2", path, f"its tokenizer is {kind!r}; only byte-level BPE, there called 'gpt2', is read")
-    need(pre in GGUF_PRE, path, f"pre-tokeniser {pre!r} is not known; known are {', '.join(GGUF_PRE)}")
+    need(kind in ("gpt2", "llama"), path, f"its tokenizer is {kind!r}: only 'gpt2' (byte-level BPE) and 'llama' are read")
+    need(kind == "llama" or pre in GGUF_PRE, path, f"pre-tokeniser {pre!r} is not known; known are {', '.join(GGUF_PRE)}")
     vocab = {token: i for i, token in enumerate(tokens)}
     need(len(vocab) == len(tokens), path, "a token occurs twice in its vocabulary")
-    types = enumerate(get("tokenizer.ggml.token_type", ()))  # 3: control token, 4: added by users
-    added = [added_entry(tokens[i], i, kind == 3) for i, kind in types if kind in (3, 4)]
-    llama3 = GGUF_PRE[pre] == "llama3"  # llama.cpp too takes ignore_merges and bos from the name
+    types = get("tokenizer.ggml.token_type", ())  # 3: control token, 4: added by users
+    added = [added_entry(tokens[i], i, type_ == 3) for i, type_ in enumerate(types) if type_ in (3, 4)]
+    llama3 = kind == "gpt2" and GGUF_PRE[pre] == "llama3"  # llama.cpp too takes ignore_merges and bos from the name
     config = {
         "chat_template": get("tokenizer.chat_template"),
         "add_eos_token": get("tokenizer.ggml.add_eos_token"),
-        "add_bos_token": get("tokenizer.ggml.add_bos_token", llama3),
+        "add_bos_token": get("tokenizer.ggml.add_bos_token", llama3 or kind == "llama"),
     }
     for name, key in zip(NAMED_TOKENS, ("bos", "eos", "unknown", "padding"), strict=True):
         number = get(f"tokenizer.ggml.{key}_token_id")
         config[name] = None if number is None else tokens[number]
+    if kind == "llama":
+        from lib.sentencepiece_file import gguf_sentencepiece
+
+        scores, unknown = get("tokenizer.ggml.scores"), get("tokenizer.ggml.unknown_token_id", 0)
+        need(scores and len(scores) == len(types) == len(tokens), path, "its tokenizer has no score and type for each token")
+        prefix = {"add_prefix_space": get("tokenizer.ggml.add_space_prefix", True)}
+        return gguf_sentencepiece(tokens, scores, types, unknown, prefix), config
     return make_spec(vocab, get("tokenizer.ggml.merges"), GGUF_PRE[pre], added, ignore_merges=llama3), config
