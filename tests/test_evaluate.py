@@ -53,7 +53,7 @@ def runs(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def llava(tmp_path_factory):
-    """Three pictures: two captions of the first, one of the second, two turns about the third."""
+    """Three images: two captions of the first, one of the second, two turns about the third."""
     folder = tmp_path_factory.mktemp("llava")
     for number, colour in enumerate(("red", "green", "blue")):
         Image.new("RGB", (20, 30), colour).save(folder / f"{number}.png")
@@ -120,11 +120,11 @@ def test_a_run_that_was_trained_blind_is_measured_blind(runs, capsys, tmp_path):
     assert "blind_exact_match" in last and "exact_match" not in last
 
 
-def test_captions_are_grouped_by_picture_and_question(llava):
+def test_captions_are_grouped_by_image_and_question(llava):
     items, unusable = evaluate.llava_items(str(llava / "test.json"), None, None, False)
     assert unusable == 0 and len(items) == 5 and [len(item.messages) for item in items] == [1, 1, 1, 1, 3]
     said = ["a red picture", "a red picture", "not a caption question", "blue", "no"]
-    found = evaluate.caption_figures(items, said)  # the second picture has a single description, of no kind: a mere answer
+    found = evaluate.caption_figures(items, said)  # the second image has a single description, of no kind: a mere answer
     assert (found["captions"], found["references"], found["bleu4"]) == (1, 2, 0.0)  # three words have no four in a row
     named = [Item(item.images, item.messages, item.answer, "caption") for item in items[:3]]
     found = evaluate.caption_figures(named, ["all of it is red", "all of it is red", "green grass seen from above"])
@@ -215,7 +215,7 @@ def unknown_dataset(run, runs, llava):
     (run / "settings.json").write_text('{"dataset": "digits"}')
 
 
-def lost_picture(run, runs, llava):
+def lost_image(run, runs, llava):
     for name in ("test.json", "0.png", "1.png"):
         shutil.copy(llava / name, run / name)
 
@@ -233,7 +233,7 @@ def nothing(run, runs, llava):
         (other_pixels, "RUN", "images of (height, width): (32, 32) for its processor, (64, 64) for its model"),
         (no_eyes, "RUN", "holds a Llama3ForCausalLM, which does not answer questions about images"),
         (unknown_dataset, "RUN", "was trained on 'digits'"),
-        (lost_picture, "RUN --data RUN/test.json", "1 of 4 rows are unusable, the first row 4, image: '2.png' does not exist"),
+        (lost_image, "RUN --data RUN/test.json", "1 of 4 rows are unusable, the first row 4, image: '2.png' does not exist"),
         (nothing, "RUN --dataset llava", "needs --data FILE.json"),
         (nothing, "RUN --data nowhere.json --split test", "--split is about scenes"),
         (nothing, "RUN --data nowhere.json", "nowhere.json does not exist"),
@@ -260,7 +260,7 @@ def test_a_twin_of_other_data_is_refused(runs, tmp_path):
 
 
 def test_unusable_rows_are_skipped_when_asked(runs, llava, capsys, tmp_path):
-    lost_picture(tmp_path, runs, llava)
+    lost_image(tmp_path, runs, llava)
     _, printed = call(
         capsys, runs / "vlm", "--data", tmp_path / "test.json", "--skip-unusable", "--max-new-tokens", 2, "--out", tmp_path
     )

@@ -28,7 +28,7 @@ ROWS, PER_SHARD = 60, 7
 
 
 def write_rows(folder, count=ROWS):
-    """Rows about no picture, one or two; each says its number."""
+    """Rows about no image, one or two; each says its number."""
     rows = []
     for k in range(count):
         names = [f"{k}.png", f"{k}.webp"][: (0, 1, 1, 2)[k % 4]]
@@ -79,7 +79,7 @@ def test_what_is_packed_is_read_again(packed, tmp_path):
     assert [*found] != [row.id for row in rows] and len(found) == ROWS  # in random order
     for row in rows:
         assert (found[row.id].messages, found[row.id].kinds) == (row.messages, row.kinds)
-        assert [picture.data for picture in found[row.id].images] == [path.read_bytes() for path in row.images]
+        assert [image.data for image in found[row.id].images] == [path.read_bytes() for path in row.images]
     unpack_shards(folder / "shard-*.tar", tmp_path / "back")
     back = LlavaRows.read(tmp_path / "back" / "rows.json")
     assert sorted((row.id, str(row.messages), row.kinds) for row in back) == sorted(
@@ -87,26 +87,26 @@ def test_what_is_packed_is_read_again(packed, tmp_path):
     )
 
 
-def test_rows_that_share_a_picture_share_a_shard(tmp_path):
+def test_rows_that_share_an_image_share_a_shard(tmp_path):
     Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
     turns = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "It."}]
     rows = [{"image": "a.png", "conversations": turns} if k % 3 else {"conversations": turns} for k in range(12)]
     (tmp_path / "train.json").write_text(json.dumps(rows))
     pack_shards(LlavaRows.read(tmp_path / "train.json"), tmp_path / "out", 2)
-    with_picture = [any(row.images for row in Shards.open(path).head(99)) for path in (tmp_path / "out").iterdir()]
-    assert sum(with_picture) == 1
+    with_image = [any(row.images for row in Shards.open(path).head(99)) for path in (tmp_path / "out").iterdir()]
+    assert sum(with_image) == 1
 
 
 def test_pixels_are_those_of_the_files(packed):
     rows, folder = packed
-    pictures, whole = ShardImages(8), {row.id: row for row in rows}
+    decoded, whole = ShardImages(8), {row.id: row for row in rows}
     for row in Shards.open(folder / "shard-*.tar").head(9):
-        for path, picture in zip(whole[row.id].images, row.images, strict=True):
-            assert torch.equal(pictures[picture], ImageCache(8)[path])
+        for path, image in zip(whole[row.id].images, row.images, strict=True):
+            assert torch.equal(decoded[image], ImageCache(8)[path])
 
 
 def test_other_tools_archives_are_read(tmp_path):
-    """Pictures before their JSON, folders, capitals, other files, an old tar format."""
+    """Images before their JSON, folders, capitals, other files, an old tar format."""
     turns = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "It."}]
     png = io.BytesIO()
     Image.new("RGB", (9, 9)).save(png, "png")
@@ -293,7 +293,7 @@ def test_damage_costs_the_rows_that_it_hits_and_is_counted(packed, out, name):
     assert not good and words in report and f"{ROWS - lost} rows are usable" in report
 
 
-def test_a_damaged_picture_costs_its_row(out):
+def test_a_damaged_image_costs_its_row(out):
     path = out / "shard-000002.tar"
     data = path.read_bytes()
     with tarfile.open(path) as tar:
@@ -301,7 +301,7 @@ def test_a_damaged_picture_costs_its_row(out):
     path.write_bytes(data[: member.offset_data + 30] + b"\0" * 20 + data[member.offset_data + 50 :])
     batches = stream(out, batch_size=1)
     rows = [row for _ in range(ROWS) for row in next(batches)]
-    bad = [row for row in rows if any(batches.images[picture] is None for picture in row.images)]
+    bad = [row for row in rows if any(batches.images[image] is None for image in row.images)]
     assert len(rows) == ROWS and len(bad) == 1 and list(batches.images.unreadable) == [f"{path.name}/{member.name}"]
 
 
@@ -380,7 +380,7 @@ def test_a_model_is_trained_from_front_to_back_and_resumed_bit_for_bit(packed, a
 
 
 def test_towers_are_trained_from_shards(packed, tmp_path, monkeypatch, capsys):
-    """Of rows with exactly one picture."""
+    """Of rows with exactly one image."""
     monkeypatch.setattr(train_siglip, "draw", lambda *_: None)
     train_siglip.main([*TOWERS, *data_flags(packed), "--out", str(tmp_path)])
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["steps"] == 4
