@@ -3,7 +3,7 @@
     model = from_pretrained("runs/vlm")             # a run folder, a Hugging Face folder, a .gguf file, or a hub name
     model, processor = load_vlm("runs/vlm")         # a vision-language model with what makes its inputs
     save_pretrained(model, "my-vlm")                # config.json + model.safetensors, which transformers opens
-    python -m lib.checkpoint show|convert|merge-lora ...        # see convert.py
+    python -m lib.checkpoint show|convert|merge-lora|push ...   # see convert.py
 
 Which tensor is which parameter stands in layouts/, how tensors are read and checked in weights.py, LoRA in adapters.py. A model
 that no published layout can hold is saved in our own, whose model_type ends in "_scratch": transformers refuses it instead of

@@ -3,6 +3,7 @@
 python -m lib.checkpoint show SOURCE                # its tensors as a tree, parameters by part
 python -m lib.checkpoint convert SOURCE FOLDER --dtype fp16
 python -m lib.checkpoint merge-lora SOURCE FOLDER --adapter DIR   # default: the run's own adapter, SOURCE/lora
+python -m lib.checkpoint push FOLDER user/name --dry-run          # upload it to the hub, with a model card: see push.py
 """
 
 import argparse
@@ -151,8 +152,17 @@ def main() -> None:
     merge.add_argument("source", **source)
     merge.add_argument("folder", metavar="FOLDER", help="where to write config.json and the weights")
     merge.add_argument("--adapter", metavar="DIR", help="PEFT's or ours; default: the run's own, its folder lora/")
+    push = commands.add_parser("push", help="upload it to the hub, with a model card made from what the run left")
+    push.add_argument("folder", metavar="FOLDER", type=Path, help="a run folder, or another that transformers opens")
+    push.add_argument("name", metavar="USER/NAME", help="where on the hub")
+    push.add_argument("--private", action="store_true", help="for you alone, if it is new")
+    push.add_argument("--dry-run", action="store_true", help="write the card, list the files, upload nothing")
     args = parser.parse_args()
-    if args.command == "show":
+    if args.command == "push":
+        from lib.push import push as upload
+
+        print("\n".join(upload(args.folder, args.name, args.private, args.dry_run)))
+    elif args.command == "show":
         print("\n".join(show(args.source)))
     elif args.command == "merge-lora":
         kind, lines = merge_adapter(args.source, args.folder, args.adapter)
