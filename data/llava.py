@@ -223,6 +223,7 @@ class LlavaRows(Sequence):
     rows: list[LlavaRow]
     total: int  # rows in the file
     problems: list[tuple[int, str, str]]  # (row number, field, what)
+    with_images: int = 0  # of the usable rows
     notes: tuple[str, ...] = ()  # what was read otherwise than it is written, and which keys are not used
 
     @classmethod
@@ -254,11 +255,13 @@ class LlavaRows(Sequence):
         if not usable:
             first = "; the first, row {}, {}: {}".format(*problems[0]) if problems else ""
             raise ValueError(f"{source} has {total} rows and none is usable{first}")
-        return cls(Path(source), folder, usable, total, problems, (*file.notes, *noted(notes)))
+        with_images = sum(bool(row.images) for row in usable)
+        return cls(Path(source), folder, usable, total, problems, with_images, (*file.notes, *noted(notes)))
 
     def report(self) -> str:
         """What is in the file, in up to twelve lines, and one for each sort of thing that was read otherwise than written."""
-        lines = [f"{self.source}: {self.total:,} rows, {self.total - len(self.problems):,} usable, images in {self.folder}"]
+        usable = f"{self.total - len(self.problems):,} usable, {self.with_images:,} of them with images"
+        lines = [f"{self.source}: {self.total:,} rows, {usable}, in {self.folder}"]
         return "\n".join(lines + problem_lines("row {}, {}: {}", self.problems) + list(self.notes))
 
     def __len__(self) -> int:

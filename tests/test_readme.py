@@ -13,8 +13,10 @@ import sys
 import tarfile
 from pathlib import Path
 
+import pyarrow
 import pytest
 import torch
+from pyarrow import parquet
 
 from data.convert import convert_scenes
 from data.scenes import corpus
@@ -125,6 +127,11 @@ def make_named_files(desk: Path) -> None:
     said = [{"file_name": x, "license": "CC BY", "flickr_url": "http://x", "captions": ["A 3.", "A digit."]} for x in names]
     photo = {f"images/{x}": photos[0] for x in names}
     write_tar(desk / "coco_captions_permissive.tar", {"annotations.json": json.dumps(said).encode(), **photo})
+    rows = [{"image": f"{k}.png", "captions": ["A 3.", "A digit."]} for k in range(2)]
+    photo = {f"images/{k}.png": photos[k] for k in range(2)}
+    write_tar(desk / "flickr8k.tar", {f"{name}.json": json.dumps(rows).encode() for name in ("train", "test")} | photo)
+    rows = [{"image": {"bytes": x}, "question": "Which?\nOptions: A: a 3, B: a 7", "answer": "B"} for x in photos[:2]]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), desk / "mmstar.parquet")
     torch.manual_seed(0)
     size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
     save_pretrained(SiglipModel(SiglipVisionConfig(**size, intermediate_size=64)), desk / "SIGLIP")
