@@ -286,6 +286,11 @@ def zero_shot(args) -> list[list[float]]:
     if not isinstance(model, SiglipTwoTower):
         raise ValueError(f"{args.source} holds a {type(model).__name__}: --zero-shot compares with SigLIP's two towers")
     tokenizer, text = load_tokenizer(args.source), model.config.text_config
+    if "attention_mask" in tokenizer.model_input_names:
+        raise ValueError(
+            f"{args.source}: by its tokenizer_config.json the padding of captions is masked, which the text tower here reads: "
+            'published SigLIPs have "model_input_names": ["input_ids"] there'
+        )
     # Cut off or filled with padding to the T tokens that the text tower reads: it was trained so, the published ones too.
     length = {"max_length": text.max_position_embeddings, "truncation": True, "padding": "max_length"}
     captions = tokenizer(args.zero_shot, return_tensors="pt", **length)["input_ids"]  # [captions, T]

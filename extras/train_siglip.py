@@ -38,7 +38,7 @@ from lib.checks import checked
 from lib.classification import default_patch
 from lib.cli import argument_parser, fraction, not_negative_float, not_negative_int, positive_int, run_cli
 from lib.distributed import all_gather
-from lib.files import read_json, write_json
+from lib.files import write_json
 from lib.image_settings import write_image_settings
 from lib.optim import cosine_schedule, make_optimizers, parameter_groups, set_learning_rate
 from lib.run import Run
@@ -274,9 +274,8 @@ def caption_ids(tokenizer, captions: list[str], config) -> torch.Tensor:
 def save_run(folder: Path, model: SiglipTwoTower, tokenizer: BPETokenizer, pairs, args) -> None:
     """A published checkpoint folder, with what transformers' tokenizer and image processor need to know."""
     save_pretrained(model, folder)
+    tokenizer.model_input_names = ["input_ids"]  # padding is read, not masked
     tokenizer.save_pretrained(folder)
-    about = read_json(folder / "tokenizer_config.json")
-    write_json(folder / "tokenizer_config.json", about | {"model_input_names": ["input_ids"]})  # padding is read, not masked
     write_image_settings(folder, pairs.image_size, pairs.mean, pairs.std)
     write_json(folder / "settings.json", vars(args))
     from_pretrained(folder)  # what was written can be read

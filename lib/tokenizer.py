@@ -200,6 +200,7 @@ class BPETokenizer:
                 self._add(self._added[token] | {"special": True}, source)
             else:
                 self.add_special_tokens([token])
+        self.model_input_names = config.get("model_input_names", ["input_ids", "attention_mask"])  # transformers' default
         limit = config.get("model_max_length") or 0
         self.model_max_length = int(limit) if 0 < limit < 10**9 else None  # published files write 1e30 for none
         self.padding_side = config.get("padding_side", "right")
@@ -271,6 +272,7 @@ class BPETokenizer:
             "tokenizer_class": "PreTrainedTokenizerFast",
             "padding_side": self.padding_side,
             "clean_up_tokenization_spaces": False,
+            "model_input_names": self.model_input_names,
             **self._carried,
         }
         spec = self._spec | {"added_tokens": sorted(self._added.values(), key=lambda entry: entry["id"])}

@@ -51,8 +51,8 @@ NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
 NUMBERED_FIRST = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")  # of new ones
 MORE_TOKENS = ("additional_special_tokens", "extra_special_tokens")  # transformers' word for it up to 4, and from 5
 
-# What else of a tokenizer_config.json goes along when a tokenizer is saved: how transformers calls the model with it.
-CARRIED = ("model_input_names", "clean_up_tokenization_spaces", "do_lower_case")
+# What else of a tokenizer_config.json goes along when a tokenizer is saved.
+CARRIED = ("clean_up_tokenization_spaces", "do_lower_case")
 
 TOKENIZER_FILES = ("tokenizer*.json", "special_tokens_map.json", "vocab.json", "merges.txt", "*processor_config.json")
 TOKENIZER_FILES += ("added_tokens.json", "*.model", *TEMPLATE_FILES)

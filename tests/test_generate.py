@@ -532,6 +532,11 @@ def test_towers_that_do_not_fit_their_files_are_refused(towers, tmp_path, photos
     with pytest.raises(ValueError, match=r"contradicts itself: images of .*\(48, 32\) for its processor, \(32, 32\)"):
         generate.zero_shot(args)
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(about))
+    words = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(words | {"model_input_names": ["input_ids", "attention_mask"]}))
+    with pytest.raises(ValueError, match="the padding of captions is masked.*model_input_names"):
+        generate.zero_shot(args)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(words))
     add_a_token(tmp_path, special=False)
     args.zero_shot[0] += " <new>"
     with pytest.raises(ValueError, match="the text has the token '<new>'"):

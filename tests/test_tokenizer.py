@@ -11,6 +11,7 @@ import random
 import sys
 import time
 import types
+from fnmatch import fnmatch
 from importlib.metadata import version
 from pathlib import Path
 
@@ -20,6 +21,7 @@ import torch
 from lib import chat as conversations
 from lib import tokenizer as module
 from lib import tokenizer_files
+from lib.files import find_source
 from lib.library_tokenizer import LibraryTokenizer
 from lib.tokenizer import BPETokenizer, load_tokenizer
 
@@ -575,6 +577,12 @@ def test_a_hub_name(chatml, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
     assert len(BPETokenizer.from_pretrained("someone/some-model")) == len(chatml)
     assert asked[0][0] == "someone/some-model" and not [p for p in asked[0][1] if "safetensors" in p or p == "*"]
+    find_source("someone/some-model")
+    words = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model"]
+    words += ["spiece.model", "vocab.json", "merges.txt", "chat_template.json", "chat_template.jinja", "processor_config.json"]
+    whole = ["config.json", "generation_config.json", "preprocessor_config.json", "model-00001-of-00002.safetensors"]
+    for names, (_, patterns) in ((words, asked[0]), (words + whole, asked[1])):
+        assert not [name for name in names if not any(fnmatch(name, pattern) for pattern in patterns)]
 
     def offline(*_, **__):
         raise RuntimeError("no network\nand a long story")
