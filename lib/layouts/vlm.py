@@ -102,10 +102,7 @@ def read_llava(published: dict) -> MLLAMAConfig:
     if given.get("projector_hidden_act", "gelu") != "gelu":
         raise ValueError(f"projector_hidden_act is {given['projector_hidden_act']!r}: only gelu is implemented")
     tied = given.get("tie_word_embeddings", False) or text.get("tie_word_embeddings", False)
-    if decoder == "gpt2":  # the law of gpt.py: one matrix, which transformers' LLaVA has twice
-        text = {key: value for key, value in text.items() if key != "tie_word_embeddings"}
-    else:
-        text = {**text, "tie_word_embeddings": tied}
+    text = {**text, "tie_word_embeddings": tied}
     return checked(
         MLLAMAConfig,
         vision_config=bare(part_layout(tower).read_config(vision)),
@@ -178,7 +175,7 @@ def llava_layout(layout: Layout, config: MLLAMAConfig, published: dict | None) -
         own = {name.removeprefix("vision_tower."): t for name, t in tensors.items() if name.startswith("vision_tower.")}
         others = {name: t for name, t in tensors.items() if not name.startswith("vision_tower.")}
         if is_gpt2:  # transformers' LLaVA cannot tie this head to its embedding
-            others["language_model.lm_head.weight"] = others["language_model.model.wte.weight"].clone()
+            others.setdefault("language_model.lm_head.weight", others["language_model.model.wte.weight"].clone())
         return others | {f"vision_tower.{name}": tensor for name, tensor in tower.finish(own).items()}
 
     modules = LLAVA_MODULES
@@ -214,8 +211,6 @@ def llava_misfit(config: MLLAMAConfig) -> str:
         return "it takes the tower's features from before the final norm: set vision_feature_layer, to -2 for instance"
     if reason := vlm_misfit(config):
         return reason
-    if isinstance(config.text_config, GPTConfig) and not config.text_config.tie_word_embeddings:
-        return "its GPT-2 has no head of its own"
     for part, kinds in ((config.vision_config, TOWER_KINDS), (config.text_config, DECODER_KINDS)):
         if fitting_part(part, kinds) is None:
             layouts = {kind: part_layout(kind) for kind in kinds if CONFIGS[part_layout(kind).model] is type(part)}
