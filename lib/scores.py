@@ -1,15 +1,13 @@
-"""How good answers are: exact match with its interval, the letter of a multiple choice, BLEU-4 and CIDEr-D of captions.
+"""How good answers are: exact match with its interval, the letter of a multiple choice. (Captions: lib/caption_scores.py.)
 
     score(items, said)                       # exact match by kind of question, with 95 % intervals
     is_right(item, "B. a dog")               # one of them
-    bleu4(captions, references), cider_d(captions, references)
 
-Formulas: Wilson 1927 (interval); Papineni et al. 2002 (BLEU); Vedantam et al. 2015 (CIDEr-D).
+Formula: Wilson 1927 (interval).
 """
 
 import math
 import re
-from collections import Counter
 from collections.abc import Sequence
 
 from data.scenes import normalize_answer
@@ -76,77 +74,3 @@ def option_named(said: str, options: dict[str, str]) -> str | None:
     ways = {letter for letter, option in options.items() for way in (option, f"{letter} {option}")
             if normalize_answer(way).rstrip(".") == text}  # fmt: skip
     return ways.pop() if len(ways) == 1 else None
-
-
-# ---- captions ----------------------------------------------------------------------------------------------------------
-
-
-def words(text: str) -> list[str]:
-    """Lower-case words and numbers, with the apostrophes inside them; punctuation is dropped. Figures for captions depend on
-    such choices: these are not comparable with those of the Penn Treebank tokenizer that COCO's own server uses."""
-    return re.findall(r"\w+(?:['\u2019]\w+)*", text.lower())
-
-
-def ngrams(tokens: Sequence[str], n: int) -> Counter:
-    return Counter(tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1))
-
-
-def check_references(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> None:
-    if len(candidates) != len(references) or not candidates or not all(len(given) for given in references):
-        raise ValueError(
-            f"{len(candidates)} candidates and {len(references)} lists of references: give each candidate at least one"
-        )
-
-
-def bleu4(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> float:
-    """Corpus BLEU-4, 0..1: the geometric mean of how many of all n-grams (n = 1..4) occur in a reference, each counted at most
-    as often as there, times exp(1 - r / c) where the candidates' length c is below r, the sum of the closest references'
-    lengths (of two as close, the shorter). Not smoothed: 0 where no 4-gram fits. Raises ValueError for unequal lists."""
-    check_references(candidates, references)
-    right, all_of_them, c, r = [0] * 4, [0] * 4, 0, 0
-    for candidate, given in zip(candidates, references, strict=True):
-        tokens, texts = words(candidate), [words(text) for text in given]
-        c += len(tokens)
-        r += min((abs(len(text) - len(tokens)), len(text)) for text in texts)[1]
-        for n in range(1, 5):
-            grams, most = ngrams(tokens, n), Counter()
-            for text in texts:
-                most |= ngrams(text, n)
-            right[n - 1] += (grams & most).total()
-            all_of_them[n - 1] += grams.total()
-    if not all(right):
-        return 0.0
-    precision = math.exp(sum(math.log(x / y) for x, y in zip(right, all_of_them, strict=True)) / 4)
-    return precision * min(1.0, math.exp(1 - r / c))
-
-
-def cider_d(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> float:
-    """CIDEr-D, 0..10 (tables often show it times 100, and divide by this 10): the mean likeness of n-grams (n = 1..4), weighted
-    by how rare they are in the references of other images.
-
-    An n-gram weighs its count * log(images / images whose references have it). For each n: the weights that candidate and
-    reference share, clipped to the reference's, as a cosine; times exp(-(difference in words)^2 / (2 * 6^2)). The mean over n
-    and references, times 10, averaged over candidates. Not on words' stems, as in the authors' code. With one image, where
-    nothing is rare, it is 0. Raises ValueError for unequal lists.
-    """
-    check_references(candidates, references)
-    tokens = [[words(text) for text in given] for given in references]
-    images = Counter()  # in how many images' references an n-gram occurs
-    for given in tokens:
-        images.update({gram for text in given for n in range(1, 5) for gram in ngrams(text, n)})
-
-    def vector(text: list[str], n: int) -> tuple[dict, float]:
-        grams = ngrams(text, n).items()
-        weights = {gram: count * math.log(len(references) / max(1, images[gram])) for gram, count in grams}
-        return weights, math.sqrt(sum(weight**2 for weight in weights.values()))
-
-    total = 0.0
-    for candidate, given in zip(map(words, candidates), tokens, strict=True):
-        for text in given:
-            likeness = 0.0
-            for n in range(1, 5):
-                (mine, mine_norm), (theirs, norm) = vector(candidate, n), vector(text, n)
-                shared = sum(min(mine[gram], theirs[gram]) * theirs[gram] for gram in mine.keys() & theirs.keys())
-                likeness += shared / (mine_norm * norm) / 4 if mine_norm and norm else 0.0
-            total += 10 * likeness * math.exp(-((len(candidate) - len(text)) ** 2) / (2 * 6**2)) / len(given)
-    return total / len(candidates)
