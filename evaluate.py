@@ -6,11 +6,12 @@
 
 Answers are generated, greedily or with --beams, and are right if they are the true one but for case and spaces. Beside the
 share of right ones stands the interval that holds it in 95 % of cases (Wilson). --blind asks the same model with every image
-replaced by the mean colour; --blind-run asks a second model, one that was trained without images. Perplexity is that of the
-true answers. Questions of kind "caption", and those that come with several answers about the same image, also get BLEU-4 and
-CIDEr-D over all answers given to them. Of a question that lists options ("A. cat") the letter counts, or the option's own
-words. Writes eval.json, eval.png and answers.jsonl, a line for each answer with its row's id; the last line printed is one
-JSON object.
+replaced by the mean colour; --swapped shows another image of the file; --blind-run asks a second model, one that was trained
+without images. Perplexity and loss are those of the true answers, with the standard error over images; beside others stands on
+how many images the model that sees has the lower loss. Questions of kind "caption", and those that come with several answers
+about the same image, also get BLEU and CIDEr-D over all answers given to them. Of a question that lists options ("A. cat") the
+letter counts, or the option's own words. Writes eval.json, eval.png and answers.jsonl, a line for each answer with its row's
+id; the last line printed is one JSON object.
 """
 
 import argparse
@@ -28,26 +29,30 @@ from lib.answers import (
     MOST_NEW_TOKENS,
     Item,
     answer,
+    answer_losses,
     image_key,
-    mean_answer_loss,
     prompt_rows,
     row_items,
     scene_items,
 )
+from lib.caption_scores import bleu, cider_d
 from lib.checkpoint import load_vlm
 from lib.cli import HelpFormatter, not_negative_int, positive_int, run_cli
 from lib.devices import find_device
 from lib.files import find_source, read_json, write_atomic, write_json
-from lib.scores import bleu4, cider_d, is_right, score
+from lib.photo_losses import by_photo, compare, mean_and_error, swapped
+from lib.scores import is_right, score
 from model import MllamaForConditionalGeneration
 from processing_mllama import IMAGE_TOKEN, MllamaImageProcessor
 
 ASKED = {  # who answers, as eval.json calls it, and as it is printed
     "model": "with the image",
+    "swapped": "another image",
     "blanked": "image blanked",
     "blind": "trained blind",
 }
-COLOURS = {"model": figures.BLUE, "blanked": figures.ORANGE, "blind": figures.GREY}
+COLOURS = {"model": figures.BLUE, "swapped": figures.RED, "blanked": figures.ORANGE, "blind": figures.GREY}
+BLEU = {"bleu1": "BLEU-1", "bleu2": "BLEU-2", "bleu3": "BLEU-3", "bleu4": "BLEU-4"}
 SCENE_SPLITS = ("test", "compositional")
 
 
@@ -62,6 +67,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--split", choices=SCENE_SPLITS, help="scenes: only this one of the two; default: both")
     add("--count", type=positive_int, help="scenes of each split (default 200), or rows of FILE.json (default: all)")
     add("--seed", type=not_negative_int, default=0, help="of the scenes")
+    add("--swapped", action="store_true", help="ask the same model with each image swapped for another one, too")
     add("--blind", action="store_true", help="ask the same model without its images, too")
     add("--blind-run", metavar="RUN2", type=Path, help="ask a second model, which was trained without images, too")
     add("--batch-size", type=positive_int, help="questions at once; default: 256, or what 128 MB of keys and values hold")
@@ -150,8 +156,8 @@ def without_long(items: list[Item], models) -> list[Item]:
 
 
 def caption_figures(items: list[Item], said: list[str]) -> dict | None:
-    """BLEU-4 and CIDEr-D of the questions of kind "caption" and of those with different answers about the same images; None
-    where there are no such questions. The answers to a question are its references, whichever row gives them."""
+    """BLEU and CIDEr-D of the questions of kind "caption" and of those with different answers about the same images; None where
+    there are no such questions. The answers to a question are its references, whichever row gives them."""
     groups: dict = {}
     for item, text in zip(items, said, strict=True):
         asked = tuple(map(image_key, item.images)), tuple((m["role"], m["content"]) for m in item.messages)
@@ -161,22 +167,27 @@ def caption_figures(items: list[Item], said: list[str]) -> dict | None:
         return None
     candidates, references = zip(*chosen, strict=True)
     counts = {"captions": len(candidates), "references": sum(map(len, references))}
-    return counts | {"bleu4": bleu4(candidates, references), "cider_d": cider_d(candidates, references)}
+    return counts | dict(zip(BLEU, bleu(candidates, references), strict=True)) | {"cider_d": cider_d(candidates, references)}
 
 
-def measure(model, processor, items: list[Item], blind: bool, args, dataset: str) -> dict:
-    """Everything about one model's answers to the items of one split."""
-    start = time.perf_counter()
-    said = answer(model, processor, items, args.batch_size, args.max_new_tokens, blind, beams=args.beams)
+def measure(model, processor, items: list[Item], who: str, args, dataset: str) -> dict:
+    """Everything about one model's answers to the items of one split, with "said", its words, and "losses" by photo. who: of
+    ASKED."""
+    start, blind = time.perf_counter(), who in ("blanked", "blind")
+    shown = swapped(items) if who == "swapped" else items
+    said = answer(model, processor, shown, args.batch_size, args.max_new_tokens, blind, beams=args.beams)
     seconds = time.perf_counter() - start
-    loss, tokens = mean_answer_loss(model, processor, items, args.batch_size, blind)
+    losses = answer_losses(model, processor, shown, args.batch_size, blind)
+    (loss, _), photos = mean_and_error(losses), by_photo(items, losses)
     found = score(items, said)
     if dataset == "scenes":
         found["by_kind"] = {kind: found["by_kind"][kind] for kind in KINDS if kind in found["by_kind"]}
     if dataset == "scenes" and "sum" in found["by_kind"]:  # the total may be right where a step on the way is not
         totals = [final_number(t) == final_number(i.answer) for i, t in zip(items, said, strict=True) if i.kind == "sum"]
         found["by_kind"]["sum"]["right_totals"] = sum(totals)
-    found |= {"loss": loss, "perplexity": math.exp(loss), "answer_tokens": tokens, "captions": caption_figures(items, said)}
+    error = mean_and_error(photos.values())[1] if len(photos) > 1 else None
+    found |= {"loss": loss, "loss_error": error, "perplexity": math.exp(loss), "answer_tokens": sum(n for _, n in losses)}
+    found |= {"captions": caption_figures(items, said), "losses": photos}
     return found | {"said": said, "seconds": round(seconds, 2), "questions_per_second": round(len(items) / seconds, 1)}
 
 
@@ -205,8 +216,12 @@ def results_table(found: dict[str, dict]) -> str:
         lines.append([kind, f"{row['n']:,}", *(cell(figures["by_kind"][kind]) for figures in found.values())])
     lines.append(["all", f"{first['n']:,}", *(cell(figures) for figures in found.values())])
     lines.append(["perplexity", "", *(f"{figures['perplexity']:6.3f}" for figures in found.values())])
+    errors = [f" +- {each['loss_error']:.3f}" if each["loss_error"] else "" for each in found.values()]
+    lines.append(["loss", "", *(f"{each['loss']:6.3f}{error}" for each, error in zip(found.values(), errors, strict=True))])
+    if beside := [each["seeing"] | {"exact_match": each["seeing"]["better"]} for each in found.values() if "seeing" in each]:
+        lines.append(["image helps on", f"{beside[0]['photos']:,}", "", *map(cell, beside)])
     if first["captions"]:
-        for key, title in (("bleu4", "BLEU-4"), ("cider_d", "CIDEr-D")):
+        for key, title in {**BLEU, "cider_d": "CIDEr-D"}.items():
             count = f"{first['captions']['captions']:,}"
             lines.append([title, count, *(f"{figures['captions'][key]:6.3f}" for figures in found.values())])
     widths = [max(len(line[k]) for line in lines) for k in range(len(lines[0]))]
@@ -254,7 +269,8 @@ def summary(splits: dict[str, dict[str, dict]]) -> dict:
         for who, figures_of in found.items():
             which = before + ("" if who == "model" else f"{who}_")
             flat |= {f"{which}{key}": figures_of[key] for key in ("exact_match", "perplexity")}
-            flat |= {f"{which}{key}": figures_of["captions"][key] for key in ("bleu4", "cider_d") if figures_of["captions"]}
+            flat |= {f"{which}{key}": figures_of["captions"][key] for key in (*BLEU, "cider_d") if figures_of["captions"]}
+            flat |= {f"{which}{key}": figures_of["seeing"][key] for key in ("gain", "better") if "seeing" in figures_of}
             if who == "model":
                 flat[f"{before}n"] = figures_of["n"]
                 flat[f"{before}by_kind"] = {kind: row["exact_match"] for kind, row in figures_of["by_kind"].items()}
@@ -269,9 +285,11 @@ def main(argv=None) -> None:
     device = find_device(args.device)
     model, processor, settings = load_run(args.run, device)
     is_blind = bool(settings.get("blind", False))
-    if is_blind and (args.blind or args.blind_run):
-        raise ValueError(f"{args.run} was itself trained blind: --blind and --blind-run stand beside a model that sees")
+    if is_blind and (args.swapped or args.blind or args.blind_run):
+        beside = "--swapped, --blind and --blind-run stand beside a model that sees"
+        raise ValueError(f"{args.run} was itself trained blind: {beside}")
     asked = {"blind" if is_blind else "model": (model, processor)}
+    asked |= {"swapped": (model, processor)} if args.swapped else {}
     asked |= {"blanked": (model, processor)} if args.blind else {}
     asked |= {"blind": load_twin(args.blind_run, device, settings)} if args.blind_run else {}
     splits, where = find_items(args, settings)
@@ -287,7 +305,10 @@ def main(argv=None) -> None:
         counts[split] = {"questions": len(kept), "images": images, "too_long": len(items) - len(kept)}
         left_out = f", {len(items) - len(kept)} left out as too long" if len(items) > len(kept) else ""
         print(f"\n{split}: {len(kept):,} questions about {images:,} images{left_out}", flush=True)
-        result[split] = {who: measure(*pair_of, kept, who != "model", args, where["dataset"]) for who, pair_of in asked.items()}
+        result[split] = {who: measure(*pair_of, kept, who, args, where["dataset"]) for who, pair_of in asked.items()}
+        losses = {who: each.pop("losses") for who, each in result[split].items()}
+        for who in asked.keys() - {"model"} if len(losses.get("model", ())) > 1 else ():
+            result[split][who]["seeing"] = compare(losses["model"], losses[who])
         answers += [line for who, each in result[split].items() for line in answer_lines(split, who, kept, each.pop("said"))]
         print(results_table(result[split]), flush=True)
 

@@ -293,22 +293,33 @@ def answer(
     return said
 
 
-def own_loss(model, batch: list[Row], cache: KVCache) -> tuple[float, int]:
-    """Mean loss of the answers' tokens after what the cache holds, and how many they are."""
+def own_losses(model, batch: list[Row], cache: KVCache) -> list[float]:
+    """For each row the summed loss of its answer's tokens after what the cache holds."""
     inputs = own_parts(batch, cache)
     ids, answered = inputs["input_ids"], torch.tensor([row.answered for row in batch], device=cache.keys.device)
     from_end = torch.arange(ids.shape[1], 0, -1, device=ids.device)
     labels = ids.masked_fill(from_end > answered[:, None], -100)
-    return float(model.language_model(**inputs, cache=cache, labels=labels)["loss"]), int(answered.sum())
+    decoder = model.language_model
+    hidden = decoder.hidden_states(decoder.embed(ids), inputs["attention_mask"], cache=cache)
+    losses = [decoder.loss(hidden[b : b + 1], labels[b : b + 1]) for b in range(len(batch))]
+    return (torch.stack(losses) * answered).tolist()
 
 
-def mean_answer_loss(
+def mean_answer_loss(*args, **settings) -> tuple[float, int]:
+    """Mean negative log-likelihood of a token of the true answers, and how many tokens these are: (nan, 0) without items.
+    Perplexity is exp of it. Arguments: those of answer_losses."""
+    losses = answer_losses(*args, **settings)
+    total, count = (sum(column) for column in zip(*losses, strict=True)) if losses else (0.0, 0)
+    return total / count if count else math.nan, count
+
+
+def answer_losses(
     model, processor, items: Sequence[Item], batch_size: int | None = None, blind: bool = False,
     between: Callable[[], None] = lambda: None,
-) -> tuple[float, int]:  # fmt: skip
-    """Mean negative log-likelihood of a token of the true answers, each with its end of turn, and how many tokens these are:
-    (nan, 0) without items. Perplexity is exp of it. Other arguments and errors as `answer`."""
-    rows, total, count = rows_for(model, processor, items, blind, answered=True), 0.0, 0
+) -> list[tuple[float, int]]:  # fmt: skip
+    """For each item the negative log-likelihood of its true answer, end of turn included, and how many tokens that has. Other
+    arguments and errors as `answer`."""
+    rows, found = rows_for(model, processor, items, blind, answered=True), [(0.0, 0)] * len(items)
     batch_size = batch_size or fitting_rows(model, longest_row(model, rows, 0))
     with eval_mode(model):
         for batch in row_batches(rows, batch_size):
@@ -316,6 +327,7 @@ def mean_answer_loss(
             cache, prefixes = prefill(model, processor, items, batch, blind, 0)
             order = sorted(range(len(batch)), key=lambda k: len(batch[k].own))  # answers differ in length: little padding
             for part in (order[k : k + LOSS_ROWS] for k in range(0, len(order), LOSS_ROWS)):
-                loss, tokens = own_loss(model, [batch[k] for k in part], cache.select([prefixes[k] for k in part]))
-                total, count = total + loss * tokens, count + tokens
-    return total / count if count else math.nan, count
+                losses = own_losses(model, [batch[k] for k in part], cache.select([prefixes[k] for k in part]))
+                for row, loss in zip((batch[k] for k in part), losses, strict=True):
+                    found[row.items[0]] = loss, row.answered  # a row of its own for each item: see prompt_rows
+    return found

@@ -80,7 +80,7 @@ def call(capsys, *argv):
 def test_its_figures_are_what_the_models_say(runs, capsys, tmp_path):
     last, printed = call(
         capsys, runs / "vlm", "--count", 3, "--seed", 5, "--max-new-tokens", 4, "--blind", "--blind-run", runs / "blind",
-        "--out", tmp_path,
+        "--swapped", "--out", tmp_path,
     )  # fmt: skip
     written = json.loads((tmp_path / "eval.json").read_text())
     assert list(written["splits"]) == ["test", "compositional"]
@@ -94,6 +94,13 @@ def test_its_figures_are_what_the_models_say(runs, capsys, tmp_path):
                 assert found[who][key] == wanted[key]
             assert found[who]["loss"] == pytest.approx(mean_answer_loss(model, processor, items, blind=blind)[0], rel=1e-5)
             assert list(found[who]["by_kind"]) == [kind for kind in KINDS if kind in wanted["by_kind"]]
+        photos = list({id(item.image): item.image for item in items}.values())
+        about = [[item for item in items if item.image is photo] for photo in photos]
+        models = (evaluate.load_run(runs / "vlm", "cpu")[:2], False), (evaluate.load_run(runs / "blind", "cpu")[:2], True)
+        own, twin = ([mean_answer_loss(*pair, each, blind=blind)[0] for each in about] for pair, blind in models)
+        share = sum(x > y for x, y in zip(twin, own, strict=True)) / len(photos)
+        assert found["blind"]["seeing"]["better"] == pytest.approx(share) and found["blind"]["seeing"]["photos"] == len(photos)
+        assert found["swapped"]["loss"] != pytest.approx(found["model"]["loss"], abs=1e-6)
     assert last["exact_match"] == written["splits"]["test"]["model"]["exact_match"]
     assert last["compositional_blind_perplexity"] == written["splits"]["compositional"]["blind"]["perplexity"]
     assert last["blanked_perplexity"] != last["perplexity"] != last["blind_perplexity"]
@@ -137,7 +144,7 @@ def test_the_share_of_right_totals_is_apart_from_the_exact_match(runs, monkeypat
     items = [item for item in scene_items("test", 12) if item.kind == "sum"]
     said = [item.answer.rsplit(" ", 1)[-1] for item in items]  # the total alone
     monkeypatch.setattr(evaluate, "answer", lambda *args, **options: said)
-    found = evaluate.measure(model, processor, items, False, evaluate.parse_args(["run"]), "scenes")["by_kind"]["sum"]
+    found = evaluate.measure(model, processor, items, "model", evaluate.parse_args(["run"]), "scenes")["by_kind"]["sum"]
     assert found["right_totals"] == found["n"] == len(items) > found["right"]
 
 

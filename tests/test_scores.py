@@ -1,11 +1,14 @@
 """Laws of lib/scores.py: intervals and captions get the numbers that are published, or that the authors' own code gives."""
 
 import math
+import random
+import statistics
 
 import pytest
 
 from lib.answers import Item
 from lib.caption_scores import bleu, cider_d, words
+from lib.photo_losses import by_photo, compare, mean_and_error, swapped
 from lib.scores import is_right, options_in, score, wilson
 
 # ---- scores --------------------------------------------------------------------------------------------------------------
@@ -190,3 +193,33 @@ def test_captions_without_references_are_refused(figure, candidates, references)
 def test_words_are_those_of_the_penn_treebank_without_punctuation(text, tokens):
     """Each as Stanford's PTBTokenizer cuts it for COCO's evaluation."""
     assert words(text) == tokens.split()
+
+
+# ---- losses by photo -----------------------------------------------------------------------------------------------------
+
+
+def test_the_standard_error_is_that_of_drawing_photos():
+    """Of 300 photos with few or many tokens, drawn again and again: the spread of the mean is the error named."""
+    rng = random.Random(0)
+    photos = [(tokens * (2 + rng.gauss(0, 0.5)), tokens) for tokens in (rng.randint(5, 50) for _ in range(300))]
+    means = [mean_and_error(rng.choices(photos, k=300))[0] for _ in range(400)]
+    assert mean_and_error(photos)[1] == pytest.approx(statistics.stdev(means), rel=0.15)
+    assert mean_and_error(photos)[0] == pytest.approx(sum(x for x, _ in photos) / sum(n for _, n in photos))
+
+
+def test_seeing_is_compared_photo_by_photo():
+    items = [Item([name], [], "") for name in "aab"] + [Item(None, [], "")]
+    mine, theirs = (by_photo(items, losses) for losses in ([(1, 2), (2, 2), (9, 3), (5, 1)], [(4, 2), (5, 2), (6, 3), (5, 1)]))
+    assert mine == {("a",): (3, 4), ("b",): (9, 3)}
+    found = compare(mine, theirs)
+    assert (found["photos"], found["better"], found["gain"]) == (2, 0.5, (6 - 3) / 7) and found["gain_error"] > 0
+    assert (found["low"], found["high"]) == wilson(1, 2)
+
+
+def test_swapped_items_are_about_another_image_each():
+    items = [Item([name], [], name) for name in "abcdaa"] + [Item(["a", "b"], [], "ab"), Item(None, [], "")]
+    other = {item.answer: each.images for item, each in zip(items, swapped(items), strict=True)}
+    assert sorted(sum((other[name] for name in "abcd"), [])) == list("abcd") and all(other[name] != [name] for name in "abcd")
+    assert other["ab"] == other["a"] + other["b"] and other[""] == []
+    with pytest.raises(ValueError, match="there is only one"):
+        swapped(items[:1])
