@@ -406,13 +406,14 @@ def test_every_part_of_a_pair_that_trains_has_a_gradient(decoder, fusion):
 
 @pytest.mark.parametrize("fusion", ["early", "cross"])
 @torch.no_grad()
-def test_a_vit_adapter_joins_a_pair_and_is_saved_as_its_projector(tmp_path, fusion):
+def test_a_vit_adapter_joins_a_pair_and_is_saved_as_its_projector(tmp_path, fusion, capsys):
     model, images = own_pair("vit", "qwen2", fusion), pixels(1, 3, 8, 8)
     model.multi_modal_projector = shaken(ViTAdapter(16, 64, "ffn"))
     ids = expanded(model, SAMPLES[0])
     before = model(ids, images)["logits"]
     save_pretrained(model, tmp_path)
     close(from_pretrained(tmp_path)(ids, images)["logits"], before)
+    assert capsys.readouterr() == ("", ""), "cross_every was said to have no effect"
 
 
 # ---- what is refused -------------------------------------------------------------------------------------------------------

@@ -77,7 +77,7 @@ def test_what_comes_after_the_features_of_a_layer_has_no_gradient(kind, layer):
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_a_pair_takes_over_both_parts_is_asked_saved_and_opened_again(tmp_path, tokenizer, kind):
-    tower, text = as_tower(vit()), decoder(kind, len(tokenizer))
+    tower, text = as_tower(vit(pooling="mean")), decoder(kind, len(tokenizer))  # as train_vit.py pools: no tower does
     ids = torch.arange(5, 17)[None]
     words = text(ids)["logits"]
     model, processor = assemble(tower, text, tokenizer, MEAN, projector_type="mlp", vision_feature_layer=-2)
