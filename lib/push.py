@@ -61,7 +61,8 @@ def told(path: Path) -> dict:
     facts = read_json(path) if path.exists() else {}
     found = {}
     for key, value in facts.items():
-        if key not in NOT_TOLD and value not in (None, False, "", [], {}):
+        if key not in NOT_TOLD and value is not None and value is not False and value not in ("", [], {}):
+            value = round(value, 4) if isinstance(value, float) and abs(value) >= 0.01 else value
             value = json.dumps(value) if isinstance(value, dict | list) else value
             found[key] = re.sub(r"(^|(?<=[\s\"]))/\S*/(?=[^/\s]+)", "", value) if isinstance(value, str) else value
     return found
@@ -81,7 +82,7 @@ def model_card(folder: Path, name: str, kind: str) -> str:
     parts = [
         f"---\nlibrary_name: transformers\npipeline_tag: {task}\n---",
         MARK,
-        f"# {title}\n\nA {kind} of {parameters:,} parameters ({', '.join(sorted({stored for *_, stored in tensors}))}).",
+        f"# {title}\n\nA model of type {kind}: {parameters:,} parameters ({', '.join(sorted({stored for *_, stored in tensors}))}).",
         f"```python\nfrom transformers import pipeline\n\n{call}\n```",
     ]
     parts += [f"![{Path(image).stem}]({image})" for image in IMAGES if (folder / image).exists()]
