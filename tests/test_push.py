@@ -81,7 +81,7 @@ def test_the_card_says_what_the_run_says_and_no_path_of_this_disk(run, monkeypat
     assert card.startswith("---\nlibrary_name: transformers\npipeline_tag: image-text-to-text\n---\n")
     for words in (
         "# my-vlm",
-        'pipeline("image-text-to-text", model="me/my-vlm")',
+        'AutoProcessor.from_pretrained("me/my-vlm")',
         "![samples](samples.png)",
         "A model of type llava: ",
     ):
