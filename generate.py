@@ -177,7 +177,7 @@ def next_token_table(model, tokenizer: BPETokenizer, text: str, k: int) -> list[
     logits = model(torch.tensor([ids], device=next(model.parameters()).device))["logits"][0].float()
     top = logits.softmax(dim=-1).topk(min(k, logits.shape[-1]))
     return [
-        (tokenizer.decode([token]), [(tokenizer.decode([i]), p) for i, p in zip(row, values, strict=True)])
+        (tokenizer.decode_inside(token), [(tokenizer.decode_inside(i), p) for i, p in zip(row, values, strict=True)])
         for token, row, values in zip(ids, top.indices.tolist(), top.values.tolist(), strict=True)
     ]
 

@@ -141,7 +141,7 @@ def read_model(spec: dict, source) -> tuple[dict[str, int], list[tuple[str, str]
     need(
         kind == "BPE" and decoder == "ByteLevel",
         source,
-        f"model {kind!r} with decoder {decoder!r} is not byte-level BPE, the only kind read",
+        f"model {kind!r} with decoder {decoder!r} is not byte-level BPE",
     )
     for option in ("byte_fallback", "dropout", "continuing_subword_prefix", "end_of_word_suffix", "fuse_unk"):
         need(not model.get(option), source, f"{option}={model.get(option)!r} is not supported")
