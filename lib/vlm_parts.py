@@ -130,7 +130,7 @@ def assemble(
     config = config_class(vision, text, **join)
     places, context = config.text_config.num_image_tokens, config.text_config.context_length
     if places >= context:
-        raise ValueError(f"an image is {places} tokens, the language model reads {context}: pass a smaller --image-size")
+        raise ValueError(f"an image is {places} tokens, the language model reads {context}: finetune_vlm.py has --image-size")
     settings = {"around_image": around_image(config), **image_settings}
     processor = MllamaImageProcessor(tokenizer, places, vision.image_size, add_location_tokens=False, **settings)
     vocabulary = max(len(tokenizer), decoder.config.vocab_size if decoder else 0)

@@ -17,6 +17,7 @@ from gpt import GPTConfig
 from lib.adapters import load_lora, save_lora
 from lib.checkpoint import from_pretrained, layout_line, load_vlm, read_config, save_pretrained
 from lib.layouts import FAMILIES, NOT_READ
+from lib.layouts.settings import say_once
 from lib.positions import resized_tower
 from lib.quant import Linear4bit, quantize_
 from lib.vlm_parts import find_part
@@ -224,14 +225,18 @@ def test_a_tied_gpt2_is_saved_with_its_head_a_second_time(tmp_path):
 
 
 @torch.no_grad()
-def test_a_pair_that_no_published_layout_holds_comes_back_in_ours(tmp_path):
-    ours = from_pretrained_pair(tmp_path)
+@pytest.mark.parametrize("fusion", ["early", "cross"])
+def test_a_pair_that_no_published_layout_holds_comes_back_in_ours(tmp_path, capsys, fusion):
+    """And nothing is said about its settings: fusion and cross_every "had no effect"."""
+    ours = from_pretrained_pair(tmp_path) if fusion == "early" else own_pair("vit", "qwen3", "cross")
     ours.config.vision_feature_layer = None
+    say_once.cache_clear()
+    capsys.readouterr()
     assert save_pretrained(ours, tmp_path / "own") == "mllama_scratch"
     again = from_pretrained(tmp_path / "own")
     assert again.config == ours.config and type(again.vision_tower) is type(ours.vision_tower)
-    ids, x = torch.arange(12).view(1, 12), pixels(1, 3, 28, 28)
-    ids[:, 2:6] = IMAGE
+    assert capsys.readouterr() == ("", "")
+    ids, x = expanded(ours, SAMPLES[0]), pixels(1, 3, *ours.vision_tower.image_size)
     close(again(ids, x)["logits"], ours(ids, x)["logits"])
 
 
@@ -406,14 +411,13 @@ def test_every_part_of_a_pair_that_trains_has_a_gradient(decoder, fusion):
 
 @pytest.mark.parametrize("fusion", ["early", "cross"])
 @torch.no_grad()
-def test_a_vit_adapter_joins_a_pair_and_is_saved_as_its_projector(tmp_path, fusion, capsys):
+def test_a_vit_adapter_joins_a_pair_and_is_saved_as_its_projector(tmp_path, fusion):
     model, images = own_pair("vit", "qwen2", fusion), pixels(1, 3, 8, 8)
     model.multi_modal_projector = shaken(ViTAdapter(16, 64, "ffn"))
     ids = expanded(model, SAMPLES[0])
     before = model(ids, images)["logits"]
     save_pretrained(model, tmp_path)
     close(from_pretrained(tmp_path)(ids, images)["logits"], before)
-    assert capsys.readouterr() == ("", ""), "cross_every was said to have no effect"
 
 
 # ---- what is refused -------------------------------------------------------------------------------------------------------

@@ -283,7 +283,7 @@ PART_CLASSES = {"vision_config": (SiglipVisionConfig, ViTConfig), "text_config":
 
 
 def read_own(published: dict) -> MLLAMAConfig:
-    settings = own_settings(published, MLLAMAConfig, "fusion|cross_every")
+    settings = own_settings(published, MLLAMAConfig, "fusion cross_every")
     for name, classes in PART_CLASSES.items():  # what a part is stands beside its settings; older files have SigLIP and LLaMA
         part = dict(settings[name])
         settings[name] = part = {key: value for key, value in part.items() if key != "class"}
