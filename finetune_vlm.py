@@ -398,7 +398,7 @@ def main(argv=None) -> None:
             run.log(**logged(found))
             run.print(memorised(found))
             leave_behind(run, vlm, processor, asked, found, "llava", **lost)
-    run.barrier()
+    run.finish()
 
 
 if __name__ == "__main__":

@@ -140,7 +140,7 @@ def main(argv=None) -> None:
             "run": str(run.folder),
         }
         print(json.dumps(result))
-    run.barrier()
+    run.finish()
 
 
 if __name__ == "__main__":

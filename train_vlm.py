@@ -217,7 +217,7 @@ def main(argv=None) -> None:
         with run.evaluation() as eval_learner:
             found = evaluate(run, eval_learner.vlm, processor)
             leave_behind(run, eval_learner.vlm, processor, test_questions(args.eval_count), found, "scenes")
-    run.barrier()
+    run.finish()
 
 
 def evaluate(run: Run, model, processor, most: int | None = None) -> dict[str, dict]:

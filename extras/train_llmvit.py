@@ -300,7 +300,7 @@ def main(argv=None) -> None:
         }
         write_json(run.folder / "result.json", result)
         print(json.dumps(result))
-    run.barrier()
+    run.finish()
 
 
 if __name__ == "__main__":

@@ -338,7 +338,7 @@ def main(argv=None) -> None:
         result |= {"seed": args.seed, "run": str(run.folder)}
         write_json(run.folder / "result.json", result)
         print(json.dumps(result))
-    run.barrier()
+    run.finish()
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from lib.devices import DTYPES
 from lib.distributed import end_processes
+from lib.loggers import LOGS
 
 
 def argument_parser(doc: str, **defaults) -> argparse.ArgumentParser:
@@ -40,6 +41,7 @@ def argument_parser(doc: str, **defaults) -> argparse.ArgumentParser:
     add("--workers", type=not_negative_int, default=cores, help="processes or threads that decode images, of each process")
     add("--eval-every", type=positive_int, default=500, metavar="STEPS", help="steps between evaluations")
     add("--save-every", type=positive_int, default=500, metavar="STEPS", help="steps between saved states for --resume")
+    add("--log", action="append", choices=LOGS, help="write the figures there as well; may be given twice")
     add("--resume", action="store_true", help="go on where the run in --out stopped, exactly")
     add("--dry-run", action="store_true", help="say how much memory a step will take, and stop; nothing is written")
     parser.set_defaults(**defaults)

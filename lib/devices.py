@@ -35,3 +35,12 @@ def find_dtype(name: str | None, device: torch.device) -> torch.dtype:
     if dtype == torch.float16 and device.type == "cpu":
         raise ValueError("--dtype fp16 needs a GPU: on a CPU train in fp32 (the default)")
     return dtype
+
+
+def to_device(value, device: torch.device):
+    """A batch, with every tensor in its dicts, lists and tuples, on the device."""
+    if isinstance(value, dict):
+        return {key: to_device(each, device) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [to_device(each, device) for each in value]
+    return value.to(device, non_blocking=True) if hasattr(value, "to") else value

@@ -36,9 +36,10 @@ import torch.nn as nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from lib.devices import find_device, find_dtype, has_bf16_products
+from lib.devices import find_device, find_dtype, has_bf16_products, to_device
 from lib.distributed import all_gather, data_parallel, gathered, is_sharded, shard, sharded_like, start_processes
 from lib.folder_lock import take_folder
+from lib.loggers import check_installed, open_logs
 from lib.memory import DryRun, mib, recompute_blocks
 from lib.metrics import Metrics
 from lib.optim import EMA
@@ -88,6 +89,7 @@ class Run:
         if self.state is not None:
             check_settings(self.folder, self.settings, self.state.get("settings"))
         self.metrics: Metrics | None = None  # of rank 0
+        check_installed(args.log)
         self.whole: nn.Module | None = None  # of rank 0 under --fsdp: see place
         self.steps_done, self.seconds, self.skipped = 0, 0.0, 0  # skipped: steps whose gradients overflowed in fp16
         self.stop_signal: int | None = None
@@ -144,8 +146,14 @@ class Run:
         return not self.any(not mine)
 
     def barrier(self) -> None:
-        """Wait for the other processes: leaving while rank 0 still writes would end the job under it."""
+        """Wait for the other processes."""
         self.any(False)
+
+    def finish(self) -> None:
+        """The end of a script. Leaving while rank 0 still writes would end the job under it."""
+        if self.metrics is not None:
+            self.metrics.finish(self.steps_done)
+        self.barrier()
 
     @contextlib.contextmanager
     def main_first(self) -> Iterator[None]:
@@ -201,7 +209,8 @@ class Run:
         if self.dry is not None:
             self.dry.begin(self.raw)
         elif self.is_main and self.metrics is None:
-            self.metrics = Metrics(self.folder / "metrics.jsonl", self.steps_done if resumed else None)
+            logs = open_logs(args.log, self.folder, vars(args), resumed)
+            self.metrics = Metrics(self.folder / "metrics.jsonl", self.steps_done if resumed else None, logs)
         self.raw.train()
         self.model = torch.compile(self.raw) if args.compile and self.dry is None else self.raw
         if args.fsdp and not any(is_sharded(p) for p in self.raw.parameters()):
@@ -450,12 +459,3 @@ class Run:
         if self.ema:
             weights = {name: tensor.to(self.device) for name, tensor in state["ema"].items()}
             self.ema.weights = {name: sharded_like(tensor, own[name]) for name, tensor in weights.items()}
-
-
-def to_device(value, device: torch.device):
-    """A batch, with every tensor in its dicts, lists and tuples, on the device."""
-    if isinstance(value, dict):
-        return {key: to_device(each, device) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [to_device(each, device) for each in value]
-    return value.to(device, non_blocking=True) if hasattr(value, "to") else value

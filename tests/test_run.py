@@ -1,5 +1,6 @@
 """Laws of lib/run.py and lib/optim.py: a resumed run is the uninterrupted run, bit for bit; parts, processes change nothing."""
 
+import contextlib
 import io
 import json
 import os
@@ -9,6 +10,7 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +19,7 @@ from safetensors.torch import load_file
 from tqdm import tqdm
 
 import train_vit
-from calls import printed, refused
+from calls import Killed, interrupt, printed, refused
 from lib.checkpoint import from_pretrained
 from lib.cli import argument_parser, run_cli
 from lib.devices import find_device
@@ -379,6 +381,58 @@ def test_blocks_are_recomputed_in_training_alone_and_change_nothing():
         for hook in hooks:
             hook.remove()
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+class FakeWandb(SimpleNamespace):
+    """As much of wandb as lib/loggers.py calls, which keeps what it is given."""
+
+    def __init__(self):
+        self.begun, self.rows = [], []
+        self.Settings = lambda **options: SimpleNamespace(project=None)
+        self.errors, self.Image = SimpleNamespace(Error=ZeroDivisionError), lambda path: path
+        run = SimpleNamespace(log=self.rows.append, finish=lambda: None, define_metric=lambda *args, **options: None)
+        self.init = lambda **options: self.begun.append(options) or run
+
+
+def test_other_logs_get_what_metrics_gets_and_a_resumed_run_goes_on_in_them(tmp_path, monkeypatch):
+    """Killed after step 30, with a line of step 40 that comes again: TensorBoard has every step once, wandb the same run."""
+    pytest.importorskip("tensorboard", reason="its files are read back")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.setitem(sys.modules, "wandb", wandb := FakeWandb())
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    flags = [*TINY, *map(str, STATEFUL), "--out", str(tmp_path), "--log", "tensorboard", "--log", "wandb", "--save-every", "30"]
+    for again in ([], ["--resume"]):
+        with pytest.MonkeyPatch.context() as patch:
+            if not again:
+                interrupt(patch, "kill", 42)
+            with contextlib.suppress(Killed):
+                printed(train_vit.main, *flags, *again)
+    rows = read_metrics(tmp_path / "metrics.jsonl")
+    events = EventAccumulator(str(tmp_path / "tensorboard"), {"scalars": 0, "images": 0}).Reload()
+    for name in ("loss", "test_accuracy", "seconds"):
+        wanted = [(row["step"], pytest.approx(row[name])) for row in rows if name in row]
+        assert [(event.step, event.value) for event in events.Scalars(name)] == wanted
+    assert [event.step for event in events.Images("samples")] == [44]
+    assert len({options["id"] for options in wandb.begun}) == 1 and len(wandb.begun) == 2
+    assert wandb.rows[-1] == {"step": 44, "samples": str(tmp_path / "samples.png")}
+    assert all(row in wandb.rows for row in rows)
+
+
+@pytest.mark.parametrize("name", ["tensorboard", "wandb"])
+def test_a_log_whose_package_is_missing_is_one_line(tmp_path, monkeypatch, capsys, name):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    error = refused(capsys, train_vit.main, *TINY, "--out", tmp_path, "--log", name)
+    assert error.endswith(f"--log {name} needs a package that is not installed: pip install {name}")
+
+
+def test_a_wandb_that_cannot_start_is_one_line(tmp_path, monkeypatch, capsys):
+    wandb = FakeWandb()
+    wandb.init = lambda **options: 1 / 0
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    error = refused(capsys, train_vit.main, *TINY, "--out", tmp_path, "--log", "wandb")
+    assert "--log wandb cannot start (division by zero): log in with `wandb login`, or set WANDB_MODE=offline" in error
 
 
 def test_the_learning_rate_rises_from_the_first_step_on():
