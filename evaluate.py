@@ -40,6 +40,7 @@ from lib.checkpoint import load_vlm
 from lib.cli import HelpFormatter, not_negative_int, positive_int, run_cli
 from lib.devices import find_device
 from lib.files import find_source, read_json, write_atomic, write_json
+from lib.generation import say_unlike
 from lib.photo_losses import by_photo, compare, mean_and_error, swapped
 from lib.scores import is_right, score
 from model import MllamaForConditionalGeneration
@@ -86,6 +87,7 @@ def load_run(folder: Path, device) -> tuple[MllamaForConditionalGeneration, Mlla
     folder holds a vision-language model, with the tokenizer and the image settings it was trained with."""
     folder = find_source(folder)
     model, processor = load_vlm(folder, device)
+    say_unlike(model, processor.tokenizer)
     settings = read_json(folder / "settings.json") if (folder / "settings.json").exists() else {}
     return model, processor, settings
 

@@ -4,13 +4,12 @@
     python finetune_vlm.py --data train.json --vision SIGLIP --lm SMOLLM2 --lora 8  a projector between published parts
     python finetune_vlm.py --data train.json --model runs/vlm-own --lora 8          a whole model learns more
     python finetune_vlm.py --data train.json --vision SIGLIP --lm LM.gguf --qlora 8       over matrices of four bits a weight
-    python finetune_vlm.py --data 'OUT/shard-*.tar' --test-data test.json           more than fits in memory, or 'x-*.parquet'
+    python finetune_vlm.py --data 'OUT/shard-*.tar' --test-data test.json           more than fits in memory (data/shards.py)
     torchrun --nproc-per-node 8 finetune_vlm.py ...      on 8 GPUs; with --fsdp a model that does not fit on one
 
---data is rows in any known spelling (data/spellings.py; `python -m data.check` says what is wrong with a file). Up to three
-stages, each said before it starts and why: a vision tower that starts untrained learns the answers to common questions, if
-there are any; the projector learns alone; then all that is not frozen learns to answer. Read train_vlm.py first: the loop is
-the same.
+--data is LLaVA-style JSON (data/llava.py; `python -m data.check` says what is wrong with a file). Up to three stages, each said
+before it starts and why: a vision tower that starts untrained learns the answers to common questions, if there are any; the
+projector learns alone; then all that is not frozen learns to answer. Read train_vlm.py first: the loop is the same.
 
 Writes runs/vlm-own/ (blind: runs/vlm-own-blind/): the model as a folder that transformers opens (Idefics3's layout, or LLaVA's
 with --projector mlp), with --lora the corrections in lora/ as well, metrics.jsonl, curves.png, samples.png, attention.png,

@@ -35,7 +35,7 @@ from lib.conversation import Conversation, stream_text
 from lib.devices import find_device
 from lib.fast_decode import fast_step
 from lib.files import find_source
-from lib.generation import unlike_generate
+from lib.generation import say_unlike
 from lib.image_settings import read_image_settings
 from lib.tokenizer import BPETokenizer, load_tokenizer
 from lib.vocabulary import check_rows
@@ -149,9 +149,8 @@ def load(args) -> tuple[torch.nn.Module, BPETokenizer, MllamaImageProcessor | No
             name = type(model).__name__
             raise ValueError(f"{args.source} holds a {name}, which reads no images: leave out --image, --attention")
         processor, tokenizer = None, load_tokenizer(args.source)
-    unlike = unlike_generate(model.generation_config)
-    if unlike and not args.temperature:
-        print(f"[{unlike}]", file=sys.stderr)
+    if not args.temperature:
+        say_unlike(model, tokenizer)
     if args.int8:
         from lib.int8 import quantize_8bit_
 
@@ -177,7 +176,7 @@ def next_token_table(model, tokenizer: BPETokenizer, text: str, k: int) -> list[
     logits = model(torch.tensor([ids], device=next(model.parameters()).device))["logits"][0].float()
     top = logits.softmax(dim=-1).topk(min(k, logits.shape[-1]))
     return [
-        (tokenizer.decode_inside(token), [(tokenizer.decode_inside(i), p) for i, p in zip(row, values, strict=True)])
+        (tokenizer.decode([token]), [(tokenizer.decode([i]), p) for i, p in zip(row, values, strict=True)])
         for token, row, values in zip(ids, top.indices.tolist(), top.values.tolist(), strict=True)
     ]
 

@@ -38,7 +38,8 @@ def load_rows(args, run) -> tuple[LlavaRows | StreamedRows, LlavaRows]:
     else:
         if is_streamed(args.data):
             check_size(args.data)
-        rows = LlavaRows.read(args.data, args.images, run.is_main)
+        with run.main_first():  # it writes the images that are no files of their own
+            rows = LlavaRows.read(args.data, args.images, run.is_main)
     run.print(rows.report())
     if args.test_data:
         test = LlavaRows.read(args.test_data, args.images, run.is_main)

@@ -8,8 +8,8 @@
     rows = shards.head(10)                                 # the usable ones of the first rows, as llava.LlavaRow
 
 WebDataset's layout (Aizman et al. 2020): members that follow one another and have all up to the first dot of the file's name in
-common, their key, are a row: KEY.json, a row in any spelling, and its images in order, KEY.0.jpg, KEY.1.png; or, as img2dataset
-writes it, KEY.jpg with its caption in KEY.txt. shard_stream.py draws batches from them.
+common, their key, are a row: KEY.json, one object of LLaVA-style JSON, and its images in order, KEY.0.jpg, KEY.1.png.
+shard_stream.py draws batches from them.
 """
 
 import argparse
@@ -299,7 +299,7 @@ def check_shards(pattern: str, workers: int) -> tuple[str, bool]:
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    packing = commands.add_parser("pack", help="rows and their images into shards")
+    packing = commands.add_parser("pack", help="LLaVA-style JSON and its images into shards")
     packing.add_argument("file", metavar="FILE.json")
     packing.add_argument("folder", metavar="OUT", type=Path)
     packing.add_argument("--images", metavar="DIR", help="where the images are; default: beside the file")

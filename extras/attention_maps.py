@@ -102,9 +102,8 @@ def group_into_words(
     and [words, I, h, w]. decode: ids to text; special tokens it leaves out go with the word before."""
     groups: list[list[int]] = []  # of places in the answer
     text = ""
-    ids, before = [int(token) for token in token_ids], ""
-    for place in range(len(ids)):
-        piece, before = (whole := decode(ids[: place + 1]))[len(before) :], whole  # a token alone may come without its space
+    for place, token in enumerate(token_ids):
+        piece = decode([int(token)])
         if not groups or (text.strip() and piece and (piece[0].isspace() or text[-1].isspace())):
             groups.append([])
             text = ""
@@ -112,5 +111,5 @@ def group_into_words(
         text += piece
     if len(groups) > 1 and not text.strip():  # a line break at the end
         groups[-2:] = [groups[-2] + groups[-1]]
-    words = [decode([ids[place] for place in group]).strip() for group in groups]
+    words = [decode([int(token_ids[place]) for place in group]).strip() for group in groups]
     return words, torch.stack([maps[group].mean(dim=0) for group in groups])

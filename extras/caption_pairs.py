@@ -1,8 +1,7 @@
 """Images and captions that are true of them, for train_siglip.py: drawn for a batch, and to test with.
 
-Of scenes of digits, which never end; of images with classes, whose caption names the class; of rows of one's own, whose
-caption is the first answer, or any of several; of shards of such rows. Each has draw, tests, texts and what run.steps asks of
-batches.
+Of scenes of digits, which never end; of images with classes, whose caption names the class; of rows of LLaVA-style JSON, whose
+caption is the first answer; of shards of such rows. Each has draw, tests, texts and what run.steps asks of batches.
 Axes: B images of the batch; N of a test; M captions; S the image's side.
 """
 
@@ -174,8 +173,8 @@ class ClassPairs(InOrder):
 
 
 class RowPairs(InOrder):
-    """Rows with one image each; the caption is the first answer, or in a row of several captions any of them, and true of the
-    image wherever that comes again."""
+    """Rows of LLaVA-style JSON with one image each; the caption is the first answer, and true of the image wherever that
+    comes again."""
 
     def __init__(self, args, run):
         rows, test = load_rows(args, run)
@@ -195,7 +194,7 @@ class RowPairs(InOrder):
         if left_out := len(rows) - len(found):
             self.run.print(f"{left_out} rows are left out: a pair is one image and its caption")
         for row in found:
-            self.true[row.images[0]] = self.true.get(row.images[0], frozenset()) | {*captions_of(row)}
+            self.true[row.images[0]] = self.true.get(row.images[0], frozenset()) | {first_answer(row)}
         return found
 
     def open(self, rows, seed: int) -> None:
@@ -209,7 +208,7 @@ class RowPairs(InOrder):
         return self.run.args.batch_size // self.run.world_size
 
     def texts(self) -> list[str]:
-        return [caption for row in self.rows for caption in captions_of(row)]
+        return [first_answer(row) for row in self.rows]
 
     def next_rows(self) -> list[tuple[LlavaRow, torch.Tensor]]:
         """The readable ones of the next batch."""
@@ -224,8 +223,8 @@ class RowPairs(InOrder):
             good = self.next_rows()
             if self.run.all(bool(good)):  # to stay together
                 chosen = [good[k % len(good)] for k in range(self.size)]
-                captions = [one_of(captions_of(row), generator) for row, _ in chosen]
-                true = [self.true.get(row.images[0], frozenset(captions_of(row))) for row, _ in chosen]
+                captions = [first_answer(row) for row, _ in chosen]
+                true = [self.true.get(row.images[0], frozenset([first_answer(row)])) for row, _ in chosen]
                 return Pairs(torch.stack([pixels for _, pixels in chosen]), captions, true)
         raise ValueError(f"{self.rows.source}: none of its images can be read")
 
@@ -237,11 +236,11 @@ class RowPairs(InOrder):
         rows = list(reversed(first.values()))
         rows = rows[:: -(-len(rows) // GALLERY)]
         images = denormalize(torch.stack([self.images[row.images[0]] for row in rows]), self.mean, self.std)
-        return {"": Test(images, [captions_of(row)[0] for row in rows], [self.true[row.images[0]] for row in rows])}
+        return {"": Test(images, [first_answer(row) for row in rows], [self.true[row.images[0]] for row in rows])}
 
     @cached_property
     def _rows_hash(self) -> str:
-        rows = [(row.images[0].name, *captions_of(row)) for row in self.rows]
+        rows = [(row.images[0].name, first_answer(row)) for row in self.rows]
         return hashlib.sha256(repr(rows).encode()).hexdigest()
 
     def state_dict(self) -> dict:
@@ -265,20 +264,12 @@ class ShardPairs(RowPairs):
         self.order = ShardStream(rows, ShardImages(self.image_size), self.size, seed, *ranks)
 
     def texts(self) -> list[str]:
-        return [caption for row in self.rows.head(FIRST_ROWS) for caption in captions_of(row)]
+        return [first_answer(row) for row in self.rows.head(FIRST_ROWS)]
 
     def next_rows(self) -> list[tuple[LlavaRow, torch.Tensor]]:
         rows = [row for row in next(self.order) if len(row.images) == 1]
         return [(row, pixels) for row in rows if (pixels := self.order.images[row.images[0]]) is not None]
 
 
-def captions_of(row: LlavaRow) -> list[str]:
-    """The answers of a row of captions; of a conversation, the first."""
-    said = [" ".join(message["content"].split()) for message in row.messages if message["role"] == "assistant"]
-    return said if row.isolated else said[:1]
-
-
-def one_of(captions: list[str], generator: torch.Generator) -> str:
-    if len(captions) == 1:
-        return captions[0]
-    return captions[int(torch.randint(len(captions), (), generator=generator, device=generator.device))]
+def first_answer(row) -> str:
+    return " ".join(next(message["content"] for message in row.messages if message["role"] == "assistant").split())

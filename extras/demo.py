@@ -29,6 +29,7 @@ from lib.conversation import Conversation
 from lib.devices import find_device
 from lib.fast_decode import fast_step
 from lib.files import one_line
+from lib.generation import say_unlike
 
 HOST, LARGEST, SHOWN = "127.0.0.1", 10, 384  # MiB of one upload; pixels a side of images on the page
 
@@ -222,6 +223,7 @@ def main(argv=None) -> None:
     except (OSError, OverflowError) as error:
         raise OSError(f"port {args.port} of {HOST} cannot be used ({one_line(error)}): choose another with --port") from None
     model, processor = load_vlm(args.run, find_device(args.device))
+    say_unlike(model, processor.tokenizer)
     step = fast_step(model.language_model)
     for name in ("NO_PROXY", "no_proxy"):  # gradio asks itself whether it is up: never by way of a proxy
         os.environ[name] = ",".join(filter(None, [os.environ.get(name), HOST]))

@@ -65,7 +65,7 @@ def scene_items(split: str, count: int, seed: int = 0, per_scene: int = 12) -> l
 
 
 def row_items(rows: Sequence, isolated: bool = False) -> list[Item]:
-    """All questions of llava.LlavaRows, each after what came before it, or alone (see llava.questions_of_row)."""
+    """All questions of rows of LLaVA-style JSON, each after what came before it, or alone (see llava.questions_of_row)."""
     items = []
     for row in rows:
         for number, (messages, truth, kind) in enumerate(questions_of_row(row, isolated)):

@@ -100,7 +100,7 @@ def answer_prefix(tokenizer) -> str:
 
 def end_of_turn(tokenizer) -> int:
     """The token that ends an answer in the tokenizer's template. Raises ValueError where no special one does."""
-    chat = [{"role": "user", "content": PROBE}, {"role": "assistant", "content": PROBE}]
+    chat = [{"role": "user", "content": "What is it?"}, {"role": "assistant", "content": "It is red."}]
     ids, mask = encode_conversation(tokenizer, chat)
     return ids[len(mask) - 1 - mask[::-1].index(1)]
 
@@ -173,25 +173,37 @@ def write(
 def answers_in(whole: str, messages: list[dict], turns: list[dict], render, image_token: str | None) -> list[tuple[int, int]]:
     """Where the answers are in what a template writes, turn by turn. turns: the messages as the template takes them. Raises
     ValueError for a template that writes a turn in another way once others follow, or that leaves out what was said."""
-    found = []
+    found = {}
     for k in [k for k, message in enumerate(messages) if message["role"] == "assistant"]:
         before, after = render(turns[:k], True), render(turns[: k + 1], False)
-        for earlier, later, why in ((before, after, "opens message {} for an answer"), (after, whole, "writes message {}")):
-            if not later.startswith(earlier):
-                at = shared_length(earlier, later)
-                once, then = (text[at : at + 40] for text in (earlier, later))
-                raise ValueError(
-                    f"the chat template {why.format(k)} with {once!r}, and later has {then!r} there: it changes what stands "
-                    "before, so its answers cannot be told apart and it cannot be trained with"
-                )
-        found.append((len(before), len(after)))
-    spans = dict(zip([k for k, message in enumerate(messages) if message["role"] == "assistant"], found, strict=True))
+        if not whole.startswith(after):
+            raise changed(f"writes message {k} with", after, whole)
+        found[k] = answer_start(before, after, messages[k]["content"].strip(), k), len(after)
     for number, message in enumerate(messages):
-        start, stop = spans.get(number, (0, len(whole)))
+        start, stop = found.get(number, (0, len(whole)))
         said = message["content"].split(image_token) if image_token else [message["content"]]
         if not all(text.strip() in whole[start:stop] for text in said):
             raise ValueError(f"the chat template leaves out some of message {number}: it cannot be trained with")
-    return found
+    return list(found.values())
+
+
+def answer_start(before: str, after: str, said: str, k: int) -> int:
+    """Where in `after` the answer begins that `before` asks for: the end of `before`, or where the two openings differ by white
+    space (LLaVA-interleave asks with "assistant\\n" and writes "assistant \\n"), the first word said."""
+    if after.startswith(before):
+        return len(before)
+    start = after.find(said, shared_length(before, after)) if said else -1
+    if start >= 0 and after[:start].split() == before.split():
+        return start
+    raise changed(f"opens message {k} for an answer with", before, after)
+
+
+def changed(how: str, once: str, later: str) -> ValueError:
+    at = shared_length(once, later)
+    return ValueError(
+        f"the chat template {how} {once[at : at + 40]!r}, and later has {later[at : at + 40]!r} there: it changes what stands "
+        "before, so its answers cannot be told apart and it cannot be trained with"
+    )
 
 
 def put_images(written: Written, image_token: str, images: Sequence[str]) -> Written:

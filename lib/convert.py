@@ -19,6 +19,7 @@ import torch.nn as nn
 
 from lib.checkpoint import from_pretrained, is_published, open_source, save_pretrained
 from lib.files import find_source, write_atomic
+from lib.generation import write_generation_config
 from lib.layouts.common import TOKEN_IDS
 from lib.layouts.settings import GENERATION
 from lib.weights import DTYPES, list_safetensors, safetensors_files, shorten
@@ -56,6 +57,8 @@ def write_folder(model: nn.Module, path: Path, folder: Path) -> tuple[str, list[
     known = {**(published.get("text_config") or {}), **published}
     kind = save_pretrained(model, folder, **{key: known[key] for key in sorted(KEPT & known.keys())})
     if is_gguf:
+        if model.generation_config:
+            write_generation_config(folder, model.generation_config)
         return kind, write_gguf_tokenizer(path, folder)
     for name in along if not same else ():
         (folder / name).parent.mkdir(exist_ok=True)
@@ -66,7 +69,8 @@ def write_folder(model: nn.Module, path: Path, folder: Path) -> tuple[str, list[
     return kind, [f"left in {path}: {shorten(left)}"] if left and not same else []
 
 
-FROM_GGUF = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")  # which a .gguf file has in its header
+# What a .gguf file has in its header.
+FROM_GGUF = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
 
 
 def write_gguf_tokenizer(path: Path, folder: Path) -> list[str]:

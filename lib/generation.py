@@ -3,12 +3,13 @@
     model.generation_config = read_generation_config(folder)     # lib.checkpoint.from_pretrained does it
     stop_tokens(model, tokenizer)                                # ids that end an answer
     rules = LogitRules.of(model, tokenizer)                      # or None: what changes the logits before a token is chosen
-    unlike_generate(model.generation_config)                     # what it asks for that is not done here, in one line
+    say_unlike(model, tokenizer)                                 # prints what is not done here, in one line
 
 generation_config.json decides where there is one, else config.json, there its text_config behind the rest; for a .gguf file its
 header. What is not known to leave a greedy answer alone is named, whatever it is.
 """
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,7 @@ import torch
 from lib.chat import end_of_turn
 from lib.chat_template import OURS
 from lib.files import need, read_json, write_json
+from lib.layouts.settings import GENERATION
 
 APPLIED = ("eos_token_id", "max_length", "max_new_tokens", "min_length", "min_new_tokens")
 RULES = ("repetition_penalty", "no_repeat_ngram_size", "bad_words_ids", "suppress_tokens", "begin_suppress_tokens")
@@ -29,9 +31,6 @@ HARMLESS = """temperature top_k top_p min_p top_h typical_p epsilon_cutoff eta_c
     num_assistant_tokens_schedule assistant_confidence_threshold assistant_early_exit assistant_lookbehind target_lookbehind
     assistant_ensemble_weight prompt_lookup_num_tokens max_matching_ngram_size _from_model_config
     transformers_version""".split()
-OTHERS = """do_sample num_beams penalty_alpha dola_layers guidance_scale sequence_bias exponential_decay_length_penalty
-    forced_bos_token_id forced_eos_token_id stop_strings max_time constraints force_words_ids watermarking_config
-    token_healing""".split()  # what config.json of older folders may hold as well
 NEW_TOKENS = 100  # of an answer, unless its folder or the caller says otherwise
 
 # ---- files -------------------------------------------------------------------------------------------------------------
@@ -44,14 +43,15 @@ def read_generation_config(path: Path, published: dict | None = None) -> dict:
         from lib.gguf_file import read_header
 
         header = read_header(path, r"tokenizer\.ggml\.eo[st]_token_id")[0]
-        found, where = {"eos_token_id": sorted(set(header.values()))}, path
+        ends = sorted(set(header.values()))
+        found, where = {"eos_token_id": ends[0] if len(ends) == 1 else ends or None}, path
     elif (where := path / "generation_config.json").is_file():
         found = read_json(where)
     else:
         where = path / "config.json"
         published = read_json(where) if published is None else published
         both = {**(published.get("text_config") or {}), **{k: v for k, v in published.items() if v is not None}}
-        found = {key: both[key] for key in (*APPLIED, *RULES, *OTHERS, *HARMLESS) if key in both}
+        found = {key: both[key] for key in (*APPLIED, *RULES, *sorted(GENERATION)) if key in both}
         if found.get("max_length") == 20:  # an old default, written out
             del found["max_length"]
     found = {key: value for key, value in found.items() if value is not None}
@@ -84,13 +84,21 @@ def write_generation_config(folder: Path, settings: dict, **more) -> None:
     write_json(Path(folder) / "generation_config.json", settings | more)
 
 
-def unlike_generate(settings: dict) -> str:
-    """What the settings ask for that changes an answer and is not done here, or ""."""
+def unlike_generate(settings: dict, tokenizer) -> str:
+    """In one line, what answers here do not share with transformers' generate from the same folder; "" where they are equal."""
     nothing = (None, False, 0, 1, [], {}, "")
     others = {key: value for key, value in settings.items() if key not in {*APPLIED, *RULES, *HARMLESS}}
     odd = {key: value for key, value in others.items() if value is True or value not in nothing}
     asked = ", ".join(f"{key} = {value!r:.40}" for key, value in odd.items())
-    return asked and f"generation_config.json asks for {asked}, which is not done here: the likeliest token is taken"
+    lines = [f"the folder asks for {asked} when it generates, which is not done here"] if asked else []
+    if settings and "eos_token_id" not in settings and tokenizer.eos_token:
+        lines.append(f"the folder names no eos_token_id: answers end at its tokenizer's {tokenizer.eos_token}")
+    return "; ".join(lines)
+
+
+def say_unlike(model, tokenizer) -> None:
+    if unlike := unlike_generate(model.generation_config, tokenizer):
+        print(f"[{unlike}]", file=sys.stderr)
 
 
 # ---- where answers end -------------------------------------------------------------------------------------------------

@@ -45,7 +45,7 @@ class LibraryTokenizer(BPETokenizer):
         try:
             import tokenizers
         except ImportError:
-            raise ValueError(f"{source}: `pip install tokenizers` reads other kinds") from None
+            raise ValueError(f"{source} is not byte-level BPE: `pip install tokenizers` to read it") from None
         self._make, self._parsers, self._spec = tokenizers.Tokenizer.from_str, {}, spec | {"truncation": None, "padding": None}
         model = spec.get("model")
         need(isinstance(model, dict), source, "no `model`, so this is not a tokenizer.json")
@@ -116,10 +116,6 @@ class LibraryTokenizer(BPETokenizer):
         parser = self._parser(True)
         back = {stated: library for library, stated in self._moved.items()}
         return parser.decode([back.get(i, i) for i in ids], skip_special_tokens=skip_special_tokens)
-
-    def decode_inside(self, token_id: int) -> str:
-        anchor = self.encode("a", add_special_tokens=False)
-        return self.decode([*anchor, token_id])[len(self.decode(anchor)) :]
 
     def decode_bytes(self, ids: Iterable[int], skip_special_tokens: bool = False) -> bytes:
         return self.decode(ids, skip_special_tokens).encode()

@@ -12,8 +12,6 @@ import math
 import re
 from pathlib import Path
 
-from lib.chat import message_form
-from lib.chat_template import read_templates
 from lib.checkpoint import choose_layout, from_pretrained, is_published, open_source, understand
 from lib.convert import companions
 from lib.files import one_line, read_json, read_text, write_atomic
@@ -28,34 +26,16 @@ TOWER_TASK = "image-feature-extraction"
 IMAGES = ("samples.png", "curves.png")  # which the card shows
 MARK = "<!-- Written by `python -m lib.checkpoint push`, which writes it anew: delete this line to keep it. -->"
 NOT_TOLD = ("out", "run", "device", "workers", "resume", "dry_run", "max_seconds", "save_every", "eval_every")
-PIPELINE = 'from transformers import pipeline\n\npipe = pipeline("{task}", model="{name}")\nprint(pipe({given}))'
-GIVEN = {
-    "text-generation": '"The dog jumped over the", max_new_tokens=20',
-    "zero-shot-image-classification": '"photo.jpg", candidate_labels=["a dog", "a cat"]',
+CHAT = """pipe = pipeline("{task}", model="{name}")
+content = [{{"type": "image", "url": "photo.jpg"}}, {{"type": "text", "text": "What is this?"}}]
+print(pipe(text=[{{"role": "user", "content": content}}], max_new_tokens=40))"""
+CALLS = {
+    "text-generation": 'print(pipeline("{task}", model="{name}")("The dog jumped over the", max_new_tokens=20))',
+    "image-text-to-text": CHAT,
+    "zero-shot-image-classification": 'pipe = pipeline("{task}", model="{name}")\n'
+    'print(pipe("photo.jpg", candidate_labels=["a dog", "a cat"]))',
 }
-CHAT = """from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor
-
-processor, model = AutoProcessor.from_pretrained("{name}"), AutoModelForImageTextToText.from_pretrained("{name}")
-messages = [{{"role": "user", "content": {content}}}]
-prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
-inputs = processor(images=[Image.open("photo.jpg").convert("RGB")], text=prompt, return_tensors="pt")
-answer = model.generate(**inputs, max_new_tokens=40)[0, inputs["input_ids"].shape[1] :]
-print(processor.decode(answer, skip_special_tokens=True))"""
-PARTS, TEXT = '[{"type": "image"}, {"type": "text", "text": "What is this?"}]', '"<image>\\nWhat is this?"'
-
-
-def call(folder: Path, name: str, task: str) -> str:
-    """Python that opens the model with transformers and uses it once."""
-    if task != "image-text-to-text":
-        return PIPELINE.format(task=task, name=name, given=GIVEN.get(task, '"photo.jpg"'))
-    config = folder / "tokenizer_config.json"
-    template = read_templates(folder, read_json(config) if config.exists() else {}).get("default", "")
-    try:
-        form = message_form(template, (), "<image>")
-    except ValueError:  # it wants more than a message
-        form = "images"
-    return CHAT.format(name=name, content=PARTS if form == "images" else TEXT)
+CALL = 'print(pipeline("{task}", model="{name}")("photo.jpg"))'
 
 
 def check_folder(folder: Path) -> str:
@@ -81,8 +61,7 @@ def told(path: Path) -> dict:
     facts = read_json(path) if path.exists() else {}
     found = {}
     for key, value in facts.items():
-        if key not in NOT_TOLD and value is not None and value is not False and value not in ("", [], {}):
-            value = round(value, 4) if isinstance(value, float) and abs(value) >= 0.01 else value
+        if key not in NOT_TOLD and value not in (None, False, "", [], {}):
             value = json.dumps(value) if isinstance(value, dict | list) else value
             found[key] = re.sub(r"(^|(?<=[\s\"]))/\S*/(?=[^/\s]+)", "", value) if isinstance(value, str) else value
     return found
@@ -98,12 +77,12 @@ def model_card(folder: Path, name: str, kind: str) -> str:
     task, title = TASKS.get(kind, TOWER_TASK), name.split("/")[-1]
     tensors = list_safetensors(folder)
     parameters = sum(math.prod(shape) for _, shape, _ in tensors)
-    stored = ", ".join(sorted({kind for *_, kind in tensors}))
+    call = CALLS.get(task, CALL).format(task=task, name=name)
     parts = [
         f"---\nlibrary_name: transformers\npipeline_tag: {task}\n---",
         MARK,
-        f"# {title}\n\nA model of type {kind}: {parameters:,} parameters ({stored}).",
-        f"```python\n{call(folder, name, task)}\n```",
+        f"# {title}\n\nA {kind} of {parameters:,} parameters ({', '.join(sorted({stored for *_, stored in tensors}))}).",
+        f"```python\nfrom transformers import pipeline\n\n{call}\n```",
     ]
     parts += [f"![{Path(image).stem}]({image})" for image in IMAGES if (folder / image).exists()]
     for file, head, words in (

@@ -456,10 +456,6 @@ class BPETokenizer:
         """Text of a row of ids (a list, an array, a tensor, or one id); bytes that are not UTF-8 become U+FFFD."""
         return self.decode_bytes(_to_ints(ids), skip_special_tokens).decode("utf-8", "replace")
 
-    def decode_inside(self, token_id: int) -> str:
-        """Text of one token as it stands inside a text: other kinds of tokenizers leave out the space before the first one."""
-        return self.decode([token_id])
-
     def batch_decode(self, rows, skip_special_tokens: bool = False) -> list[str]:
         return [self.decode(row, skip_special_tokens) for row in rows]
 

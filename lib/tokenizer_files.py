@@ -52,7 +52,7 @@ NUMBERED_FIRST = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token
 MORE_TOKENS = ("additional_special_tokens", "extra_special_tokens")  # transformers' word for it up to 4, and from 5
 
 # What else of a tokenizer_config.json goes along when a tokenizer is saved.
-CARRIED = ("do_lower_case",)
+CARRIED = ("clean_up_tokenization_spaces", "do_lower_case")
 
 TOKENIZER_FILES = ("tokenizer*.json", "special_tokens_map.json", "vocab.json", "merges.txt", "*processor_config.json")
 TOKENIZER_FILES += ("added_tokens.json", "*.model", *TEMPLATE_FILES)
@@ -141,7 +141,7 @@ def read_model(spec: dict, source) -> tuple[dict[str, int], list[tuple[str, str]
     need(
         kind == "BPE" and decoder == "ByteLevel",
         source,
-        f"model {kind!r} with decoder {decoder!r} is not byte-level BPE",
+        f"model {kind!r} with decoder {decoder!r} is not byte-level BPE, the only kind read",
     )
     for option in ("byte_fallback", "dropout", "continuing_subword_prefix", "end_of_word_suffix", "fuse_unk"):
         need(not model.get(option), source, f"{option}={model.get(option)!r} is not supported")

@@ -51,7 +51,7 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> BPETokenizer:
 def with_chat_template(tokenizer, source: str):
     """The tokenizer that came from `source`; one that has no chat template, such as a base model's, gets ours, in place."""
     if not tokenizer.chat_template:
-        print(f"{source} has no chat template: it learns ours, chatml_spaced with <|im_start|> and <|im_end|>")
+        print(f"{source} has no chat template: it learns ours, chatml_spaced, with <|im_start|> and <|im_end|>")
         tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
         tokenizer.chat_template = OURS["chatml_spaced"]
     return tokenizer

@@ -208,6 +208,13 @@ def test_labels_are_the_answers_and_their_end(either, name):
     assert chat.end_of_turn(either) == either.convert_tokens_to_ids(end)
 
 
+def test_an_opening_that_differs_by_white_space_is_no_answer(either):
+    """LLaVA-interleave asks with "assistant\\n" and writes "assistant \\n": what is learned is the answer and its end."""
+    either.chat_template = IMAGES["interleave"]
+    ids, mask = chat.encode_conversation(either, chat_of("<image>\nWhich?", "none", "and now?", "red"), image_token="<image>")
+    assert either.decode([i for i, m in zip(ids, mask, strict=True) if m]) == "none<|im_end|>red<|im_end|>"
+
+
 UNTRAINABLE = {
     "qwen 3": (TEXT["qwen 3"], "writes message 1 with '<think>.*it cannot be trained with"),
     "a thought is opened": (TEXT["chatml, thinking"], "opens message 1 for an answer with '<think>"),

@@ -520,7 +520,7 @@ def test_a_tokenizer_that_nobody_reads_is_one_line(towers, tmp_path, photos, cap
         monkeypatch.setitem(sys.modules, "tokenizers", None)
     error = refused(capsys, generate.main, tmp_path, *flags(photos[:1]), "--zero-shot", "a dog")
     assert "not byte-level BPE" in error
-    assert ("model.vocab is empty or not a table" if installed else "`pip install tokenizers` reads other kinds") in error
+    assert ("model.vocab is empty or not a table" if installed else "`pip install tokenizers` to read it") in error
 
 
 def test_towers_that_do_not_fit_their_files_are_refused(towers, tmp_path, photos):

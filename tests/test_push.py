@@ -21,7 +21,7 @@ tf = pytest.importorskip("transformers", reason="what is uploaded is opened by i
 
 SETTINGS = {"dataset": "own", "data": "/home/me/photos/train.json", "steps": 12, "lr": 3e-4, "out": "runs/mine", "lora": None,
             "freeze": ["vision"], "seed": 0, "workers": 4}  # fmt: skip
-RESULT = {"exact_match": 0.0, "low": 0.12345678, "by_kind": {"colour": 0.5}, "seconds": 3.1, "run": "/home/me/runs/mine"}
+RESULT = {"exact_match": 0.75, "by_kind": {"colour": 0.5}, "seconds": 3.1, "run": "/home/me/runs/mine"}
 
 
 @pytest.fixture
@@ -79,21 +79,9 @@ def test_the_card_says_what_the_run_says_and_no_path_of_this_disk(run, monkeypat
     assert lines[-1] == "5 files would go to me/my-vlm; nothing was uploaded"
     assert any(line.split()[0] == "model.safetensors" and line.endswith(" bytes") for line in lines)
     assert card.startswith("---\nlibrary_name: transformers\npipeline_tag: image-text-to-text\n---\n")
-    for words in (
-        "# my-vlm",
-        'AutoProcessor.from_pretrained("me/my-vlm")',
-        "![samples](samples.png)",
-        "A model of type llava: ",
-    ):
+    for words in ("# my-vlm", 'pipeline("image-text-to-text", model="me/my-vlm")', "![samples](samples.png)", "A llava of "):
         assert words in card
-    for row in (
-        "| exact_match | 0.0 |",
-        "| low | 0.1235 |",
-        "| seed | 0 |",
-        '| by_kind | {"colour": 0.5} |',
-        "| steps | 12 |",
-        '| freeze | ["vision"] |',
-    ):
+    for row in ("| exact_match | 0.75 |", '| by_kind | {"colour": 0.5} |', "| steps | 12 |", '| freeze | ["vision"] |'):
         assert row in card
     assert "| data | train.json |" in card and "/home/me" not in card and "workers" not in card and "lora" not in card
 

@@ -733,8 +733,6 @@ def test_any_other_kind_has_the_ids_and_the_text_of_transformers(other):
             assert ours.decode(ids, skip_special_tokens=True) == theirs.decode(ids, skip_special_tokens=True)
         stream = ours.stream_decoder()
         assert "".join([*map(stream.push, ids), stream.flush()]) == ours.decode(ids)
-    if isinstance(theirs.backend_tokenizer.pre_tokenizer, pre_tokenizers.Metaspace):  # a token alone comes without its space
-        assert "".join(map(ours.decode_inside, ours.encode("a the", add_special_tokens=False))).endswith("a the")
 
 
 def test_special_token_text_stays_text_there_too(other):
@@ -764,7 +762,7 @@ def test_any_other_kind_is_saved_as_transformers_opens_it(other, tmp_path):
 def test_without_the_library_one_line_says_how_to_get_it(tmp_path, monkeypatch):
     other_kind("wordpiece").save_pretrained(tmp_path)
     monkeypatch.setitem(sys.modules, "tokenizers", None)
-    with pytest.raises(ValueError, match="not byte-level BPE; `pip install tokenizers` reads other kinds$") as error:
+    with pytest.raises(ValueError, match="not byte-level BPE.*`pip install tokenizers` to read it") as error:
         load_tokenizer(tmp_path)
     assert "\n" not in str(error.value)
 

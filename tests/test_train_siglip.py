@@ -327,24 +327,9 @@ def test_the_tower_is_train_vlms_with_its_pixels(finished):
 # ---- your own pictures -----------------------------------------------------------------------------------------------
 
 
-def rows_of(photos, *flags, data="scenes.json"):
-    args = parse_args([*COMMON, "--dataset", "llava", "--data", str(photos / data), *flags])
+def rows_of(photos, *flags):
+    args = parse_args([*COMMON, "--dataset", "llava", "--data", str(photos / "scenes.json"), *flags])
     return RowPairs(args, SimpleNamespace(args=args, rank=0, world_size=1, is_main=False, print=print, all=bool))
-
-
-def test_each_of_several_captions_of_a_photo_is_drawn(photos):
-    """All but the first were passed over."""
-    names = sorted(path.name for path in (photos / "images").iterdir())[:8]
-    rows = [{"image": name, "captions": [f"{k}{letter}" for letter in "abc"]} for k, name in enumerate(names)]
-    (photos / "captions.json").write_text(json.dumps(rows))
-    pairs = rows_of(photos, "--test-part", "0.2", data="captions.json")
-    generator, drawn = torch.Generator().manual_seed(0), set()
-    for _ in range(30):
-        found = pairs.draw(generator, 0.0)
-        assert all(len(true) == 3 and caption in true for caption, true in zip(found.captions, found.true, strict=True))
-        drawn |= {*found.captions}
-    assert len(drawn) == 3 * len(pairs.rows) == len(pairs.texts()) > 9
-
 
 
 def test_rows_of_one_picture_share_their_captions(photos):

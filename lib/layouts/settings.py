@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterable, Mapping
 from functools import cache
 
-GENERATION = frozenset(  # how to generate, as transformers 4 wrote it here: for who generates (lib/chat.py)
+GENERATION = frozenset(  # how to generate, as transformers 4 wrote it here: for who generates (lib/generation.py)
     "bad_words_ids begin_suppress_tokens diversity_penalty do_sample early_stopping encoder_no_repeat_ngram_size"
     " exponential_decay_length_penalty forced_bos_token_id forced_eos_token_id length_penalty max_length min_length"
     " no_repeat_ngram_size num_beam_groups num_beams num_return_sequences remove_invalid_values repetition_penalty"

@@ -489,7 +489,7 @@ def test_conversations_are_the_same_with_their_tokenizer(tokenizer, tmp_path, tr
 ASKING = "{{ '<|im_start|>assistant\n' if add_generation_prompt }}"
 CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}" + ASKING
 STRANGE = {
-    "opens message 2": CHATML.replace("m.content", "m.content if loop.last else '.'"),  # as some drop what a model thought
+    "writes message 2": CHATML.replace("m.content", "m.content if loop.last else '.'"),  # as some drop what a model thought
     "changes": CHATML + "{{ messages | length }}",
     "special token": CHATML.replace("<|im_start|>", "").replace("<|im_end|>", ""),
     "cannot write this conversation .no systems": "{{ raise_exception('no systems') }}",
