@@ -67,6 +67,7 @@ def smaller(script) -> None:
         sys.modules["lib.vlm_report"].draw = lambda *args: None
     scenes.SceneConfig.variants = 1  # of each handwriting: to make 64 takes longer than the run
     script.draw = script.draw_answers = lambda *args: None  # whichever of the two it has
+    script.draw_words = lambda *args: {}
 
 
 def in_child(name: str, flags: list[str], log: str, arrange) -> None:
