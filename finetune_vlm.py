@@ -264,7 +264,7 @@ def train_only(learner: Learner, stage: Stage, args) -> list[dict]:
         elif not trained_before.get(part):
             groups += parameter_groups(module, args.weight_decay, args.lr or 2e-3, muon_lr)
         else:
-            between = getattr(getattr(module, "model", None), "cross_layers", None)
+            between = getattr(getattr(module, "model", module), "cross_layers", None)
             if between is not None and not args.model:  # the layers between start untrained
                 groups += parameter_groups(between, args.weight_decay, args.lr or 2e-3, muon_lr)
                 between.requires_grad_(False)

@@ -75,8 +75,10 @@ def attention_over_image_tokens(
     ids = torch.cat([prompt, answer[None, :-1]], dim=1).to(device)
     cross, first = isinstance(model, CrossAttentionVLM), prompt.shape[1] - 1
     rollout = method == "rollout" and not cross  # images enter beside the text's own layers there: one step, no path
-    early = "blocks.*.attn.weights" if isinstance(model.language_model, GPT) else "model.layers.*.self_attn.weights"
-    names = "language_model." + ("model.cross_layers.*.weights" if cross else early)
+    blocks, between = "model.layers.*.self_attn.weights", "model.cross_layers.*.weights"
+    if isinstance(model.language_model, GPT):
+        blocks, between = "blocks.*.attn.weights", "cross_layers.*.weights"
+    names = f"language_model.{between if cross else blocks}"
     begin = 0 if rollout else first  # all layers in full would be gigabytes for a long text
     with record(model, names, reduce=lambda weights: weights[0].float().mean(dim=0)[begin:]) as seen:
         model(ids, image_features=image_features.to(device), logits_to_keep=1, image_token_id=image_token_id)

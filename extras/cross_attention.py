@@ -15,8 +15,9 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 
-from gpt import KVCache, positions_and_mask
+from gpt import GPT, GPTConfig, KVCache, positions_and_mask
 from model import (
     FeedForward,
     GroupQueryAttention,
@@ -35,13 +36,18 @@ class CrossTextConfig(LLAMA32Config):
 
 
 @dataclass
+class CrossGPTConfig(GPTConfig):
+    cross_every: int = 4
+
+
+@dataclass
 class CrossAttentionConfig(MLLAMAConfig):
     cross_every: int = 4
 
     def __post_init__(self):
         super().__post_init__()
         text = {**vars(self.text_config), "num_image_tokens": 1, "cross_every": self.cross_every}
-        self.text_config = CrossTextConfig(**text)
+        self.text_config = (CrossGPTConfig if isinstance(self.text_config, GPTConfig) else CrossTextConfig)(**text)
 
 
 class GatedCrossAttention(nn.Module):
@@ -78,6 +84,10 @@ class ImageKVCache(KVCache):
 
     images: tuple[dict, torch.Tensor] | None = None
 
+    @classmethod
+    def like(cls, plain: KVCache) -> "ImageKVCache":
+        return cls(*plain.keys.shape, plain.keys.dtype, plain.keys.device)
+
     def select(self, rows):
         new = super().select(rows)
         if self.images is not None:
@@ -86,31 +96,20 @@ class ImageKVCache(KVCache):
         return new
 
 
-class CrossAttentionModel(Llama3Model):
-    def __init__(self, config: CrossTextConfig):
-        super().__init__(config)
-        before = range(0, config.n_layers, config.cross_every)
-        self.cross_layers = nn.ModuleDict({str(layer): GatedCrossAttention(config) for layer in before})
+class CrossLayers(nn.ModuleDict):
+    """{"0": layer, "4": layer, ...}: those before blocks 0, 4, 8, ... of a decoder of so many blocks."""
 
-    def forward(self, inputs_embeds, attention_mask=None, position_ids=None, cache=None, images=None) -> torch.Tensor:
-        """As Llama3Model.forward. images: (features [B, S, D], visible bool [B, T, S]); a cache keeps what later tokens see."""
-        limit = self.config.context_length
-        positions, mask = positions_and_mask(inputs_embeds, attention_mask, position_ids, cache, limit)
-        x, rope = inputs_embeds, self.rotary_emb(positions, inputs_embeds.dtype)
-        images, visible = self._keys_and_values(images, cache, x.shape[1])
-        for i, layer in enumerate(self.layers):
-            if i in images:
-                x = self.cross_layers[str(i)](x, *images[i], visible)
-            x = layer(x, rope, mask, cache, i)
-        return self.norm(x)
+    def __init__(self, config: LLAMA32Config, blocks: int, every: int):
+        super().__init__({str(i): GatedCrossAttention(config) for i in range(0, blocks, every)})
 
-    def _keys_and_values(self, images, cache, T):
-        """What each cross-attention layer attends to, {layer: (k, v)}, and which of it each token sees."""
+    def keys_and_values(self, images, cache, T):
+        """What each layer attends to, {block: (k, v)}, and which of it each of T tokens sees. images: None, or (features
+        [B, S, D], visible bool [B, T, S]); a cache keeps what later tokens see."""
         if images is not None:
             if cache is not None and cache.images is not None:
                 raise ValueError("this cache holds images already: give all images of a text in the first call")
             features, visible = images
-            images = {int(i): layer.keys_and_values(features) for i, layer in self.cross_layers.items()}
+            images = {int(i): layer.keys_and_values(features) for i, layer in self.items()}
             if cache is not None:
                 cache.images = images, visible[:, -1:]  # later tokens see what the last one saw
             return images, visible
@@ -118,6 +117,26 @@ class CrossAttentionModel(Llama3Model):
             return {}, None
         images, visible = cache.images
         return images, visible.expand(-1, T, -1)
+
+    def before(self, block: int, x, images, visible):
+        """x [B, T, D] on its way into a block, past the layer before that, if there is one and there are images."""
+        return self[str(block)](x, *images[block], visible) if block in images else x
+
+
+class CrossAttentionModel(Llama3Model):
+    def __init__(self, config: CrossTextConfig):
+        super().__init__(config)
+        self.cross_layers = CrossLayers(config, config.n_layers, config.cross_every)
+
+    def forward(self, inputs_embeds, attention_mask=None, position_ids=None, cache=None, images=None) -> torch.Tensor:
+        """As Llama3Model.forward. images: see CrossLayers.keys_and_values."""
+        limit = self.config.context_length
+        positions, mask = positions_and_mask(inputs_embeds, attention_mask, position_ids, cache, limit)
+        x, rope = inputs_embeds, self.rotary_emb(positions, inputs_embeds.dtype)
+        images, visible = self.cross_layers.keys_and_values(images, cache, x.shape[1])
+        for i, layer in enumerate(self.layers):
+            x = layer(self.cross_layers.before(i, x, images, visible), rope, mask, cache, i)
+        return self.norm(x)
 
 
 class CrossAttentionDecoder(Llama3ForCausalLM):
@@ -127,8 +146,34 @@ class CrossAttentionDecoder(Llama3ForCausalLM):
         return self.model(inputs_embeds, attention_mask, position_ids, cache, images)
 
     def new_cache(self, batch_size: int, max_length: int) -> ImageKVCache:
-        plain = super().new_cache(batch_size, max_length)
-        return ImageKVCache(*plain.keys.shape, plain.keys.dtype, plain.keys.device)
+        return ImageKVCache.like(super().new_cache(batch_size, max_length))
+
+
+class CrossAttentionGPT(GPT):
+    """The layers between are the same as in a LLaMA, with its norm and MLP."""
+
+    def __init__(self, config: CrossGPTConfig):
+        super().__init__(config)
+        sizes = {"hidden_size": config.hidden_size, "n_heads": config.num_attention_heads}
+        sizes |= {"hidden_dim": config.intermediate_size, "dropout": config.dropout, "attention": config.attention}
+        between = LLAMA32Config(**sizes)
+        self.cross_layers = CrossLayers(between, config.num_hidden_layers, config.cross_every)
+        for weight in self.cross_layers.parameters():
+            if weight.ndim == 2:
+                nn.init.normal_(weight, std=0.02)
+
+    def hidden_states(self, inputs_embeds, attention_mask=None, position_ids=None, cache=None, images=None) -> torch.Tensor:
+        """As GPT.hidden_states. images: see CrossLayers.keys_and_values."""
+        limit = self.config.context_length
+        positions, mask = positions_and_mask(inputs_embeds, attention_mask, position_ids, cache, limit)
+        x = F.dropout(inputs_embeds + self.position_embedding(positions), self.config.dropout, self.training)
+        images, visible = self.cross_layers.keys_and_values(images, cache, x.shape[1])
+        for i, block in enumerate(self.blocks):
+            x = block(self.cross_layers.before(i, x, images, visible), mask, cache, i)
+        return self.norm(x)
+
+    def new_cache(self, batch_size: int, max_length: int) -> ImageKVCache:
+        return ImageKVCache.like(super().new_cache(batch_size, max_length))
 
 
 def images_by_row(features, places, pattern=None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -152,7 +197,7 @@ def images_by_row(features, places, pattern=None) -> tuple[torch.Tensor, torch.T
 class CrossAttentionVLM(MllamaForConditionalGeneration):
     """vision_tower and multi_modal_projector as in model.py, and a decoder with layers that attend to their features."""
 
-    decoders = {CrossTextConfig: CrossAttentionDecoder}
+    decoders = {CrossTextConfig: CrossAttentionDecoder, CrossGPTConfig: CrossAttentionGPT}
 
     def hidden_states(self, image_features, input_ids, places, attention_mask=None, position_ids=None, cache=None):
         without_row = places & (input_ids >= self.config.text_config.vocab_size)

@@ -11,7 +11,7 @@ from dataclasses import fields, replace
 import torch
 import torch.nn as nn
 
-from gpt import GPT
+from gpt import GPT, GPTConfig
 from lib.chat_template import OURS
 from lib.files import find_source
 from lib.generation import with_end_of_turn
@@ -121,12 +121,10 @@ def assemble(
     if fusion == "cross":
         from extras.cross_attention import CrossAttentionConfig, CrossAttentionVLM
 
-        if isinstance(decoder, GPT):
-            raise ValueError("--fusion cross puts layers between the blocks of a LLaMA: with a GPT-2 use --fusion early")
         config_class, model_class = CrossAttentionConfig, CrossAttentionVLM
     text = decoder.config if decoder else text
-    if isinstance(text, LLAMA32Config):  # without what a decoder with cross-attention has beside it
-        text = LLAMA32Config(**{field.name: getattr(text, field.name) for field in fields(LLAMA32Config)})
+    plain = GPTConfig if isinstance(text, GPTConfig) else LLAMA32Config  # without what one with cross-attention has beside it
+    text = plain(**{field.name: getattr(text, field.name) for field in fields(plain)})
     config = config_class(vision, text, **join)
     places, context = config.text_config.num_image_tokens, config.text_config.context_length
     if places >= context:

@@ -114,6 +114,25 @@ def test_what_is_no_part_is_one_line(tmp_path):
         find_part(tmp_path / "gpt2", "vision")
 
 
-def test_a_gpt2_has_no_layers_between_its_blocks(tokenizer):
-    with pytest.raises(ValueError, match="--fusion cross puts layers between the blocks of a LLaMA"):
-        assemble(as_tower(vit()), decoder("gpt2", len(tokenizer)), tokenizer, MEAN, fusion="cross")
+@torch.no_grad()
+def test_a_gpt2_with_layers_between_its_blocks_starts_as_the_gpt2_it_was(tmp_path, tokenizer):
+    text = decoder("gpt2", len(tokenizer))
+    model, processor = assemble(as_tower(vit()), text, tokenizer, MEAN, fusion="cross", cross_every=1)
+    batch = processor(["What is this?"], [torch.randint(0, 256, (3, 20, 20), dtype=torch.uint8)])
+    close(model(**batch)["logits"], model.language_model(batch["input_ids"])["logits"])
+    shaken(model)
+    assert (model(**batch)["logits"] - model.language_model(batch["input_ids"])["logits"]).abs().max() > 0.01
+    answer = model.generate(**batch, max_new_tokens=4)
+    assert answer == collect_without_cache(model, batch, 4)
+    save_pretrained(model, tmp_path)
+    assert find_part(tmp_path, "lm").config.cross_every == 1
+    again, _ = assemble(find_part(tmp_path, "vision"), find_part(tmp_path, "lm"), tokenizer, MEAN)
+    close(again.language_model(batch["input_ids"])["logits"], model.language_model(batch["input_ids"])["logits"])
+
+
+def collect_without_cache(model, batch, count):
+    ids = batch["input_ids"]
+    for _ in range(count):
+        row = {**batch, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        ids = torch.cat([ids, model(**row)["logits"][:, -1:].argmax(-1)], dim=1)
+    return ids[:, -count:].tolist()

@@ -286,7 +286,7 @@ def read_own(published: dict) -> MLLAMAConfig:
     settings = own_settings(published, MLLAMAConfig, "fusion cross_every")
     for name, classes in PART_CLASSES.items():  # what a part is stands beside its settings; older files have SigLIP and LLaMA
         part = dict(settings[name])
-        settings[name] = part = {key: value for key, value in part.items() if key != "class"}
+        settings[name] = part = {key: value for key, value in part.items() if key not in ("class", "cross_every")}
         kind = published[name].get("class", classes[0].__name__)
         config_class = next((each for each in classes if each.__name__ == kind), None)
         if config_class is None:
@@ -294,20 +294,16 @@ def read_own(published: dict) -> MLLAMAConfig:
         if config_class is not classes[0]:
             settings[name] = checked(config_class, **part)
     if published.get("fusion", "early") == "early":
-        if isinstance(settings["text_config"], dict):
-            settings["text_config"].pop("cross_every", None)  # 0, in older files
         return checked(MLLAMAConfig, **settings)
     from extras.cross_attention import CrossAttentionConfig
 
-    cross_every = settings["text_config"].pop("cross_every")
-    return checked(CrossAttentionConfig, **settings, cross_every=cross_every)
+    return checked(CrossAttentionConfig, **settings, cross_every=published["text_config"]["cross_every"])
 
 
 def write_own(config: MLLAMAConfig) -> dict:
     found = {**asdict(config), "fusion": "early" if type(config) is MLLAMAConfig else "cross"}
     for name, classes in PART_CLASSES.items():
-        if type(part := getattr(config, name)) in classes:
-            found[name]["class"] = type(part).__name__
+        found[name]["class"] = next(each.__name__ for each in classes if isinstance(getattr(config, name), each))
     return found
 
 
