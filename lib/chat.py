@@ -264,18 +264,25 @@ def encode_parts(tokenizer, written: Written, around: bool) -> tuple[list[int], 
     for part in tokenizer.split_at_added(written.text, True):
         special = isinstance(part, int)
         text = tokenizer.convert_ids_to_tokens(part) if special else part
-        new = [part] if special else tokenizer.encode(restore(text, written.hidden), add_special_tokens=False)
+        new = [part] if special else encode_part(tokenizer, restore(text, written.hidden), follows=at > 0)
         for border in [border for border in borders if at <= border < at + len(text)]:
-            first[border] = len(ids) + count_inside(tokenizer, restore(text[: border - at], written.hidden), new)
+            opening = restore(text[: border - at], written.hidden)
+            first[border] = len(ids) + count_inside(tokenizer, opening, new, follows=at > 0)
         ids, at = ids + new, at + len(text)
     first[at] = len(ids)
     return ids + [*after], [(first[start], first[stop]) for start, stop in written.answers]
 
 
-def count_inside(tokenizer, opening: str, ids: list[int]) -> int:
+def encode_part(tokenizer, text: str, follows: bool) -> list[int]:
+    """Ids of what stands between two special tokens; follows: not at the beginning, where some tokenizers put a space."""
+    options = {} if tokenizer.encodes_parts_alone else {"follows": follows}
+    return tokenizer.encode(text, add_special_tokens=False, **options)
+
+
+def count_inside(tokenizer, opening: str, ids: list[int], follows: bool) -> int:
     """How many of the ids of a text end within its opening."""
     if not tokenizer.encodes_parts_alone:
-        return shared_length(tokenizer.encode(opening, add_special_tokens=False), ids)
+        return shared_length(encode_part(tokenizer, opening, follows), ids)
     ends = itertools.accumulate(len(tokenizer.decode_bytes([i])) for i in ids)
     return sum(end <= len(opening.encode("utf-8", "replace")) for end in ends)
 

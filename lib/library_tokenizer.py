@@ -103,8 +103,15 @@ class LibraryTokenizer(BPETokenizer):
                 at = stop
         return [part for part in [*parts, text[at:]] if part != ""]
 
-    def encode(self, text: str, add_special_tokens: bool = True, parse_special: bool | Collection[str] = False) -> list[int]:
+    def encode(
+        self, text: str, add_special_tokens: bool = True, parse_special: bool | Collection[str] = False, follows: bool = False
+    ) -> list[int]:
+        """As BPETokenizer's. follows: the text, alone and without special tokens, stands right behind one."""
         need(isinstance(text, str), "encode", f"takes a text, not a {type(text).__name__}")
+        plain = ("single_word", "lstrip", "rstrip")
+        before = follows and next((t for t, e in self._added.items() if t not in text and not any(e[f] for f in plain)), None)
+        if before:
+            return self._stated(self._parser({before}).encode(before + self._clean(text), add_special_tokens=False).ids)[1:]
         return self._stated(self._parser(parse_special).encode(self._clean(text), add_special_tokens=add_special_tokens).ids)
 
     def decode(self, ids, skip_special_tokens: bool = False) -> str:

@@ -18,9 +18,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from lib import tokenizer_files
 from lib import chat as conversations
 from lib import tokenizer as module
-from lib import tokenizer_files
 from lib.files import find_source
 from lib.library_tokenizer import LibraryTokenizer
 from lib.tokenizer import BPETokenizer, load_tokenizer
@@ -877,3 +877,17 @@ def test_a_gguf_file_with_llamas_sentencepiece_tokenizer_has_the_ids_of_transfor
             assert ours.encode(text)[:1] != [1] and ours.decode(ours.encode(text, parse_special=True)) == text
         else:
             assert ours.encode(text, parse_special=True) == ids and ours.decode(ids) == theirs.decode(ids)
+
+
+@pytest.mark.parametrize("kind", ["mistral", "llama2", "gemma"])
+def test_a_conversation_in_parts_has_the_ids_of_the_whole_and_special_token_text_in_it_stays_text(kind):
+    """LLaMA's kind puts a space before the first piece, and before no piece behind a special token."""
+    published = pytest.importorskip("published", reason="transformers makes them")
+    theirs = getattr(published, kind)()
+    ours = LibraryTokenizer(json.loads(theirs.backend_tokenizer.to_str()), {"bos_token": "<s>", "eos_token": "</s>"})
+    ours.chat_template = published.MISTRAL.replace("[INST] ", "[INST]\n")
+    said = [("user", "a\nb"), ("assistant", "c"), ("user", " d")]
+    written = conversations.write(ours, [{"role": role, "content": text} for role, text in said], find_answers=True)
+    assert conversations.encode_parts(ours, written, False) == conversations.encode_whole(ours, written, False)
+    ids = ours.encode_chat([{"role": "user", "content": f"{ours.bos_token} the dog"}])
+    assert ids.count(ours.bos_token_id) == 1 and ours.decode(ids).count(ours.bos_token) == 2
