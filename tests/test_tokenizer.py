@@ -18,9 +18,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from lib import tokenizer_files
 from lib import chat as conversations
 from lib import tokenizer as module
+from lib import tokenizer_files
 from lib.files import find_source
 from lib.library_tokenizer import LibraryTokenizer
 from lib.tokenizer import BPETokenizer, load_tokenizer
