@@ -36,7 +36,7 @@ HANDLED = (*LLAMA_SETTINGS, "max_position_embeddings", "rope_base", "rope_scalin
 
 READ = (*LLAMA_SETTINGS.values(), "hidden_act", "rope_parameters", "rope_scaling", "rope_theta")
 READ += ("sliding_window", "use_sliding_window", "layer_types", "max_window_layers")
-NEUTRAL = {"is_causal": (True,), "partial_rotary_factor": (1, None)}
+NEUTRAL = {"is_causal": (True,), "partial_rotary_factor": (1, None), "use_mrope": (False,)}
 # What SmolLM's training code and the text models of Idefics3 leave there; transformers does not look at it either.
 HARMLESS = "is_llama_config rope_interleaved qk_layer_norms use_resampler perceiver_config pixel_shuffle_factor"
 

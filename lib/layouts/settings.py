@@ -23,7 +23,7 @@ HARMLESS = GENERATION | frozenset(
     " image_token_id image_token_index ignore_index tokenizer_class prefix task_specific_params"
     " return_dict use_return_dict return_dict_in_generate output_attentions output_hidden_states output_scores use_cache"
     " chunk_size_feed_forward torchscript use_bfloat16 tf_legacy_loss tie_encoder_decoder is_decoder"
-    " cross_attention_hidden_size id2label label2id num_labels problem_type finetuning_task"
+    " cross_attention_hidden_size id2label label2id num_labels _num_labels problem_type finetuning_task"
     " initializer_range initializer_factor attention_dropout dropout hidden_dropout hidden_dropout_prob drop_path_rate"
     " attention_probs_dropout_prob embd_pdrop attn_pdrop resid_pdrop gradient_checkpointing use_reentrant_checkpointing"
     " neftune_noise_alpha pretraining_tp logit_scale_init_value layerscale_value".split()
