@@ -33,7 +33,7 @@ from data.rows import FIRST_ROWS, load_rows, some, streams
 from data.shards import ShardImages
 from data.warp import GEOMETRY, warp
 from lib.answers import Item, prompt_ids, row_items
-from lib.checks import checked
+from lib.checks import checked_flags
 from lib.cli import argument_parser, fraction, not_negative_float, not_negative_int, positive_float, positive_int, run_cli
 from lib.distributed import all_gather
 from lib.loss import chunked_cross_entropy
@@ -148,7 +148,7 @@ def build(args, texts: list[str]):
         return whole_model(args.model, args.seed)
     vision_settings, text_settings, vocabulary = SIZES[args.size]
     changes = {key: getattr(args, key) for key in ("image_size", "patch_size") if getattr(args, key)}
-    vision = checked(SiglipVisionConfig, **{**vision_settings, **changes})
+    vision = checked_flags(args, SiglipVisionConfig, **{**vision_settings, **changes})
     image_settings = {"image_mean": IMAGENET_STANDARD_MEAN, "image_std": IMAGENET_STANDARD_STD}
     if args.vision:
         vision, image_settings = find_part(args.vision, "vision", args.image_size), tower_image_settings(args.vision)
@@ -164,7 +164,8 @@ def build(args, texts: list[str]):
         text, tokenizer = LLAMA32Config(**text_settings), train_tokenizer(texts, vocabulary)
     join = {"projector_type": args.projector, "vision_feature_layer": -1 if args.projector == "mlp" else None}
     join |= {"pixel_shuffle": args.pixel_shuffle}
-    checked(MLLAMAConfig, vision_config=getattr(vision, "config", vision), text_config=getattr(text, "config", text), **join)
+    configs = {"vision_config": getattr(vision, "config", vision), "text_config": getattr(text, "config", text)}
+    checked_flags(args, MLLAMAConfig, **configs, **join)
     return assemble(vision, text, tokenizer, image_settings, args.seed, args.fusion, **join)
 
 

@@ -21,7 +21,7 @@ from data.augment import Augment
 from data.batches import Batches, fit_batch_size
 from data.datasets import DATASETS
 from lib import figures
-from lib.checks import checked
+from lib.checks import checked_flags
 from lib.classification import accuracy, default_patch, draw_answers, load_data, predict, save_classifier
 from lib.cli import argument_parser, fraction, not_negative_int, positive_int, run_cli
 from lib.optim import cosine_schedule, make_optimizers, parameter_groups, set_learning_rate
@@ -84,7 +84,8 @@ def main(argv=None) -> None:
 
     # ---- model ----
     size, K = tuple(train.images.shape[-2:]), len(train.classes)
-    config = checked(
+    config = checked_flags(
+        args,
         ViTConfig,
         image_size=size[0] if size[0] == size[1] else size,
         patch_size=args.patch_size or default_patch(size),

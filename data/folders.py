@@ -146,7 +146,7 @@ def load_folder(
     """
     path = Path(path).expanduser()
     if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist: name a folder of class folders, or an archive of one")
+        raise FileNotFoundError(f"--data {path} does not exist: name a folder of class folders, or an archive of one")
     size = None if image_size is None else height_width(image_size)
     stat = path.stat()
     state = list(walk_folder(path).items()) if path.is_dir() else (stat.st_size, stat.st_mtime_ns)

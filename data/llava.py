@@ -241,7 +241,7 @@ class LlavaRows(Sequence):
         spelled, found = spelled_rows(file, notes), []
         folder = find_images(file.folder, (row for _, row in spelled)) if images_dir is None else Path(images_dir)
         if not folder.is_dir():
-            raise FileNotFoundError(f"{folder} is no folder: name the one that the images in {name} lie in")
+            raise FileNotFoundError(f"--images {folder} is no folder: name the one that the images in {name} lie in")
         total, problems = len(spelled) + len(file.problems), file.problems
         for number, row in spelled:
             try:
@@ -283,7 +283,7 @@ class LlavaRows(Sequence):
         groups = image_groups(self.rows)
         if not 0 < fraction < 1 or len(groups) < 2:
             raise ValueError(
-                f"cannot hold out {fraction} of {len(self)} rows: give a part between 0 and 1 of two images or more"
+                f"cannot hold out {fraction} of {len(self)} rows: give --test-part between 0 and 1, and two images or more"
             )
         wanted, held = max(fraction * len(self), 1), []
         for k in np.random.RandomState(seed).permutation(len(groups)):

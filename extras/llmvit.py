@@ -327,7 +327,7 @@ class LLMVIT(nn.Module):
         if math.prod(config.grid) > longest_input(model):
             raise ValueError(
                 f"a grid of {config.grid[0]}x{config.grid[1]} patches is {math.prod(config.grid)} words, the language model "
-                f"reads at most {longest_input(model)}: use larger patches"
+                f"reads at most {longest_input(model)}: use larger patches (--patch-size)"
             )
         if words is None and embedder_config.type != "direct":
             raise ValueError(f"a {embedder_config.type} embedder needs word embeddings, this model has none: use direct")

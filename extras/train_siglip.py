@@ -34,7 +34,7 @@ from data.rows import streams
 from extras.caption_pairs import ClassPairs, RowPairs, ScenePairs, ShardPairs, Test, true_pairs
 from lib import figures
 from lib.checkpoint import from_pretrained, save_pretrained
-from lib.checks import checked
+from lib.checks import checked_flags
 from lib.classification import default_patch
 from lib.cli import argument_parser, fraction, not_negative_float, not_negative_int, positive_int, run_cli
 from lib.distributed import all_gather
@@ -141,9 +141,9 @@ def build(args, pairs) -> tuple[SiglipTwoTower, BPETokenizer]:
     tokenizer.model_max_length = args.tokens or min(MOST_TOKENS, longest)
     height, width = pairs.image_size
     vision = vision | {"image_size": height if height == width else (height, width), "attention_dropout": args.dropout}
-    vision = checked(SiglipVisionConfig, **vision, patch_size=args.patch_size or default_patch(pairs.image_size))
+    vision = checked_flags(args, SiglipVisionConfig, **vision, patch_size=args.patch_size or default_patch(pairs.image_size))
     text = text | {"max_position_embeddings": tokenizer.model_max_length, "attention_dropout": args.dropout}
-    text = checked(SiglipTextConfig, **text, vocab_size=len(tokenizer), projection_size=vision.hidden_size)
+    text = checked_flags(args, SiglipTextConfig, **text, vocab_size=len(tokenizer), projection_size=vision.hidden_size)
     torch.manual_seed(args.seed)
     model = SiglipTwoTower(SiglipConfig(vision, text))
     with torch.no_grad():  # positions that say from the first step what is near what

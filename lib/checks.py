@@ -56,6 +56,23 @@ def checked(config_class: type, **settings):
     return config
 
 
+# What a message says, and the setting and flag of a script by which it is chosen.
+FLAGS = {
+    "hidden_size": ("hidden_size", "--hidden-size"), "attention heads": ("num_attention_heads", "--heads"),
+    "num_hidden_layers": ("num_hidden_layers", "--layers"), "patch": ("patch_size", "--patch-size"),
+    "image": ("image_size", "--image-size"), "pixel_shuffle": ("pixel_shuffle", "--pixel-shuffle"),
+}  # fmt: skip
+
+
+def checked_flags(args, config_class: type, **settings):
+    """checked, for settings from a command line: the error names the flags that choose what it is about."""
+    try:
+        return checked(config_class, **settings)
+    except ValueError as error:
+        flags = [flag for words, (name, flag) in FLAGS.items() if words in str(error) and hasattr(args, name)]
+        raise ValueError(f"{error} ({', '.join(flags)})" if flags else str(error)) from None
+
+
 def check_value(name: str, value) -> None:
     """Raises ValueError for a number that is out of the range of settings of this name."""
     if isinstance(value, dict) and name.endswith("_config"):
