@@ -69,6 +69,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--count", type=positive_int, help="scenes of each split (default 200), or rows of FILE.json (default: all)")
     add("--seed", type=not_negative_int, default=0, help="of the scenes")
     add("--swapped", action="store_true", help="ask the same model with each image swapped for another one, too")
+    add("--split-images", action=argparse.BooleanOptionalAction, help="cut images into tiles, or take them whole; default: as "
+        "RUN says")  # fmt: skip
     add("--blind", action="store_true", help="ask the same model without its images, too")
     add("--blind-run", metavar="RUN2", type=Path, help="ask a second model, which was trained without images, too")
     add("--batch-size", type=positive_int, help="questions at once; default: 256, or what 128 MB of keys and values hold")
@@ -82,11 +84,13 @@ def parse_args(argv=None) -> argparse.Namespace:
 # ---- the model ---------------------------------------------------------------------------------------------------------
 
 
-def load_run(folder: Path, device) -> tuple[MllamaForConditionalGeneration, MllamaImageProcessor, dict]:
+def load_run(
+    folder: Path, device, split_images: bool | None = None
+) -> tuple[MllamaForConditionalGeneration, MllamaImageProcessor, dict]:
     """A run's model, its processor and what settings.json says ({} without one). Raises ValueError or an OSError unless the
     folder holds a vision-language model, with the tokenizer and the image settings it was trained with."""
     folder = find_source(folder)
-    model, processor = load_vlm(folder, device)
+    model, processor = load_vlm(folder, device, split_images=split_images)
     say_unlike(model, processor.tokenizer)
     settings = read_json(folder / "settings.json") if (folder / "settings.json").exists() else {}
     return model, processor, settings
@@ -285,7 +289,7 @@ def summary(splits: dict[str, dict[str, dict]]) -> dict:
 def main(argv=None) -> None:
     args = parse_args(argv)
     device = find_device(args.device)
-    model, processor, settings = load_run(args.run, device)
+    model, processor, settings = load_run(args.run, device, args.split_images)
     is_blind = bool(settings.get("blind", False))
     if is_blind and (args.swapped or args.blind or args.blind_run):
         beside = "--swapped, --blind and --blind-run stand beside a model that sees"

@@ -16,6 +16,7 @@ with --projector mlp), with --lora the corrections in lora/ as well, metrics.jso
 result.json. The last line printed is JSON.
 """
 
+import argparse
 from pathlib import Path
 from typing import NamedTuple
 
@@ -105,7 +106,9 @@ def parse_args(argv=None):
     add("--shift", type=not_negative_float, default=0.0, help="move training images by up to this part of their side, with a "
         "tower that trains")  # fmt: skip
     add("--isolated", action="store_true", help="each question of a row is asked alone, without those before it")
-    add("--max-length", type=positive_int, default=1024, help="tokens of a packed row")
+    add("--split-images", action=argparse.BooleanOptionalAction, help="cut images into tiles, as Idefics3 and SmolVLM do, or "
+        "take them whole; default: as --model says, else whole")  # fmt: skip
+    add("--max-length", type=positive_int, help="tokens of a packed row; default: 1024, with tiles 2048")
     add("--cache-features", nargs="?", const="", metavar="FILE", help="keep a frozen tower's features; default in --out")
     add("--eval-count", type=positive_int, default=300, help="test rows asked at the end")
     args = parser.parse_args(argv)
@@ -145,7 +148,7 @@ def parse_args(argv=None):
 def build(args, texts: list[str]):
     """The model, with what --model, --vision and --lm bring, and its processor. texts: to train a tokenizer on."""
     if args.model:
-        return whole_model(args.model, args.seed)
+        return whole_model(args.model, args.seed, args.split_images)
     vision_settings, text_settings, vocabulary = SIZES[args.size]
     changes = {key: getattr(args, key) for key in ("image_size", "patch_size") if getattr(args, key)}
     vision = checked_flags(args, SiglipVisionConfig, **{**vision_settings, **changes})
@@ -166,7 +169,7 @@ def build(args, texts: list[str]):
     join |= {"pixel_shuffle": args.pixel_shuffle}
     configs = {"vision_config": getattr(vision, "config", vision), "text_config": getattr(text, "config", text)}
     checked_flags(args, MLLAMAConfig, **configs, **join)
-    return assemble(vision, text, tokenizer, image_settings, args.seed, args.fusion, **join)
+    return assemble(vision, text, tokenizer, image_settings, args.seed, args.fusion, bool(args.split_images), **join)
 
 
 def add_lora(args, model) -> None:
@@ -281,9 +284,9 @@ def train_only(learner: Learner, stage: Stage, args) -> list[dict]:
 
 def conversations(args, run: Run, rows, model, processor, common: dict) -> LlavaBatches:
     """Batches for stages 2 and 3."""
-    settings = processor.image_size, processor.image_mean, processor.image_std, processor.resample, processor.do_pad_square
+    tiled = processor.image_settings.fit == "tiles"
     sharded, frozen, features = streams(args), "vision" in frozen_parts(args, common), None
-    images = (ShardImages if sharded else ImageCache)(*settings)
+    images = (ShardImages if sharded else ImageCache)(processor.image_settings)
     if args.cache_features is not None and not frozen:
         raise ValueError("--cache-features: the vision tower is trained, so its features change: add --freeze vision")
     if frozen and not (args.fsdp or sharded) and (run.device.type == "cpu" or args.cache_features is not None):
@@ -291,7 +294,7 @@ def conversations(args, run: Run, rows, model, processor, common: dict) -> Llava
     if args.shift and features and not args.blind and not has_vision_stage(args, common):
         raise ValueError("--shift: the vision tower is frozen and encodes each image once: add --freeze none")
     return (ShardBatches if sharded else LlavaBatches)(
-        rows, processor, images, args.batch_size // run.world_size, args.seed, args.max_length,
+        rows, processor, images, args.batch_size // run.world_size, args.seed, args.max_length or (2048 if tiled else 1024),
         isolated=args.isolated, grad_accum=args.grad_accum, blind=args.blind, workers=args.workers, features=features,
         rank=run.rank, world_size=run.world_size, context=model.config.text_config.context_length,
         all_ranks=run.all, always_image=args.fsdp,

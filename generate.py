@@ -28,6 +28,7 @@ from pathlib import Path
 
 import torch
 
+from data.tiles import ImageSettings, global_tiles
 from extras.llmvit import LLMVIT
 from lib.checkpoint import from_pretrained, load_processor
 from lib.cli import finite_float, not_negative_float, not_negative_int, positive_float, positive_int, run_cli
@@ -63,6 +64,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--image", action="append", default=[], metavar="FILE", help="an image to ask about, or several: --image a.png b.png")
     add("--attention", metavar="FILE.png", help="draw what it attended to in the images for each word of its last answer")
     add("--zero-shot", nargs="+", metavar="CAPTION", help="how well each of these captions fits each --image")
+    add("--split-images", action=argparse.BooleanOptionalAction, help="cut images into tiles, as Idefics3 and SmolVLM do, or "
+        "take them whole; default: as the checkpoint says")  # fmt: skip
     add("--adapter", metavar="FOLDER", help="LoRA to use in place of the run's own, which is in its folder lora/")
     add("--chat", action="store_true", help="PROMPT is a question to answer, not a text to continue")
     add("--system", help="what a chat begins with; default: the template's own, if it has one")
@@ -142,7 +145,7 @@ def load(args) -> tuple[torch.nn.Module, BPETokenizer, MllamaImageProcessor | No
 
         print(f"[{args.adapter}: {put_adapter(model, args.source, args.adapter)}]", file=sys.stderr)
     if isinstance(model, MllamaForConditionalGeneration):
-        processor = load_processor(args.source, model)
+        processor = load_processor(args.source, model, args.split_images)
         tokenizer = processor.tokenizer
     else:
         if args.image or args.attention:
@@ -213,7 +216,7 @@ def answer(talk: Conversation, question: str, attention: str | None = None) -> N
         from lib.figures import attention_overlay
 
         maps = attention_over_image_tokens(talk.model, talk.answer_ids, [talk.prompt_ids], image_features=talk.features)
-        words, maps = group_into_words(talk.answer_ids, maps, talk.processor.decode)
+        words, maps = group_into_words(talk.answer_ids, maps[:, global_tiles(talk.tilings)], talk.processor.decode)
         attention_overlay(talk.images, words, maps, attention, title=question.replace(IMAGE_TOKEN, "").strip())
 
 
@@ -252,8 +255,11 @@ def check_writable(path: str) -> None:
 def likeliest_classes(args, model: ViTModel | LLMVIT, k: int = 5) -> list[list[tuple[float, str]]]:
     """For each --image the k likeliest classes, (probability, name), by the names and image settings of the folder."""
     config = model.config
-    settings = {"image_size": pair(config.image_size), **read_image_settings(find_source(args.source))}
-    pixels = process_images(args.image, **settings).to(next(model.parameters()).device)
+    settings = ImageSettings(**{"image_size": pair(config.image_size), **read_image_settings(find_source(args.source))})
+    if settings.image_size != pair(config.image_size):
+        sizes = f"{settings.image_size} for its processor, {pair(config.image_size)} for its model"
+        raise ValueError(f"{args.source} contradicts itself: images of (height, width): {sizes}")
+    pixels = process_images(args.image, settings).to(next(model.parameters()).device)
     if config.num_channels == 1:
         pixels = pixels.mean(dim=1, keepdim=True)  # grey
     logits = model(pixels)["logits"] if isinstance(model, LLMVIT) else model(pixels)

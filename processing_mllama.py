@@ -1,7 +1,8 @@
 """Images and prompts in, tensors out: everything between a photo on disk and the model's arguments.
 
-Pixels are those of transformers' SiglipImageProcessor, prompts follow LLaVA and PaliGemma: each `<image>` in a text becomes
-num_image_token placeholders, which the model overwrites with the features of the image.
+Pixels are those of transformers' image processors, prompts follow LLaVA and PaliGemma: each `<image>` in a text becomes
+num_image_token placeholders, which the model overwrites with the features of the image; an image that is cut into tiles
+(data/tiles.py) becomes as many for each of them.
 
     processor = MllamaImageProcessor(tokenizer, num_image_token=196, image_size=224)
     batch = processor(["What is this? <image>"], ["photo.jpg"])        # pixel_values, input_ids, attention_mask
@@ -14,52 +15,35 @@ lib.vocabulary.resize_token_embeddings(model, len(tokenizer)). MLLAMAConfig's im
 batch with images brings it along.
 
 Text is data: with our tokenizer nothing but those tokens means anything inside it, and "<|im_end|>" stays text; a Hugging
-Face tokenizer obeys every special token it finds. Every image is resized to one square, never cut into tiles.
-Axes: B batch, T text tokens, I images of the whole batch, H and W an image's sides.
+Face tokenizer obeys every special token it finds.
+Axes: B batch, T text tokens, I images of the whole batch, tiles counted one by one, H and W an image's sides.
 """
 
-import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import groupby, islice
 
-import numpy as np
 import torch
-from PIL import Image
 
-from data.images import to_image
+from data.tiles import WHOLE, ImageSettings, find_tiling, resize, to_pixels  # noqa: F401
 
 IMAGENET_STANDARD_MEAN = (0.5, 0.5, 0.5)  # so called in transformers; SigLIP's: they take 0..1 to -1..1
 IMAGENET_STANDARD_STD = (0.5, 0.5, 0.5)
 IMAGE_TOKEN = "<image>"
 LOCATION_TOKENS = [f"<loc{i:04d}>" for i in range(1024)] + [f"<seg{i:03d}>" for i in range(128)]
 IDEFICS3_AROUND = ("<fake_token_around_image><global-img>", "<fake_token_around_image>")  # around an image taken whole
-RESAMPLE = {"lanczos": 1, "bilinear": 2, "bicubic": 3}  # Pillow's numbers, as the published files hold them
 ROLES = {"human": "user", "gpt": "assistant"} | {role: role for role in ("user", "assistant", "system")}
-MAX_ASPECT = 200  # nothing is left of a longer strip once it is squeezed into a square (Qwen2-VL draws the same line)
+TILE_TOKENS = [f"<row_{r + 1}_col_{c + 1}>" for r in range(6) for c in range(6)]  # those that published tokenizers have
 
 # ---- images ----------------------------------------------------------------------------------------------------------
 
 
-def pad_square(image: Image.Image, mean: Sequence[float]) -> Image.Image:
-    """The image in the middle of a square of the mean colour, as LLaVA-1.5 pads. Raises ValueError for a gigantic square."""
-    side = max(image.size)
-    if Image.MAX_IMAGE_PIXELS and side**2 > Image.MAX_IMAGE_PIXELS:
-        raise ValueError(f"{image.width}x{image.height} padded to a square is over {Image.MAX_IMAGE_PIXELS:,} pixels")
-    square = Image.new("RGB", (side, side), tuple(int(255 * m) for m in mean))
-    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
-    return square
-
-
-def resize(image: Image.Image, size: tuple[int, int], resample: str = "bicubic") -> Image.Image:
-    """To (height, width), whatever the proportions. resample: bicubic (SigLIP), bilinear, lanczos (Idefics3)."""
-    return image.resize((size[1], size[0]), RESAMPLE[resample])
-
-
 def rescale(pixels: torch.Tensor, scale: float = 1 / 255) -> torch.Tensor:
-    """Bytes to floats in 0..1. In two steps: pixels * scale, with its mixed types, is ten times slower on a CPU."""
-    return pixels.to(torch.float32, copy=True).mul_(scale)
+    """Bytes to floats in 0..1. A division: x / 255 is what transformers' x * (1 / 255), taken in doubles, rounds to; and in
+    two steps, since one with mixed types is ten times slower on a CPU."""
+    return pixels.to(torch.float32, copy=True).div_(1 / scale)
 
 
 def normalize(pixels: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
@@ -68,54 +52,44 @@ def normalize(pixels: torch.Tensor, mean: Sequence[float], std: Sequence[float])
     return (pixels - mean).div_(std)
 
 
-def denormalize(pixels: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
-    """The uint8 [..., 3, H, W] that rescale and normalize made these of: images as they are drawn."""
-    mean, std = (torch.tensor(value)[:, None, None] for value in (mean, std))
-    return ((pixels * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
+def scale_pixels(pixels: torch.Tensor, settings: ImageSettings) -> torch.Tensor:
+    """uint8 [..., 3, H, W], as to_pixels makes them, to what the model reads: float32."""
+    return normalize(rescale(pixels, settings.rescale_factor), settings.image_mean, settings.image_std)
 
 
-def to_pixels(
-    image, image_size: tuple[int, int], resample: str, image_mean: Sequence[float], do_pad_square: bool, fast: bool = False
-) -> torch.Tensor:
-    """One image (see to_image) as uint8 [3, height, width]; see process_images. Raises ValueError for a thin strip."""
-    image = to_image(image, -(-max(image_size) // 2) if fast else None)  # decoded to no less than `image_size`
-    if max(image.size) > MAX_ASPECT * min(image.size):
-        raise ValueError(f"{image.width}x{image.height} is too thin a strip (over {MAX_ASPECT} to 1): crop it")
-    image = resize(pad_square(image, image_mean) if do_pad_square else image, image_size, resample)
-    return torch.from_numpy(np.asarray(image).transpose(2, 0, 1).copy())
+def denormalize(pixels: torch.Tensor, settings: ImageSettings) -> torch.Tensor:
+    """The uint8 [..., 3, H, W] that scale_pixels made these of: images as they are drawn."""
+    mean, std = (torch.tensor(value)[:, None, None] for value in (settings.image_mean, settings.image_std))
+    return ((pixels * std + mean) / settings.rescale_factor).round().clamp(0, 255).to(torch.uint8)
 
 
 def process_images(
-    images: Sequence, image_size: tuple[int, int], resample: str = "bicubic",
-    image_mean: Sequence[float] = IMAGENET_STANDARD_MEAN, image_std: Sequence[float] = IMAGENET_STANDARD_STD,
-    do_pad_square: bool = False, fast: bool = False,
-) -> torch.Tensor:  # fmt: skip
-    """I images (see to_image) -> pixel_values, float32 [I, 3, height, width]; image_size: (height, width).
+    images: Sequence, image_size: int | tuple[int, int] | ImageSettings, resample: str = "bicubic", fast: bool = False, **more
+) -> torch.Tensor:
+    """I images (see to_image) -> pixel_values, float32 [I, 3, height, width]; where they are cut into tiles, I counts these.
 
-    fast: JPEGs far larger than that are decoded at a fraction of their size, which changes pixels a little. Raises ValueError
-    that names the image by its number and, if it has one, its path.
+    image_size: (height, width), with more settings as ImageSettings has them, or all of them. fast: JPEGs far larger than that
+    are decoded at a fraction of their size, which changes pixels a little. Raises ValueError that names the image by its number
+    and, if it has one, its path.
     """
+    settings = image_size if isinstance(image_size, ImageSettings) else ImageSettings(image_size, resample, **more)
     if not len(images):
         raise ValueError("there are no images to process: the list is empty")
-    resized = []
+    squares = each_image(images, lambda image: to_pixels(image, settings, fast))
+    # Bytes are cheap to move: one tensor of them, then the arithmetic on all of it at once.
+    return scale_pixels(torch.cat(squares), settings)
+
+
+def each_image(images: Sequence, prepare: Callable) -> list:
+    """prepare(image) of each; a ValueError names the image by its number and, if it has one, its path."""
+    found = []
     for number, image in enumerate(images):
         try:
-            resized.append(to_pixels(image, image_size, resample, image_mean, do_pad_square, fast))
+            found.append(prepare(image))
         except ValueError as error:
             path = f" ({os.fspath(image)})" if isinstance(image, (str, os.PathLike)) else ""
             raise ValueError(f"image {number}{path}: {error}") from None
-    # Bytes are cheap to move: one stacked tensor, then the arithmetic on all of it at once.
-    return normalize(rescale(torch.stack(resized)), image_mean, image_std)
-
-
-def check_pixel_settings(image_mean, image_std, resample: str) -> None:
-    """Raises ValueError unless images can be resized and normalized by these."""
-    threes = all(isinstance(values, (tuple, list)) and len(values) == 3 for values in (image_mean, image_std))
-    numbers = threes and all(isinstance(x, (int, float)) and math.isfinite(x) for x in (*image_mean, *image_std))
-    if not numbers or min(image_std) <= 0:
-        raise ValueError(f"image_mean {image_mean!r:.80} and image_std {image_std!r:.80} must be three numbers, std above 0")
-    if resample not in RESAMPLE:
-        raise ValueError(f"resample is {resample!r}: it must be {', '.join(RESAMPLE)}")
+    return found
 
 
 # ---- prompts ---------------------------------------------------------------------------------------------------------
@@ -124,6 +98,14 @@ def check_pixel_settings(image_mean, image_std, resample: str) -> None:
 def add_image_tokens_to_prompts(prompts: Sequence[str], num_image_token: int, around_image=("", "")) -> list[str]:
     """Each <image> becomes num_image_token of them, between the two texts of around_image."""
     return [prompt.replace(IMAGE_TOKEN, (IMAGE_TOKEN * num_image_token).join(around_image)) for prompt in prompts]
+
+
+def write_image(tiling: tuple[int, int], num_image_token: int, around_image=("", "")) -> str:
+    """What stands in a text for one image: num_image_token placeholders between the two texts of around_image, and for an image
+    that is cut (data/tiles.py) before that as many for each tile, row by row, as Idefics3 and SmolVLM write it."""
+    (rows, columns), (_, fake), tokens = tiling, around_image, IMAGE_TOKEN * num_image_token
+    lines = ["".join(f"{fake}<row_{r + 1}_col_{c + 1}>{tokens}" for c in range(columns)) + "\n" for r in range(rows)]
+    return "".join(lines) + ("\n" if rows else "") + tokens.join(around_image)
 
 
 def to_messages(conversation) -> list[dict[str, str]]:
@@ -175,23 +157,22 @@ def images_per_prompt(images, named: Sequence[int]) -> list[list]:
 class MllamaImageProcessor:
     """Called with prompts or conversations, and images; gives what the model is called with.
 
-    tokenizer: gains the tokens named above (add_location_tokens=False: only <image>); num_image_token: placeholders per
-    image, the model's config.text_config.num_image_tokens; image_size: pixels, a number or (height, width); around_image:
-    special tokens before and after each image (IDEFICS3_AROUND). Raises ValueError for settings that make no sense.
+    tokenizer: gains the tokens named above (add_location_tokens=False: only <image>); num_image_token: placeholders per image,
+    or tile of one, the model's config.text_config.num_image_tokens; image_size: pixels, a number or (height, width), with more
+    settings as data/tiles.py's ImageSettings has them, or all of them; around_image: special tokens before and after each image
+    (IDEFICS3_AROUND). Raises ValueError for settings that make no sense.
     """
 
     def __init__(
-        self, tokenizer, num_image_token: int, image_size: int | tuple[int, int], *,
-        image_mean: Sequence[float] = IMAGENET_STANDARD_MEAN, image_std: Sequence[float] = IMAGENET_STANDARD_STD,
-        resample: str = "bicubic", do_pad_square: bool = False, add_location_tokens: bool = True, around_image=("", ""),
+        self, tokenizer, num_image_token: int, image_size: int | tuple[int, int] | ImageSettings, *,
+        add_location_tokens: bool = True, around_image=("", ""), **image_settings,
     ):  # fmt: skip
-        sides = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
-        if len(sides) != 2 or not all(isinstance(number, int) and number > 0 for number in (num_image_token, *sides)):
-            raise ValueError(f"num_image_token {num_image_token!r} and image_size {image_size!r} must be numbers from 1")
-        check_pixel_settings(image_mean, image_std, resample)
-        self.tokenizer, self.num_image_token, self.image_size = tokenizer, num_image_token, sides
-        self.image_mean, self.image_std, self.resample = tuple(image_mean), tuple(image_std), resample
-        self.do_pad_square, self.around_image = do_pad_square, tuple(around_image)
+        if not isinstance(num_image_token, int) or num_image_token < 1:
+            raise ValueError(f"num_image_token is {num_image_token!r}: it must be a number from 1")
+        if not isinstance(image_size, ImageSettings):
+            image_size = ImageSettings(image_size, **image_settings)
+        self.image_settings, self.around_image = image_size, tuple(around_image)
+        self.tokenizer, self.num_image_token = tokenizer, num_image_token
         # <image> first: a model without a row for it takes the first id past its table for the placeholder.
         special = [IMAGE_TOKEN, *re.findall(r"<[^<>]+>", "".join(around_image))]
         locations = LOCATION_TOKENS if add_location_tokens else []
@@ -202,11 +183,27 @@ class MllamaImageProcessor:
             tokenizer.add_tokens(special, special_tokens=True)
             tokenizer.add_tokens(locations)
         self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
-        ids = tokenizer.convert_tokens_to_ids(LOCATION_TOKENS)
-        absent = (None, tokenizer.unk_token_id)
-        self.locations = {i: token for i, token in zip(ids, LOCATION_TOKENS, strict=True) if i not in absent}
-        self.recognised = frozenset([*special, *self.locations.values()])
-        self._places = num_image_token, self.around_image
+        absent, optional = (None, tokenizer.unk_token_id), LOCATION_TOKENS + TILE_TOKENS
+        ids = zip(tokenizer.convert_tokens_to_ids(optional), optional, strict=True)
+        known = {i: token for i, token in ids if i not in absent}
+        self.locations = {i: token for i, token in known.items() if token not in TILE_TOKENS}
+        self.recognised = frozenset([*special, *known.values()])
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(height, width) of what the model reads."""
+        return self.image_settings.image_size
+
+    def split_images(self, on: bool) -> None:
+        """From now on images are cut into tiles, or taken whole. Where no file says how large an image is before it is cut, its
+        longer side is four tiles. Raises ValueError for a model of another kind than Idefics3."""
+        settings = self.image_settings
+        if on and self.around_image != IDEFICS3_AROUND:
+            raise ValueError("only images between Idefics3's <fake_token_around_image> are split: leave out --split-images")
+        if on != (settings.fit == "tiles"):
+            size = settings.size or {"longest_edge": 4 * settings.image_size[0]}
+            changes = {"fit": "tiles", "size": size} if on else {"fit": "squeeze"}
+            self.image_settings = replace(settings, **changes)
 
     def __call__(
         self, prompts: str | Sequence[str] | None = None, images=None, conversations: Sequence | None = None, *,
@@ -226,13 +223,16 @@ class MllamaImageProcessor:
         rows = self._rows(prompts, conversations)
         named = [sum(message["content"].count(IMAGE_TOKEN) for message in row) for row in rows]
         shared = images_per_prompt(images, named)
+        flat = [image for row in shared for image in row]
+        tilings = iter(self.tilings(flat))
         encoded, learn = [], conversations is not None and not add_generation_prompt
         for number, row in enumerate(rows):
+            tiled = list(islice(tilings, len(shared[number])))
             if conversations is None:
-                ids = self._encode(self._with_images(row, len(shared[number]))[0]["content"], add_special_tokens)
+                ids = self._encode(row[0]["content"], tiled, add_special_tokens)
                 answers = [0] * len(ids)
             else:
-                ids, answers = self._encode_conversation(row, len(shared[number]), add_generation_prompt)
+                ids, answers = self._encode_conversation(row, tiled, add_generation_prompt)
                 if learn and not any(answers):
                     raise ValueError(f"conversation {number} has no answer: add_generation_prompt=True would ask for one")
             encoded.append(self._truncated(number, ids, answers, max_length, truncation))
@@ -240,7 +240,7 @@ class MllamaImageProcessor:
         batch = self._padded(encoded, padding, side, max_length, pad_to_multiple_of)
         if not learn:
             del batch["labels"]
-        if flat := [image for row in shared for image in row]:
+        if flat:
             batch["pixel_values"] = self.pixel_values(flat, fast)
             batch["image_token_id"] = torch.tensor(self.image_token_id)
         return batch
@@ -250,18 +250,25 @@ class MllamaImageProcessor:
         return self(None, images, [conversation], **options)
 
     def pixel_values(self, images: Sequence, fast: bool = False) -> torch.Tensor:
-        """I images as the model sees them; see process_images."""
-        settings = self.image_size, self.resample, self.image_mean, self.image_std, self.do_pad_square
-        return process_images(images, *settings, fast)
+        """I images, or all tiles of some, as the model sees them; see process_images."""
+        return process_images(images, self.image_settings, fast=fast)
 
-    def encode(self, conversation, num_images: int, add_generation_prompt: bool = False) -> tuple[list[int], list[int]]:
-        """Ids of a conversation (see to_messages) about so many images, and a mask: 1 on its answers and the token that
-        ends each. Where it says no <image>, they stand before its first question. Raises ValueError where counts differ."""
-        messages = to_messages(conversation)
-        named = sum(message["content"].count(IMAGE_TOKEN) for message in messages)
-        if named not in (0, num_images):
-            raise ValueError(f"a conversation says {IMAGE_TOKEN} {named} times and has {num_images} images: give one for each")
-        return self._encode_conversation(messages, num_images, add_generation_prompt)
+    def tilings(self, images: Sequence) -> list[tuple[int, int]]:
+        """Into how many rows and columns of tiles each is cut (see data/tiles.py); of files only the headers are read. Raises
+        as process_images."""
+        return each_image(images, lambda image: find_tiling(image, self.image_settings))
+
+    def encode(
+        self, conversation, images: int | Sequence[tuple[int, int]], add_generation_prompt: bool = False
+    ) -> tuple[list[int], list[int]]:
+        """Ids of a conversation (see to_messages) about images, and a mask: 1 on its answers and the token that ends each.
+        images: their tilings, or how many they are, each taken whole. Where it says no <image>, they stand before its first
+        question. Raises ValueError where counts differ."""
+        messages, tilings = to_messages(conversation), [WHOLE] * images if isinstance(images, int) else list(images)
+        named, count = sum(message["content"].count(IMAGE_TOKEN) for message in messages), len(tilings)
+        if named not in (0, count):
+            raise ValueError(f"a conversation says {IMAGE_TOKEN} {named} times and has {count} images: give one for each")
+        return self._encode_conversation(messages, tilings, add_generation_prompt)
 
     def decode(self, ids) -> str:
         """Text of ids without special tokens, but with <locNNNN> and <segNNN>, which are part of an answer."""
@@ -296,16 +303,19 @@ class MllamaImageProcessor:
         first = question | {"content": IMAGE_TOKEN * num_images + question["content"]}
         return [first if message is question else message for message in messages]
 
-    def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
-        (text,) = add_image_tokens_to_prompts([text], *self._places)
+    def _written(self, tilings: Sequence[tuple[int, int]]) -> list[str]:
+        return [write_image(tiling, self.num_image_token, self.around_image) for tiling in tilings]
+
+    def _encode(self, text: str, tilings: Sequence[tuple[int, int]], add_special_tokens: bool) -> list[int]:
+        text, written = text if IMAGE_TOKEN in text else IMAGE_TOKEN * len(tilings) + text, iter(self._written(tilings))
+        text = re.sub(re.escape(IMAGE_TOKEN), lambda _: next(written), text)
         options = {"parse_special": self.recognised} if self.ours else {}
         return self.tokenizer(text, add_special_tokens=add_special_tokens, **options)["input_ids"]
 
-    def _encode_conversation(self, messages: list[dict], num_images: int, ask: bool) -> tuple[list[int], list[int]]:
+    def _encode_conversation(self, messages: list[dict], tilings, ask: bool) -> tuple[list[int], list[int]]:
         from lib.chat import encode_conversation
 
-        images = add_image_tokens_to_prompts([IMAGE_TOKEN] * num_images, *self._places)
-        messages = self._with_images(messages, num_images)
+        images, messages = self._written(tilings), self._with_images(messages, len(tilings))
         return encode_conversation(self.tokenizer, messages, ask, self.recognised, IMAGE_TOKEN, images, add_special_tokens=True)
 
     def _truncated(self, number: int, ids: list[int], answers: list[int], limit: int | None, truncation: bool):
@@ -360,6 +370,8 @@ class MllamaImageProcessor:
             del settings["around_image"]
         if "num_image_token" not in settings | changes:
             raise ValueError(f"{source} has no config.json to say how many tokens an image is: give num_image_token")
+        if "image_size" not in settings | changes:
+            raise ValueError(f"{source} does not say what size of images its model reads: give image_size")
         return cls(tokenizer, **settings | changes)
 
     def save_pretrained(self, folder: str | os.PathLike, layout: str | None = None) -> None:

@@ -68,4 +68,4 @@ class CommonAnswers(InOrder):
             for question, said in questions_of(row):
                 if question in self.common:
                     answers[number, self.columns[question]] = self.common[question][said]
-        return {"answers": answers, "pixel_values": torch.stack([pixels for _, pixels in rows])}
+        return {"answers": answers, "pixel_values": torch.stack([pixels[-1] for _, pixels in rows])}

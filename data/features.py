@@ -1,11 +1,14 @@
-"""What a frozen vision tower makes of each image, [N, Dv]: computed once, and kept in memory or in a file.
+"""What a frozen vision tower makes of each image, [n, N, Dv]: computed once, and kept in memory or in a file.
 
     features = FrozenFeatures(model, images)           # images: a ImageCache; the tower must not train any more
-    features[path]                                     # [N, Dv], or None for an image that cannot be read
+    features[path]                                     # [n, N, Dv], or None for an image that cannot be read
     features.keep(Path("features.npy"), paths)         # all of them, in a file that later runs read
+
+Axes: n tiles of an image (data/tiles.py), 1 unless images are cut; N patches, Dv width of the tower.
 """
 
 import hashlib
+import itertools
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,19 +19,21 @@ from tqdm import tqdm
 
 from data.batches import blind_pixels
 from data.image_cache import ImageCache
+from data.tiles import tile_count
 from lib.files import read_json, write_atomic, write_json
 
 
 class FrozenFeatures:
     """Images go through the tower one by one, since matrix products round differently in batches of other sizes: so training
-    with the file and without it is the same to the last bit. The file is a numpy array [images, N, Dv], with a .json beside
-    it that names them and says by which weights and settings it was made; one that was made by others is made anew.
+    with the file and without it is the same to the last bit. The file is a numpy array [tiles, N, Dv], with a .json beside it
+    that names the images with their numbers of tiles, and says by which weights and settings it was made; one that was made
+    by others is made anew.
     """
 
     def __init__(self, model, images: ImageCache, blind: bool = False, most_bytes: int = 2**30):
         self.model, self.images, self.blind, self.room = model, images, blind, most_bytes
         self.device = next(model.vision_tower.parameters()).device
-        self._places: dict[Path, int] = {}
+        self._places: dict[Path, slice] = {}
         self._kept: dict[Path, torch.Tensor] = {}
 
     def __getitem__(self, path: Path) -> torch.Tensor | None:
@@ -45,9 +50,9 @@ class FrozenFeatures:
 
     @torch.no_grad()
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
-        """[3, S, S] -> [N, Dv], in host memory."""
-        pixels = blind_pixels(pixels) if self.blind else pixels
-        return self.model.vision_features(pixels[None].to(self.device))[0].cpu()
+        """[n, 3, S, S] -> [n, N, Dv], in host memory; blind: of one tile of nothing."""
+        pixels = blind_pixels(pixels[-1:]) if self.blind else pixels
+        return self.model.vision_features(pixels.to(self.device)).cpu()
 
     def keep(self, file: Path, paths: Sequence[Path], workers: int = 1, progress: bool = False) -> None:
         """Read the features of all these images from the file, or make it; it appears whole or not at all."""
@@ -57,14 +62,20 @@ class FrozenFeatures:
         if known.get("made_by") != made_by or "images" not in known:
             facts.unlink(missing_ok=True)  # of the file before: from here on it describes nothing
             write_atomic(file, lambda tmp: self._fill(tmp, paths, workers, progress))
-            readable = [str(path) for path in paths if path not in self.images.unreadable]
-            write_json(facts, {"made_by": made_by, "images": readable})
-        self._table = np.load(file, mmap_mode="r")
-        self._places = {Path(path): place for place, path in enumerate(read_json(facts)["images"])}
+            readable = [path for path in paths if path not in self.images.unreadable]
+            write_json(facts, {"made_by": made_by, "images": {str(path): self.count(path) for path in readable}})
+        self._table, images = np.load(file, mmap_mode="r"), read_json(facts)["images"]
+        ends = itertools.accumulate(images.values())
+        self._places = {Path(path): slice(end - n, end) for (path, n), end in zip(images.items(), ends, strict=True)}
+
+    def count(self, path: Path) -> int:
+        """Tiles of an image that can be read."""
+        return 1 if self.blind else tile_count(self.images.tiling(path))
 
     def _fill(self, file: Path, paths: Sequence[Path], workers: int, progress: bool) -> None:
         config = self.model.config.vision_config
-        shape = (len(paths), math.prod(config.grid), config.hidden_size)
+        rows = sum(self.count(path) for path in paths if self.images.tiling(path) is not None)
+        shape = (rows, math.prod(config.grid), config.hidden_size)
         facts = {"descr": np.lib.format.dtype_to_descr(np.dtype(np.float32)), "fortran_order": False, "shape": shape}
         with file.open("wb") as out:  # not a memory map: a full disk would kill the process, without a word
             np.lib.format.write_array_header_1_0(out, facts)

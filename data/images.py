@@ -29,6 +29,8 @@ UPRIGHT = {  # orientation -> what undoes it; 1 is upright
     5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90,
 }  # fmt: skip
 
+SIDEWAYS = (5, 6, 7, 8)  # orientations that exchange height and width
+
 
 def decode_image(source: str | Path | bytes, at_least: int | None = None) -> Image.Image:
     """An image file, or its bytes, as an upright RGB PIL image.
@@ -71,6 +73,20 @@ def to_image(image, at_least: int | None = None) -> Image.Image:
         return upright_rgb(image)
     except Exception as error:
         raise ValueError(f"cannot be decoded ({one_line(error)})") from None
+
+
+def dimensions(image) -> tuple[int, int]:
+    """(height, width) of what to_image gives; of a file only the header is read. Raises ValueError or OSError as to_image."""
+    if isinstance(image, (str, os.PathLike, bytes)):
+        try:
+            with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image, formats=FORMATS) as header:
+                return dimensions(header)
+        except Exception:
+            image = decode_image(image)  # says what is wrong with it
+    elif not isinstance(image, Image.Image) or 0 in image.size:
+        image = to_image(image)
+    turned = image.getexif().get(ORIENTATION) in SIDEWAYS
+    return (image.width, image.height) if turned else (image.height, image.width)
 
 
 def array_to_image(array: np.ndarray | torch.Tensor) -> Image.Image:

@@ -28,8 +28,9 @@ from data.images import FORMATS, decoding_threads
 from data.row_files import RowFile, is_streamed, keep_image, read_file
 from data.row_values import RowError
 from data.spellings import Row, read_row
+from data.tiles import MAX_ASPECT
 from lib.files import one_line
-from processing_mllama import IMAGE_TOKEN, MAX_ASPECT
+from processing_mllama import IMAGE_TOKEN
 
 # ---- one row ---------------------------------------------------------------------------------------------------------
 

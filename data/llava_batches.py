@@ -20,6 +20,7 @@ from data.llava import LlavaRow, LlavaRows, isolated_turns
 from data.packing import Sample, encode_sample, pack
 from data.shard_stream import ShardStream
 from data.shards import Shards
+from data.tiles import WHOLE
 from processing_mllama import IMAGE_TOKEN
 
 
@@ -75,30 +76,33 @@ class LlavaBatches(InOrder):
         packed = pack(samples, self.length, self.processor.tokenizer.pad_token_id or 0)
         seen = [image for i in packed.pop("order").tolist() for image in seen[i]]
         if seen:
-            packed["vision_features" if self.features else "pixel_values"] = torch.stack(seen)
+            packed["vision_features" if self.features else "pixel_values"] = torch.cat(seen)
         return packed
 
     @functools.cached_property
     def _nothing(self) -> tuple[Sample, list[torch.Tensor]]:
         """A sample of one image, of which nothing is to be learned."""
         ids, _ = self.processor.encode([{"role": "user", "content": IMAGE_TOKEN}], 1)
-        return Sample((ids, [-100] * len(ids)), []), [torch.zeros(3, *self.processor.image_size)]
+        return Sample((ids, [-100] * len(ids)), []), [torch.zeros(1, 3, *self.processor.image_size)]
 
     def sample(self, row: LlavaRow) -> Sample | None:
-        """The row's ids and labels, or None if it is too long."""
+        """The row's ids and labels, or None if it is too long, or an image cannot be read."""
+        tilings = [self.images.tiling(path) for path in row.images]
+        if None in tilings:
+            return None
         conversations = isolated_turns(row.messages) if self.isolated else row.conversations
-        sample = encode_sample(self.processor, conversations, len(row.images))
+        sample = encode_sample(self.processor, conversations, [WHOLE] * len(tilings) if self.blind else tilings)
         if len(sample) <= self.length and sample.depth <= self.context:
             return sample
         self.too_long.add(row.number)
         return None
 
     def vision_input(self, row: LlavaRow) -> list[torch.Tensor] | None:
-        """Pixels, or a frozen tower's features, of the row's images; None if one of them cannot be read."""
+        """Pixels, or a frozen tower's features, of the row's images, tile by tile; None if one of them cannot be read."""
         seen = [(self.features or self.images)[path] for path in row.images]
         if any(image is None for image in seen):
             return None
-        return [blind_pixels(image) for image in seen] if self.blind and not self.features else seen
+        return [blind_pixels(image[-1:]) for image in seen] if self.blind and not self.features else seen
 
     @functools.cached_property
     def _rows_hash(self) -> str:

@@ -1,6 +1,6 @@
 """Several questions about one image, and several samples, in one row of a batch, none of which attends to the others.
 
-    samples = [encode_sample(processor, conversations, num_images=1), ...]     # conversations about the same images
+    samples = [encode_sample(processor, conversations, images=1), ...]     # conversations about the same images
     batch = pack(samples, length=256)                                  # input_ids, labels, position_ids, attention_mask
     model(pixel_values=..., **batch)                                   # images in the order of batch.pop("order")
 
@@ -48,15 +48,15 @@ class Sample:
 # ---- conversations to samples ------------------------------------------------------------------------------------------
 
 
-def encode_sample(processor, conversations: Sequence, num_images: int) -> Sample:
-    """Conversations about the same images as one sample: what their ids begin with alike is its prefix. Raises ValueError for
-    conversations without an answer, and where images and <image>s differ in number."""
-    return share_prefix([ids_and_labels(processor, conversation, num_images) for conversation in conversations])
+def encode_sample(processor, conversations: Sequence, images: int | Sequence[tuple[int, int]]) -> Sample:
+    """Conversations about the same images as one sample: what their ids begin with alike is its prefix. images: as
+    processor.encode. Raises ValueError for conversations without an answer, and where images and <image>s differ in number."""
+    return share_prefix([ids_and_labels(processor, conversation, images) for conversation in conversations])
 
 
-def ids_and_labels(processor, conversation, num_images: int) -> tuple[list[int], list[int]]:
+def ids_and_labels(processor, conversation, images) -> tuple[list[int], list[int]]:
     """(ids, labels) of one conversation up to the end of its last answer: what a template writes behind it teaches nothing."""
-    ids, answers = processor.encode(conversation, num_images)
+    ids, answers = processor.encode(conversation, images)
     if not any(answers):
         raise ValueError(f"{conversation!r:.80} has no answer to learn from")
     end = len(answers) - answers[::-1].index(1)

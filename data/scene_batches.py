@@ -12,7 +12,7 @@ import torch
 from data.batches import InOrder, blind_pixels
 from data.packing import ids_and_labels, pack, share_prefix
 from data.scenes import MIX, SLOTS, SceneConfig, Scenes, SceneStream, questions
-from processing_mllama import IMAGE_TOKEN, normalize, rescale
+from processing_mllama import IMAGE_TOKEN, scale_pixels
 
 # As many digits as can be, and more handwritings than in the questions' scenes.
 FULL_SCENES = SceneConfig(digits=(SLOTS, SLOTS), variants=64, rotate=12.0, shear=0.15)
@@ -83,4 +83,4 @@ def scene_pixels(processor, scenes: Scenes) -> torch.Tensor:
     """pixel_values [N, 3, S, S], as the processor makes them."""
     if tuple(scenes.images.shape[-2:]) != processor.image_size:
         return processor.pixel_values(list(scenes.images))
-    return normalize(rescale(scenes.images), processor.image_mean, processor.image_std)
+    return scale_pixels(scenes.images, processor.image_settings)

@@ -38,9 +38,10 @@ from data.row_files import decoded, merged
 from data.row_values import RowError
 from data.spellings import read_row
 from data.streamed import ShardImage, StreamedRows
+from data.tiles import find_tiling, to_pixels
 from lib.cli import positive_int, run_cli
 from lib.files import matching_files, new_folder, one_line, write_atomic, write_json
-from processing_mllama import ROLES, normalize, rescale, to_pixels
+from processing_mllama import ROLES, scale_pixels
 
 SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "ico", "jp2", "avif", "img")  # of images
 LARGEST_ROW = 1 << 28  # bytes; nothing larger is read into memory
@@ -199,16 +200,21 @@ class ShardImages(ImageCache):
 
     def decode(self, image: ShardImage) -> None:
         try:
-            image.pixels = to_pixels(image.data, self.image_size, self.resample, self.image_mean, self.do_pad_square)
+            image.tiling, image.pixels = find_tiling(image.data, self.settings), to_pixels(image.data, self.settings)
         except (ValueError, OSError) as error:
             self.unreadable[image.name] = one_line(error)
         image.data = b""
 
     def __getitem__(self, image: ShardImage) -> torch.Tensor | None:
-        """float32 [3, S, S], normalized; None if it cannot be decoded."""
+        """float32 [n, 3, S, S], normalized; None if it cannot be decoded."""
         if image.data:
             self.decode(image)
-        return None if image.pixels is None else normalize(rescale(image.pixels), self.image_mean, self.image_std)
+        return None if image.pixels is None else scale_pixels(image.pixels, self.settings)
+
+    def tiling(self, image: ShardImage) -> tuple[int, int] | None:
+        if image.data:
+            self.decode(image)
+        return image.tiling
 
     def load(self, images, workers: int, progress: bool = False) -> None:
         """Nothing is left to do: ShardStream has decoded them."""

@@ -21,11 +21,12 @@ from data.spellings import Row
 
 @dataclass(eq=False)
 class ShardImage:
-    """An image of a row: its file's bytes, and once it was decoded its pixels, uint8 [3, S, S], in their place."""
+    """An image of a row: its file's bytes, and once it was decoded its pixels, uint8 [n, 3, S, S], in their place."""
 
     name: str  # shard/member
     data: bytes
     pixels: torch.Tensor | None = None
+    tiling: tuple[int, int] | None = None  # of rows and columns (data/tiles.py)
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from data.scenes import COLOURS, PLACES, SLOTS, SceneConfig, Scenes, SceneStream
 from data.shard_stream import ShardStream
 from data.shards import ShardImages
 from lib.classification import load_data
-from processing_mllama import IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD, denormalize, normalize, rescale
+from processing_mllama import denormalize, normalize, rescale
 
 GALLERY = 200  # test images that a caption has to be found among
 ALONE = 0.5  # of a run on scenes, the part with one digit an image
@@ -180,8 +180,8 @@ class RowPairs(InOrder):
         rows, test = load_rows(args, run)
         self.run, self.workers = run, args.workers
         self.image_size = args.image_size, args.image_size
-        self.mean, self.std = IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD
         self.images = ImageCache(self.image_size)
+        self.mean, self.std = self.images.settings.image_mean, self.images.settings.image_std
         self.true: dict[Path, frozenset[str]] = {}
         self.test = self.checked(test)
         self.open(rows, args.seed)
@@ -225,7 +225,7 @@ class RowPairs(InOrder):
                 chosen = [good[k % len(good)] for k in range(self.size)]
                 captions = [first_answer(row) for row, _ in chosen]
                 true = [self.true.get(row.images[0], frozenset([first_answer(row)])) for row, _ in chosen]
-                return Pairs(torch.stack([pixels for _, pixels in chosen]), captions, true)
+                return Pairs(torch.cat([pixels for _, pixels in chosen]), captions, true)
         raise ValueError(f"{self.rows.source}: none of its images can be read")
 
     def tests(self, quick: bool = False) -> dict[str, Test]:
@@ -235,7 +235,7 @@ class RowPairs(InOrder):
             raise ValueError(f"{self.test.source}: none of the test images can be read")
         rows = list(reversed(first.values()))
         rows = rows[:: -(-len(rows) // GALLERY)]
-        images = denormalize(torch.stack([self.images[row.images[0]] for row in rows]), self.mean, self.std)
+        images = denormalize(torch.cat([self.images[row.images[0]] for row in rows]), self.images.settings)
         return {"": Test(images, [first_answer(row) for row in rows], [self.true[row.images[0]] for row in rows])}
 
     @cached_property

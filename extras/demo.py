@@ -100,8 +100,8 @@ class Talk(Conversation):
     """What was said about one image, shown before the first question; and where it looked, for the last answer's words."""
 
     def ask(self, question: str, follow_up: bool = False) -> Iterator[str]:
-        """The answer as it grows; once it is whole, words and maps [words, 1, h, w] are its. Without follow_up the model does
-        not see what was said before. Raises ValueError where its context has no room for more."""
+        """The answer as it grows; once it is whole, words and maps [words, tiles, h, w] are its. Without follow_up the model
+        does not see what was said before. Raises ValueError where its context has no room for more."""
         if not follow_up:
             self.messages, self.new_images = [], len(self.images)
         text = ""
@@ -120,7 +120,7 @@ class Talk(Conversation):
 
     def overlay(self, k: int) -> np.ndarray:
         """Where it looked for word k: uint8 [h, w, 3], the hottest place as bright whatever the word's share is."""
-        heat = self.maps[k, 0] / self.maps[k].max().clamp(min=1e-12)
+        heat = self.maps[k, -1] / self.maps[k, -1].max().clamp(min=1e-12)  # the image whole: its global tile
         return (figures.heat_over(self.seen(), heat).numpy() * 255).round().astype(np.uint8)
 
 

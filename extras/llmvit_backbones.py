@@ -19,7 +19,7 @@ from extras.llmvit import LLMVIT, EmbedderConfig, EncoderConfig, LanguageClassif
 from gpt import GPT, GPTConfig
 from lib.checkpoint import from_pretrained
 from lib.files import one_line, read_json, write_json
-from lib.image_settings import write_image_settings
+from lib.image_settings import write_classifier_settings
 from lib.tokenizer import load_tokenizer
 from lib.weights import read_safetensors, write_tensors
 from model import Llama3ForCausalLM, LLAMA32Config, convert_linears_to_lora
@@ -141,7 +141,7 @@ def save_run(folder: Path, model: LLMVIT, config: dict, classes: list[str], mean
     """What from_run reads. The weights come last: config.json beside older weights is refused for what does not fit."""
     model.config.id2label = dict(enumerate(classes))
     write_json(folder / "settings.json", settings)
-    write_image_settings(folder, pair(model.config.img_size), mean, std, image_processor_type="ViTImageProcessor")
+    write_classifier_settings(folder, pair(model.config.img_size), mean, std)
     write_json(folder / "config.json", {**config, "encoder": asdict(model.config)})
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     write_tensors(folder / "model.safetensors", tensors)

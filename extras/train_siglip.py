@@ -31,6 +31,7 @@ from torch.utils.checkpoint import checkpoint
 from data.augment import PRESETS as AUGMENTATIONS
 from data.datasets import evenly
 from data.rows import streams
+from data.tiles import ImageSettings
 from extras.caption_pairs import ClassPairs, RowPairs, ScenePairs, ShardPairs, Test, true_pairs
 from lib import figures
 from lib.checkpoint import from_pretrained, save_pretrained
@@ -276,7 +277,7 @@ def save_run(folder: Path, model: SiglipTwoTower, tokenizer: BPETokenizer, pairs
     save_pretrained(model, folder)
     tokenizer.model_input_names = ["input_ids"]  # padding is read, not masked
     tokenizer.save_pretrained(folder)
-    write_image_settings(folder, pairs.image_size, pairs.mean, pairs.std)
+    write_image_settings(folder, ImageSettings(pairs.image_size, image_mean=tuple(pairs.mean), image_std=tuple(pairs.std)))
     write_json(folder / "settings.json", vars(args))
     from_pretrained(folder)  # what was written can be read
 

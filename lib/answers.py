@@ -13,6 +13,7 @@ Axes: B rows of a batch, P different prefixes in it, I images, T text tokens.
 """
 
 import contextlib
+import itertools
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -25,6 +26,7 @@ from data.batches import blind_pixels
 from data.llava import count_images, questions_of_row
 from data.scene_batches import about_image
 from data.scenes import make_scenes, questions
+from data.tiles import WHOLE
 from gpt import KVCache, left_pad
 from lib.beam_search import beam_search
 from lib.generation import LogitRules, stop_tokens
@@ -97,13 +99,15 @@ class Row(NamedTuple):
         return len(self.prefix) + len(self.own)
 
 
-def prompt_ids(processor, item: Item, answered: bool = False) -> tuple[list[int], int]:
+def prompt_ids(processor, item: Item, answered: bool = False, tilings=None) -> tuple[list[int], int]:
     """Ids of the item's messages with the opening of an answer behind them; or with its true answer, and how many of the last
-    ids that is, end of turn included. Raises ValueError where images and <image>s differ in number."""
+    ids that is, end of turn included. tilings: of its images, where they are known. Raises ValueError where images and <image>s
+    differ in number."""
+    tilings = processor.tilings(item.images) if tilings is None else tilings
     if item.messages[-1]["role"] == "assistant":
         raise ValueError("an item's messages end with an answer: they must end with the question")
     messages = [*item.messages, {"role": "assistant", "content": item.answer}] if answered else item.messages
-    ids, mask = processor.encode(messages, len(item.images), add_generation_prompt=not answered)
+    ids, mask = processor.encode(messages, tilings, add_generation_prompt=not answered)
     if not answered:
         return ids, 0
     end = len(mask) - mask[::-1].index(1)  # what the template writes behind an answer is not said by anyone
@@ -111,13 +115,15 @@ def prompt_ids(processor, item: Item, answered: bool = False) -> tuple[list[int]
 
 
 def prompt_rows(processor, items: Sequence[Item], blind: bool, answered: bool) -> list[Row]:
-    """The different rows that items make. When blind, all images are the same one."""
+    """The different rows that items make. When blind, all images are the same one, never cut into tiles."""
     encoded, rows = {}, {}
+    images = {} if blind else {image_key(image): image for item in items for image in item.images}
+    known = dict(zip(images, processor.tilings(list(images.values())), strict=True))
     for number, item in enumerate(items):
-        said = item.answer if answered else None
-        text = (len(item.images), said, *((m["role"], m["content"]) for m in to_messages(item.messages)))
+        said, tilings = item.answer if answered else None, tuple(known.get(image_key(image), WHOLE) for image in item.images)
+        text = (tilings, said, *((m["role"], m["content"]) for m in to_messages(item.messages)))
         if text not in encoded:
-            ids, answer_length = prompt_ids(processor, item, answered)
+            ids, answer_length = prompt_ids(processor, item, answered, tilings)
             places = [t for t, token in enumerate(ids) if token == processor.image_token_id]
             encoded[text] = tuple(ids), max(places, default=0) + 1, answer_length
         ids, split, answer_length = encoded[text]
@@ -180,16 +186,19 @@ def eval_mode(model) -> Iterator[None]:
 
 
 def encode_images(model, processor, images: dict, blind: bool) -> dict:
-    """Image features [N', D] of images by key: one pass of the vision tower over all of them."""
-    if not images:
-        return {}
-    weight = next(model.vision_tower.parameters())
-    if blind:
-        pixel_values = blind_pixels(torch.empty(len(images), 3, *processor.image_size))
-    else:
-        pixel_values = processor.pixel_values(list(images.values()))
-    features = model.image_features(pixel_values.to(weight.device, weight.dtype))
-    return dict(zip(images, features, strict=True))
+    """Image features [n, N', D] of images by key: one pass of the vision tower over all of them, or, where they are cut into
+    n tiles, one for each."""
+    weight, features = next(model.vision_tower.parameters()), {}
+    at_once = 1 if processor.image_settings.fit == "tiles" and not blind else max(1, len(images))
+    for first in range(0, len(images), at_once):
+        group = dict(itertools.islice(images.items(), first, first + at_once))
+        if blind:
+            pixel_values = blind_pixels(torch.empty(len(group), 3, *processor.image_size))
+        else:
+            pixel_values = processor.pixel_values(list(group.values()))
+        found = model.image_features(pixel_values.to(weight.device, weight.dtype))
+        features |= zip(group, found.split(len(found) // len(group)), strict=True)
+    return features
 
 
 def prefill(model, processor, items, batch: list[Row], blind: bool, room: int) -> tuple[KVCache, list[int]]:
@@ -203,7 +212,7 @@ def prefill(model, processor, items, batch: list[Row], blind: bool, room: int) -
     input_ids, attention_mask = left_pad([prefix for _, prefix in places], next(model.parameters()).device)
     seen = [features[key] for images, _ in places for key in images]
     cache = model.new_cache(len(places), input_ids.shape[1] + max(len(row.own) for row in batch) + room)
-    image_features = torch.stack(seen) if seen else None
+    image_features = torch.cat(seen) if seen else None
     model(input_ids, attention_mask=attention_mask, image_features=image_features, cache=cache, logits_to_keep=1)
     return cache, [places[row.images, row.prefix] for row in batch]
 

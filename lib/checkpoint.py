@@ -79,23 +79,29 @@ def resize_images(model: nn.Module, image_size: int | tuple[int, int]) -> nn.Mod
     return model
 
 
-def load_vlm(source: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = torch.float32):
-    """A vision-language model and the processor that belongs to it. Raises ValueError or FileNotFoundError for a checkpoint of
-    another kind, and for one whose files contradict each other."""
+def load_vlm(
+    source: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = torch.float32,
+    split_images: bool | None = None,
+):  # fmt: skip
+    """A vision-language model and the processor that belongs to it. split_images: see load_processor. Raises ValueError or
+    FileNotFoundError for a checkpoint of another kind, and for one whose files contradict each other."""
     from model import MllamaForConditionalGeneration
 
     model = from_pretrained(source, dtype, device)
     if not isinstance(model, MllamaForConditionalGeneration):
         raise ValueError(f"{source} holds a {type(model).__name__}, which does not answer questions about images")
-    return model, load_processor(source, model)
+    return model, load_processor(source, model, split_images)
 
 
-def load_processor(source: str | Path, model: nn.Module):
-    """What makes images and questions the input of a vision-language model that was read from `source`. Raises ValueError
-    where tokenizer, image settings and model do not belong together."""
+def load_processor(source: str | Path, model: nn.Module, split_images: bool | None = None):
+    """What makes images and questions the input of a vision-language model that was read from `source`. split_images: whether
+    images are cut into tiles, unless the files are to say it. Raises ValueError where tokenizer, image settings and model do
+    not belong together."""
     from processing_mllama import IMAGE_TOKEN, MllamaImageProcessor
 
     processor = MllamaImageProcessor.from_pretrained(find_source(source))
+    if split_images is not None:
+        processor.split_images(split_images)
     if model.config.image_token_id is None:
         model.config = replace(model.config, image_token_id=processor.image_token_id)
     for what, has, wants in (
@@ -190,14 +196,17 @@ def save_pretrained(
     return kind
 
 
-def layout_line(model: nn.Module, folder: str | Path, kind: str) -> str:
-    """Which layout save_pretrained has chosen, `kind`, and where it is none that transformers opens, why."""
+def layout_line(model: nn.Module, folder: str | Path, kind: str, why: str = "") -> str:
+    """Which layout save_pretrained has chosen, `kind`, and where it is none that transformers opens, why: what the model says,
+    unless it is told."""
     if is_published(kind):
         return f"{folder} is a {kind} folder, which transformers opens"
     try:
         choose_layout(model, "published")
     except ValueError as error:
-        return f"{folder} is in this project's own layout ({kind}), which transformers does not open: {error}"
+        why = str(error)
+    if why:
+        return f"{folder} is in this project's own layout ({kind}), which transformers does not open: {why}"
     return f"{folder} is in this project's own layout ({kind}), as asked"
 
 

@@ -11,7 +11,7 @@ from data.datasets import ImageDataset, evenly, load_images
 from lib import figures
 from lib.checkpoint import from_pretrained, save_pretrained
 from lib.files import write_json
-from lib.image_settings import write_image_settings
+from lib.image_settings import write_classifier_settings
 from lib.run import Run
 from vit_scratch import ViTModel, pair
 
@@ -75,6 +75,6 @@ def save_classifier(folder: Path, model: ViTModel, classes: list[str], mean, std
     """A published checkpoint folder, with what transformers' image processor needs to know."""
     model.config = replace(model.config, id2label=dict(enumerate(classes)))
     save_pretrained(model, folder)
-    write_image_settings(folder, pair(model.config.image_size), mean, std, image_processor_type="ViTImageProcessor")
+    write_classifier_settings(folder, pair(model.config.image_size), mean, std)
     write_json(folder / "settings.json", settings)
     from_pretrained(folder)  # what was written can be read

@@ -66,8 +66,9 @@ class Conversation:
     def __init__(self, model, tokenizer, processor: MllamaImageProcessor | None = None, system: str | None = None, **settings):
         self.model, self.tokenizer, self.processor, self.settings = model, tokenizer, processor, settings
         self.messages = [{"role": "system", "content": system}] if system else []
-        self.images: list[torch.Tensor] = []  # as the model sees them, uint8 [3, height, width]
-        self.features: torch.Tensor | None = None  # of all of them, [I, N', D]
+        self.images: list[torch.Tensor] = []  # as the model sees them whole, uint8 [3, height, width]
+        self.tilings: list[tuple[int, int]] = []  # of each, where images are cut into tiles
+        self.features: torch.Tensor | None = None  # of all of them, tile by tile, [I, N', D]
         self.new_images = 0  # shown since the last question
         self.prompt_ids: list[int] = []
         self.answer_ids: list[int] = []
@@ -79,7 +80,8 @@ class Conversation:
         weight = next(self.model.parameters())
         features = self.model.image_features(pixels.to(weight.device, weight.dtype))
         self.features = features if self.features is None else torch.cat([self.features, features])
-        self.images.append(denormalize(pixels[0], self.processor.image_mean, self.processor.image_std))
+        self.tilings += self.processor.tilings([image])
+        self.images.append(denormalize(pixels[-1], self.processor.image_settings))
         self.new_images += 1
 
     def ask(self, question: str) -> Iterator[str]:
@@ -89,7 +91,7 @@ class Conversation:
         if self.processor is None:
             ids, images = encode_conversation(self.tokenizer, messages, add_generation_prompt=True)[0], {}
         else:
-            ids, _ = self.processor.encode(messages, len(self.images), add_generation_prompt=True)
+            ids, _ = self.processor.encode(messages, self.tilings, add_generation_prompt=True)
             images = {"image_features": self.features, "shown": self.processor.locations}
         text, answer = "", []
         settings = {**self.settings, **images, "prefix": answer_prefix(self.tokenizer)}

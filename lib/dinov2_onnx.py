@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from data.tiles import ImageSettings
 from lib.files import need, new_folder, write_json
 from lib.image_settings import write_image_settings
 from lib.layouts import find_layout
@@ -140,7 +141,7 @@ def write_dinov2_folder(file: Path, folder: Path) -> dict:
     with new_folder(folder) as new:
         write_tensors(new / "model.safetensors", {name: tensor.contiguous() for name, tensor in tensors.items()})
         size = (config["image_size"], config["image_size"])
-        write_image_settings(new, size, **IMAGENET, image_processor_type="BitImageProcessor", do_center_crop=False)
+        write_image_settings(new, ImageSettings(size, **IMAGENET), "Bit")
         write_json(new / "config.json", config)
     return config
 

@@ -11,15 +11,16 @@ from dataclasses import fields, replace
 import torch
 import torch.nn as nn
 
+from data.images import height_width
 from gpt import GPT, GPTConfig
 from lib.chat_template import OURS
 from lib.files import find_source
 from lib.generation import with_end_of_turn
-from lib.image_settings import around_image, read_image_settings
+from lib.image_settings import around_image, for_size, read_image_settings
 from lib.positions import resized_tower
 from lib.tokenizer import BPETokenizer
 from model import Llama3ForCausalLM, LLAMA32Config, MLLAMAConfig, MllamaForConditionalGeneration
-from processing_mllama import MllamaImageProcessor
+from processing_mllama import IMAGE_TOKEN, TILE_TOKENS, MllamaImageProcessor
 from siglip import SiglipModel, SiglipTwoTower, SiglipVisionConfig
 from vit_scratch import ViTModel, sincos_positions
 
@@ -103,16 +104,20 @@ def parts_after(tower: SiglipModel | ViTModel, layer: int | None) -> list[nn.Mod
 
 
 def tower_image_settings(source: str) -> dict:
-    """How a tower's folder wants images scaled and resized: nothing where it says nothing."""
-    return {key: value for key, value in read_image_settings(find_source(source)).items() if key != "image_size"}
+    """How a tower's folder wants images scaled and resized, but for tiles, which are not the tower's: nothing where it says
+    nothing."""
+    settings = read_image_settings(find_source(source))
+    tiled = "longest_edge" in (settings.get("size") or {}) or settings.get("fit") == "tiles"
+    return {key: value for key, value in settings.items() if not (tiled and key in ("size", "fit"))}
 
 
 def assemble(
     vision: SiglipVisionConfig | nn.Module, text: LLAMA32Config | nn.Module, tokenizer, image_settings: dict, seed: int = 0,
-    fusion: str = "early", **join,
+    fusion: str = "early", split_images: bool = False, **join,
 ) -> tuple[MllamaForConditionalGeneration, MllamaImageProcessor]:  # fmt: skip
     """The model and its processor. vision, text: a config for a new part, or a trained module whose weights are taken over; the
-    tokenizer gains <image>. fusion "cross": extras/cross_attention.py. join: further settings of MLLAMAConfig."""
+    tokenizer gains <image>. fusion "cross": extras/cross_attention.py. split_images: into tiles, whose tokens the tokenizer
+    gains, too. join: further settings of MLLAMAConfig."""
     tower, decoder = (part if isinstance(part, nn.Module) else None for part in (vision, text))
     vision = tower.config if tower else vision
     if isinstance(vision, SiglipVisionConfig):
@@ -129,8 +134,11 @@ def assemble(
     places, context = config.text_config.num_image_tokens, config.text_config.context_length
     if places >= context:
         raise ValueError(f"an image is {places} tokens, the language model reads {context}: finetune_vlm.py has --image-size")
-    settings = {"around_image": around_image(config), **image_settings}
-    processor = MllamaImageProcessor(tokenizer, places, vision.image_size, add_location_tokens=False, **settings)
+    settings = {"around_image": around_image(config), **for_size(image_settings, height_width(vision.image_size))}
+    if split_images:
+        tokenizer.add_special_tokens([IMAGE_TOKEN, *TILE_TOKENS])
+    processor = MllamaImageProcessor(tokenizer, places, add_location_tokens=False, **settings)
+    processor.split_images(split_images)
     vocabulary = max(len(tokenizer), decoder.config.vocab_size if decoder else 0)
     text = replace(config.text_config, vocab_size=vocabulary)
     config = replace(config, text_config=text, image_token_id=processor.image_token_id)
@@ -158,12 +166,14 @@ def take_over(new: nn.Module, decoder: nn.Module, vocabulary: int) -> None:
     new.load_state_dict({**own, **known})
 
 
-def whole_model(source: str, seed: int = 0) -> tuple[MllamaForConditionalGeneration, MllamaImageProcessor]:
-    """A vision-language model that is to learn more, and its processor."""
+def whole_model(
+    source: str, seed: int = 0, split_images: bool | None = None
+) -> tuple[MllamaForConditionalGeneration, MllamaImageProcessor]:
+    """A vision-language model that is to learn more, and its processor. split_images: see load_processor."""
     from lib.checkpoint import load_vlm
     from lib.vocabulary import resize_token_embeddings
 
-    model, processor = load_vlm(source)
+    model, processor = load_vlm(source, split_images=split_images)
     with_chat_template(processor.tokenizer, source)
     model.generation_config = with_end_of_turn(model.generation_config, processor.tokenizer)
     resize_token_embeddings(model, max(len(processor.tokenizer), model.config.text_config.vocab_size))

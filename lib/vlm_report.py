@@ -12,14 +12,17 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from data.images import to_image
+from data.tiles import global_tiles
 from lib import figures
 from lib.answers import MOST_NEW_TOKENS, Item, answer, image_key, mean_answer_loss
-from lib.checkpoint import from_pretrained, layout_line, save_pretrained
+from lib.checkpoint import choose_layout, from_pretrained, is_published, layout_line, save_pretrained
 from lib.files import read_json, write_json
 from lib.generation import stop_tokens, with_end_of_turn, write_generation_config
+from lib.image_settings import layout_misfit
 from lib.lora import lora_layers
 from lib.scores import is_right, score
-from processing_mllama import IMAGE_TOKEN, to_image
+from processing_mllama import IMAGE_TOKEN
 
 
 def ask(model, processor, items: list[Item], blind: bool, between: Callable[[], None] = lambda: None) -> dict:
@@ -71,16 +74,18 @@ def save_run(folder: Path, model, processor, settings: dict) -> str:
     themselves as well. Returns a line that says which layout it is."""
     generation = with_end_of_turn(getattr(model, "generation_config", {}), processor.tokenizer)
     ends = {"eos_token_id": generation["eos_token_id"], "pad_token_id": processor.tokenizer.pad_token_id}
-    kind = save_pretrained(model, folder, **ends)
+    kind = choose_layout(model, None)[0]
+    misfit = layout_misfit(processor.image_settings, kind)
+    kind = save_pretrained(model, folder, "mllama_scratch" if misfit else None, **ends)
     write_generation_config(folder, {**ends, **generation})
-    processor.save_pretrained(folder, kind if kind in ("llava", "idefics3") else None)
+    processor.save_pretrained(folder, kind if is_published(kind) else None)
     if lora_layers(model):
         from lib.adapters import save_lora
 
         save_lora(model, folder / "lora")
     write_json(folder / "settings.json", settings)
     from_pretrained(folder)  # what was written can be read
-    return layout_line(model, folder, kind)
+    return layout_line(model, folder, kind, misfit)
 
 
 def draw(folder: Path, model, processor, items: list[Item], found: dict, rows: list[dict], blind: bool) -> None:
@@ -114,7 +119,7 @@ def draw_attention(path: Path, model, processor, item: Item) -> None:
     if not ids:
         return
     maps = attention_over_image_tokens(model, ids, batch["input_ids"], batch["pixel_values"])
-    words, maps = group_into_words(ids, maps, processor.decode)
+    words, maps = group_into_words(ids, maps[:, global_tiles(processor.tilings(item.images))], processor.decode)
     question = item.messages[-1]["content"].replace(IMAGE_TOKEN, "").strip()
     figures.attention_overlay([image_tensor(image) for image in item.images], words, maps, path, title=question)
 

@@ -2,6 +2,7 @@
 one."""
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -150,7 +151,8 @@ def test_blind_is_a_picture_of_the_mean_colour():
     model, processor = build()
     pixels = process_images(pictures(2), (32, 32))
     assert blind_pixels(pixels).shape == pixels.shape and not blind_pixels(pixels).any()
-    processor.image_mean = (128 / 255,) * 3  # so that there is a grey that becomes 0
+    grey = (128 / 255,) * 3  # which becomes 0
+    processor.image_settings = replace(processor.image_settings, image_mean=grey)
     item = Item(torch.full((3, 32, 32), 128, dtype=torch.uint8), about_image("Count the digits."), "3")
     blind, seen = (mean_answer_loss(model, processor, [item], blind=b)[0] for b in (True, False))
     assert blind == pytest.approx(seen, rel=1e-4)

@@ -261,7 +261,7 @@ def test_the_real_captions(tmp_path):
     cache, paths = ImageCache(32), sorted({path for rows in (train, test) for r in rows for path in r.images})
     cache.load(paths[:8], 2)
     assert len(paths) == 83 and not cache.unreadable
-    assert torch.equal(torch.stack([cache[path] for path in paths[:8]]), process_images(paths[:8], (32, 32)))
+    assert torch.equal(torch.cat([cache[path] for path in paths[:8]]), process_images(paths[:8], (32, 32)))
     assert set(json.loads((tmp_path / "out" / "credits.json").read_text())) == {path.name for path in paths}
 
 

@@ -398,11 +398,11 @@ def test_a_config_that_makes_no_sense(tmp_path, changes, words):
         checkpoint.from_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize("scale", [[0.5, math.nan, 0.5], ["x", 1, 1], 0.5, [1, 1]])
+@pytest.mark.parametrize("scale", [[0.5, math.nan, 0.5], ["x", 1, 1], "x", [1, 1]])
 def test_pictures_cannot_be_scaled_by_what_is_no_number(scale):
     """NaN is not below 0: it passed the check, and every pixel was NaN. A text was a TypeError's traceback."""
     with pytest.raises(ValueError, match="three numbers, std above 0"):
-        image_settings({"image_std": scale})
+        image_settings({"image_processor_type": "SiglipImageProcessor", "image_std": scale})
 
 
 def test_a_large_deep_grey_picture_is_scaled_in_strips():

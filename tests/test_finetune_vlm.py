@@ -344,7 +344,8 @@ def test_a_whole_model_learns_on_from_what_it_knows(runs, source, photos):
 def test_images_are_scaled_as_the_tower_learned_to_see_them(source):
     args = parse_args([*FLAGS, "--data", "rows.json", "--vision", str(source)])
     ours = build(args, scenes.corpus())[1]
-    assert ours.image_mean == pytest.approx((0.4, 0.5, 0.6)) and ours.image_std == pytest.approx((0.3,) * 3)
+    settings = ours.image_settings
+    assert settings.image_mean == pytest.approx((0.4, 0.5, 0.6)) and settings.image_std == pytest.approx((0.3,) * 3)
 
 
 @pytest.fixture(scope="module")

@@ -37,7 +37,7 @@ import train_vlm
 from bench import peers as bench
 from data import check
 from data.image_cache import ImageCache
-from data.images import decode_image
+from data.images import decode_image, to_image
 from data.llava import LlavaRows
 from extras import train_llmvit, train_siglip
 from extras.cross_attention import CrossAttentionConfig, CrossAttentionVLM
@@ -49,7 +49,7 @@ from lib.cli import run_cli
 from lib.run_state import load_state, save_state
 from lib.tokenizer import BPETokenizer
 from model import Llama3ForCausalLM, LLAMA32Config, MLLAMAConfig, MllamaForConditionalGeneration
-from processing_mllama import IDEFICS3_AROUND, IMAGE_TOKEN, MllamaImageProcessor, to_image
+from processing_mllama import IDEFICS3_AROUND, IMAGE_TOKEN, MllamaImageProcessor
 from siglip import SiglipConfig, SiglipModel, SiglipTwoTower, SiglipVisionConfig
 from vit_scratch import ViTConfig, ViTModel
 

@@ -416,7 +416,8 @@ def test_bad_calls_with_pictures_are_one_line_and_exit_code_2(run, vlms, towers,
     [
         ("config.json", {"image_token_id": 5}, "the token id of <image>: 300 for its processor, 5 for its model"),
         ("preprocessor_config.json", {"max_image_size": {"longest_edge": 64}}, r"\(64, 64\) for its processor, \(32, 32\)"),
-        ("preprocessor_config.json", {"do_rescale": False}, "only True is done here"),
+        ("preprocessor_config.json", {"do_rescale": 5}, "do_rescale is 5: it must be true or false"),
+        ("processor_config.json", {"image_seq_len": 9}, "image_seq_len 9, the model 4 tokens for an image"),
     ],
 )
 def test_a_processor_that_does_not_fit_its_model_is_refused(tmp_path, capsys, file, changes, message):

@@ -16,6 +16,7 @@ from data.convert import convert_scenes
 from data.image_cache import ImageCache
 from data.llava import LlavaRows, count_images, questions_of_row
 from data.scenes import KINDS
+from data.tiles import ImageSettings, tile_count
 from lib.tokenizer import BPETokenizer
 from processing_mllama import MllamaImageProcessor, process_images
 from samples import image_bytes
@@ -306,26 +307,28 @@ PICTURES = {
     "turned": image_bytes(7, (40, 20), kind="JPEG", exif=(lambda e: e.__setitem__(0x0112, 6) or e)(Image.Exif())),
 }  # fmt: skip
 SETTINGS = [
-    (16, (0.5,) * 3, (0.5,) * 3, "bicubic", False),
-    ((9, 14), (0.48, 0.46, 0.41), (0.27, 0.26, 0.28), "bilinear", True),
-    ((32, 32), (0.1, 0.2, 0.3), (1.0, 0.5, 2.0), "lanczos", False),
+    {"image_size": 16},
+    {"image_size": (9, 14), "image_mean": (0.48, 0.46, 0.41), "resample": "bilinear", "do_pad_square": True},
+    {"image_size": (32, 32), "image_std": (1.0, 0.5, 2.0), "size": {"shortest_edge": 40}, "fit": "crop"},
+    {"image_size": 16, "resample": "lanczos", "size": {"longest_edge": 40}, "fit": "tiles"},
 ]
 
 
 @pytest.mark.parametrize("settings", SETTINGS)
 def test_pixels_are_those_of_process_images(tmp_path, settings):
-    size, mean, std, resample, pad = settings
-    cache = ImageCache(*settings)
+    settings = ImageSettings(**settings)
+    cache = ImageCache(settings)
     paths = [tmp_path / name for name in PICTURES]
     for path, data in zip(paths, PICTURES.values(), strict=True):
         path.write_bytes(data)
-    expected = process_images(paths, cache.image_size, resample, mean, std, pad)
+    expected = process_images(paths, settings)
     for again in range(2):  # decoded, then kept
         found = [cache[str(path) if again else path] for path in paths]
         assert all(pixels.dtype == torch.float32 for pixels in found)
-        assert torch.equal(torch.stack(found), expected)
+        assert torch.equal(torch.cat(found), expected)
+        assert [len(pixels) for pixels in found] == [tile_count(cache.tiling(path)) for path in paths]
     found[0].zero_()  # what was handed out is the caller's
-    assert torch.equal(cache[paths[0]], expected[0])
+    assert torch.equal(cache[paths[0]], expected[: len(found[0])])
 
 
 @pytest.fixture
@@ -351,7 +354,7 @@ def test_threads_fill_the_cache_and_stop_when_it_is_full(folder, decoded, worker
     cache = ImageCache(8)
     cache.load([*paths, *map(str, paths)], workers)
     cache.load(paths, workers)
-    assert torch.equal(torch.stack([cache[path] for path in paths]), process_images(paths, (8, 8)))
+    assert torch.equal(torch.cat([cache[path] for path in paths]), process_images(paths, (8, 8)))
     assert decoded == {path.name: 1 for path in paths}
     small = ImageCache(8, most_bytes=2 * 3 * 8 * 8)
     small.load(paths, workers)
@@ -376,4 +379,4 @@ def test_a_image_that_fails_later_is_counted_once_and_passed_over(folder, decode
 
 def test_unknown_settings_are_refused():
     with pytest.raises(ValueError, match="resample"):
-        ImageCache(8, resample="nearest")
+        ImageCache(ImageSettings(8, resample="sharp"))

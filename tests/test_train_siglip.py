@@ -320,8 +320,8 @@ def test_the_tower_is_train_vlms_with_its_pixels(finished):
     towers, pixels = from_pretrained(run), torch.randn(2, 3, 64, 64)
     torch.testing.assert_close(model.vision_features(pixels), towers.vision_model(pixels))
     pairs = ScenePairs(parse_args([]), SimpleNamespace(rank=0, world_size=1))
-    assert processor.image_size == (64, 64) and processor.image_mean == pytest.approx(pairs.mean)
-    assert processor.image_std == pytest.approx(pairs.std)
+    assert processor.image_size == (64, 64) and processor.image_settings.image_mean == pytest.approx(pairs.mean)
+    assert processor.image_settings.image_std == pytest.approx(pairs.std)
 
 
 # ---- your own pictures -----------------------------------------------------------------------------------------------

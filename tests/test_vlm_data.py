@@ -21,6 +21,7 @@ from data.llava_batches import LlavaBatches
 from data.packing import AttentionBlocks, ids_and_labels
 from data.scene_batches import PatchLabels, SceneBatches
 from data.scenes import COLOURS, HELD_OUT, IGNORE, corpus, make_scenes
+from data.tiles import ImageSettings
 from extras.cross_attention import CrossAttentionConfig, CrossAttentionVLM
 from finetune_vlm import common_loss
 from lib.tokenizer import BPETokenizer
@@ -243,7 +244,7 @@ def looks(monkeypatch):
 
 
 def kept(model, file, paths, blind=False, **settings) -> FrozenFeatures:
-    features = FrozenFeatures(model, ImageCache(32, **settings), blind)
+    features = FrozenFeatures(model, ImageCache(ImageSettings(32, **settings)), blind)
     features.keep(file, paths)
     return features
 
@@ -296,7 +297,7 @@ def test_a_file_made_by_others_is_made_anew(tmp_path, processor, pictures, looks
     features = kept(model, tmp_path / "f.npy", pictures, **settings)
     assert len(looks) == len(pictures)
     blind = settings.pop("blind", False)
-    fresh = FrozenFeatures(model, ImageCache(32, **settings), blind)
+    fresh = FrozenFeatures(model, ImageCache(ImageSettings(32, **settings)), blind)
     assert all(torch.equal(features[path], fresh[path]) for path in pictures)
     assert torch.equal(features[pictures[0]], features[pictures[1]]) == blind
 
@@ -480,7 +481,7 @@ def test_each_picture_comes_with_its_answers_once_an_epoch(closed):
     for _ in range(3):
         for part in next(batches):
             for seen, pixels in zip(part["answers"].tolist(), part["pixel_values"], strict=True):
-                (number,) = [k for k in range(12) if torch.equal(pixels, pictures[closed[k].images[0]])]
+                (number,) = [k for k in range(12) if torch.equal(pixels[None], pictures[closed[k].images[0]])]
                 found[number] = seen
     assert found == {k: [k % 2, k % 3 if k > 4 else IGNORE] for k in range(12)} and batches.fraction == 1
     again = CommonAnswers(closed, common, pictures, 4, seed=0, grad_accum=2)

@@ -546,7 +546,7 @@ SETTINGS = [
 @pytest.mark.parametrize("layout", [None, "llava", "idefics3"])
 def test_what_is_saved_opens_in_transformers_and_here(tokenizer, tmp_path, transformers, settings, layout):
     processor = MllamaImageProcessor(tokenizer, N, 16, **settings)
-    if layout == "idefics3" and processor.do_pad_square:
+    if layout == "idefics3" and processor.image_settings.do_pad_square:
         with pytest.raises(ValueError, match="Idefics3 knows"):
             processor.save_pretrained(tmp_path, layout)
         return
@@ -579,7 +579,7 @@ def test_whole_batches_are_those_of_their_processors(tokenizer, tmp_path, transf
     torch.testing.assert_close(found["pixel_values"], pixels, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("settings", [{"num_image_token": 0}, {"image_size": 0}, {"resample": "box"}, {"image_mean": (0, 0)}])
+@pytest.mark.parametrize("settings", [{"num_image_token": 0}, {"image_size": 0}, {"resample": "sharp"}, {"image_mean": (0, 0)}])
 def test_settings_that_make_no_sense(tokenizer, settings):
     with pytest.raises(ValueError):
         MllamaImageProcessor(tokenizer, **{"num_image_token": 4, "image_size": 8} | settings)
