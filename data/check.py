@@ -57,7 +57,7 @@ class Tally:
 
     def tokens(self, row: LlavaRow) -> int:
         if self.processor:
-            return len(encode_sample(self.processor, row.conversations, len(row.images)))
+            return len(encode_sample(self.processor, row.conversations, self.processor.tilings(row.images)))
         return sum(len(message["content"].replace(IMAGE_TOKEN, "").encode()) for message in row.messages) // BYTES_A_TOKEN
 
     def __str__(self) -> str:
