@@ -188,12 +188,11 @@ def llava_layout(layout: Layout, config: MLLAMAConfig, published: dict | None) -
 
 HANDLED = ("vision_config", "text_config", "projection_dim", "projector_type", "projector_bias", "pixel_shuffle")
 HANDLED += ("vision_feature_layer", "image_token_id")
+TOKENS_ONLY = "it knows images as tokens among the words only"
 
 
 def vlm_misfit(config: MLLAMAConfig) -> str:
     token, V = config.image_token_id, config.text_config.vocab_size
-    if type(config) is not MLLAMAConfig:
-        return "it knows images as tokens among the words only"
     if token is None:
         return "image_token_id is not set: give the model's config the id of the tokenizer's <image>"
     if token >= V:
@@ -205,6 +204,8 @@ def vlm_misfit(config: MLLAMAConfig) -> str:
 
 def llava_misfit(config: MLLAMAConfig) -> str:
     width = config.text_config.hidden_size
+    if type(config) is not MLLAMAConfig:
+        return TOKENS_ONLY
     if config.projector_type != "mlp" or config.pixel_shuffle != 1 or config.projection_dim not in (None, width):
         return f"its projector is an mlp, {width} wide inside like the text model, without pixel shuffle"
     if config.vision_feature_layer is None:
@@ -254,6 +255,8 @@ def write_idefics3(config: MLLAMAConfig, kind: str, name: str) -> dict:
 
 
 def idefics3_misfit(config: MLLAMAConfig) -> str:
+    if type(config) is not MLLAMAConfig:
+        return TOKENS_ONLY
     if config.projector_type != "linear" or config.projector_bias:
         return "its projector is one linear layer without bias"
     if config.vision_feature_layer is not None:
