@@ -54,7 +54,7 @@ def pictures(count, seed=0):
 
 
 def mixed_items():
-    """Shared and lone pictures, two pictures, none, a longer conversation, a question that is asked twice."""
+    """Shared and lone images, two images, none, a longer conversation, a question that is asked twice."""
     a, b, c = pictures(3)
     items = [Item(a, about_image(q), t) for q, t in (("Count the digits.", "3"), ("Is there a 5?", "no"), ("What?", "a red 7"))]
     items += [Item([b], about_image("Describe the picture."), "a red 7 at the top left", "describe"), items[0]]
@@ -116,7 +116,7 @@ def start(model, processor, items):
     return out["logits"][:, -1], cache
 
 
-def test_the_vision_tower_sees_each_picture_once(monkeypatch):
+def test_the_vision_tower_sees_each_image_once(monkeypatch):
     model, processor = build()
     seen, features = [], model.image_features
     monkeypatch.setattr(model, "image_features", lambda pixels: seen.append(len(pixels)) or features(pixels))
@@ -124,11 +124,11 @@ def test_the_vision_tower_sees_each_picture_once(monkeypatch):
     answer(model, processor, items, None, 2)
     assert len(items) > 30 and seen == [5]
     mean_answer_loss(model, processor, items)
-    answer(model, processor, items, None, 2, blind=True)  # where all are the same picture
+    answer(model, processor, items, None, 2, blind=True)  # where all are the same image
     assert seen == [5, 5, 1]
 
 
-def test_questions_about_scenes_carry_their_truth_and_share_their_picture():
+def test_questions_about_scenes_carry_their_truth_and_share_their_image():
     items = scene_items("test", 3, seed=1, per_scene=4)
     assert len({id(item.image) for item in items}) == 3 and len(items) == 12
     assert all(item.messages[0]["content"].startswith("<image>\n") and item.answer and item.kind for item in items)
@@ -137,7 +137,7 @@ def test_questions_about_scenes_carry_their_truth_and_share_their_picture():
 # ---- blind ---------------------------------------------------------------------------------------------------------------
 
 
-def test_blind_answers_do_not_depend_on_the_picture_and_need_none():
+def test_blind_answers_do_not_depend_on_the_image_and_need_none():
     model, processor = build()
     asked = about_image("Describe the picture.")
     first, second = ([Item(image, asked, "")] for image in pictures(2))
@@ -147,7 +147,7 @@ def test_blind_answers_do_not_depend_on_the_picture_and_need_none():
     assert mean_answer_loss(model, processor, first, blind=True) == mean_answer_loss(model, processor, nowhere, blind=True)
 
 
-def test_blind_is_a_picture_of_the_mean_colour():
+def test_blind_is_an_image_of_the_mean_colour():
     model, processor = build()
     pixels = process_images(pictures(2), (32, 32))
     assert blind_pixels(pixels).shape == pixels.shape and not blind_pixels(pixels).any()
@@ -175,7 +175,7 @@ def test_training_goes_on_as_if_nothing_had_been_asked():
 
 
 def test_a_model_that_learned_two_answers_gives_them():
-    """End to end: pictures, prompt, training, decoding, score. The two questions differ in nothing but the picture."""
+    """End to end: images, prompt, training, decoding, score. The two questions differ in nothing but the image."""
     model, processor = build()
     said = ("a red 7 at the top left", "no")
     items = [Item(image, about_image("What?"), text) for image, text in zip(pictures(2), said, strict=True)]

@@ -60,7 +60,7 @@ FLAGS = {  # small ones, of some ten steps
 
 
 def smaller(script) -> None:
-    """Small models, and no pictures painted."""
+    """Small models, and no images painted."""
     if script.__name__ == "train_vlm":
         script.VISION_BATCH = 4
         script.scene_items = lambda split, count, seed: scene_items(split, 1, seed, 2)
@@ -399,13 +399,13 @@ def test_a_config_that_makes_no_sense(tmp_path, changes, words):
 
 
 @pytest.mark.parametrize("scale", [[0.5, math.nan, 0.5], ["x", 1, 1], "x", [1, 1]])
-def test_pictures_cannot_be_scaled_by_what_is_no_number(scale):
+def test_images_cannot_be_scaled_by_what_is_no_number(scale):
     """NaN is not below 0: it passed the check, and every pixel was NaN. A text was a TypeError's traceback."""
     with pytest.raises(ValueError, match="three numbers, std above 0"):
         image_settings({"image_processor_type": "SiglipImageProcessor", "image_std": scale})
 
 
-def test_a_large_deep_grey_picture_is_scaled_in_strips():
+def test_a_large_deep_grey_image_is_scaled_in_strips():
     """All of it as float64, several times over, took 24 bytes a pixel and more: a file of 160 kB made 2 GB of it."""
     buffer, side = io.BytesIO(), 2000
     Image.fromarray(np.arange(side * side, dtype=np.uint32).astype(np.uint16).reshape(side, side)).save(buffer, "PNG")

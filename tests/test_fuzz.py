@@ -179,7 +179,7 @@ def damaged(draw, whole: bytes, beginning: int | None = None):
     return bytes(data)
 
 
-# ---- pictures --------------------------------------------------------------------------------------------------------
+# ---- images --------------------------------------------------------------------------------------------------------
 
 SAVED = {  # what Pillow writes
     "PNG": ("1", "L", "LA", "P", "RGB", "RGBA", "I", "I;16"),
@@ -224,7 +224,7 @@ def test_every_mode_of_every_format_is_read_whatever_its_name_ends_in(tmp_path, 
 
 @pytest.mark.filterwarnings("ignore")
 @given(st.data())
-def test_a_damaged_picture_is_a_picture_or_refused(data):
+def test_a_damaged_image_is_an_image_or_refused(data):
     kind, mode = data.draw(st.sampled_from(KINDS))
     found = read_or_refused(decode_image, data.draw(damaged(file_of(kind, mode))))
     assert found is REFUSED or is_rgb(found)
@@ -256,7 +256,7 @@ BOMBS = {
 
 @pytest.mark.filterwarnings("ignore")
 @given(st.sampled_from(list(BOMBS)), *(st.sampled_from([0, 1, 9000, 10**4, 65535, 10**6, 2**31 - 1]) for _ in "wh"))
-def test_a_few_bytes_that_promise_a_huge_picture_are_refused(kind, width, height):
+def test_a_few_bytes_that_promise_a_huge_image_are_refused(kind, width, height):
     found = read_or_refused(decode_image, BOMBS[kind](width, height))
     assert found is REFUSED or is_rgb(found)
 
@@ -266,7 +266,7 @@ def test_a_few_bytes_that_promise_a_huge_picture_are_refused(kind, width, height
     st.lists(st.integers(0, 5), max_size=4), st.booleans(), st.sampled_from([0, 0.5, 1, -1, 300, math.nan, math.inf]),
 )  # fmt: skip
 @pytest.mark.filterwarnings("ignore")
-def test_an_array_is_a_picture_or_refused(dtype, shape, as_tensor, value):
+def test_an_array_is_an_image_or_refused(dtype, shape, as_tensor, value):
     array = np.full(shape, value).astype(dtype)
     found = read_or_refused(to_image, torch.from_numpy(array) if as_tensor else array)
     assert found is REFUSED or (is_rgb(found) and 0 not in found.size)
@@ -305,7 +305,7 @@ def photos(tmp_path_factory):
 
 @given(st.data())
 def test_rows_of_a_llava_file_are_usable_or_named(photos, data):
-    """What is called usable can be encoded, and its pictures lie in their folder."""
+    """What is called usable can be encoded, and its images lie in their folder."""
     rows = data.draw(spoiled(ROWS) | spoiled([ROWS]) | spoiled({"rows": ROWS}))
     text = json.dumps(rows).encode()
     text = data.draw(st.just(text) | damaged(text))
@@ -335,7 +335,7 @@ PIECES = [*CHAT, IMAGE_TOKEN, "<fake_token_around_image>", "<global-img>", "<loc
 
 @given(st.lists(st.sampled_from(PIECES) | st.text(max_size=8), min_size=1, max_size=8), st.integers(0, 2))
 def test_special_token_text_in_a_question_stays_text(pieces, pictures):
-    """Only the template writes <|im_end|>, and only pictures make placeholders; the rest comes back as it was written."""
+    """Only the template writes <|im_end|>, and only images make placeholders; the rest comes back as it was written."""
     processor = small_processor(around_image=IDEFICS3_AROUND)
     tokenizer, text = processor.tokenizer, "".join(pieces)
     plain = text.encode("utf-8", "replace").decode()

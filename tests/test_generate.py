@@ -1,4 +1,4 @@
-"""Laws of generate.py: what it prints is what the model says, streamed or tabled, of texts and pictures, or how well captions
+"""Laws of generate.py: what it prints is what the model says, streamed or tabled, of texts and images, or how well captions
 fit, as in transformers; an adapter takes the place of a run's own; a wrong pair is one line."""
 
 import functools
@@ -186,7 +186,7 @@ def test_a_token_without_a_row_is_refused_when_a_text_has_it_and_not_before(run,
             call(capsys, tmp_path, "The <new> dog", *flags)
 
 
-# ---- pictures --------------------------------------------------------------------------------------------------------
+# ---- images --------------------------------------------------------------------------------------------------------
 
 VISION = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
 VISION |= {"image_size": 32, "patch_size": 8}
@@ -254,7 +254,7 @@ def flags(paths) -> list:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("count", [0, 1, 2])
-def test_the_answer_is_the_models_with_any_number_of_pictures(vlms, photos, capsys, kind, count):
+def test_the_answer_is_the_models_with_any_number_of_images(vlms, photos, capsys, kind, count):
     printed = call(capsys, vlms[kind], *flags(photos[:count]), QUESTION, "--max-new-tokens", 9)
     messages = [{"role": "user", "content": "<image>\n" * count + QUESTION}]
     assert printed == expected(vlms[kind], messages, photos[:count], 9) + "\n" != "\n"
@@ -274,14 +274,14 @@ def test_beams_answer_with_the_likeliest_text(vlms, photos, capsys):
     assert searched.strip() == processor.decode(rows[0].ids).strip() != greedy.strip()
 
 
-def test_pictures_stand_where_the_question_says_so(vlms, photos, capsys):
+def test_images_stand_where_the_question_says_so(vlms, photos, capsys):
     question = "<image> What is left of <image>?"
     printed = call(capsys, vlms["idefics3"], *flags(photos[:2]), question, "--max-new-tokens", 9)
     assert printed == expected(vlms["idefics3"], [{"role": "user", "content": question}], photos[:2], 9) + "\n"
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_conversation_shows_each_picture_to_the_tower_once(vlms, photos, capsys, monkeypatch, kind):
+def test_a_conversation_shows_each_image_to_the_tower_once(vlms, photos, capsys, monkeypatch, kind):
     seen, features = [], SiglipModel.features
     monkeypatch.setattr(SiglipModel, "features", lambda self, x, *rest: seen.append(len(x)) or features(self, x, *rest))
     lines = ["What is it?", f"/image {photos[1]}", "/image nowhere.png", f"/image {photos[2]}", "And this?", "Really?", ""]
@@ -404,7 +404,7 @@ def test_files_after_an_image_are_images_and_what_is_no_file_is_the_prompt(photo
         (["VLM", "x", "--top", "3", "--image", "PHOTO"], "--top is about texts"),
     ],
 )
-def test_bad_calls_with_pictures_are_one_line_and_exit_code_2(run, vlms, towers, photos, tmp_path, capsys, argv, message):
+def test_bad_calls_with_images_are_one_line_and_exit_code_2(run, vlms, towers, photos, tmp_path, capsys, argv, message):
     known = {"RUN": run, "VLM": vlms["idefics3"], "TOWERS": towers, "PHOTO": photos[0], "FOLDER": tmp_path}
     for name, path in known.items():
         argv = [word.replace(name, str(path)) for word in argv]
@@ -430,7 +430,7 @@ def test_a_processor_that_does_not_fit_its_model_is_refused(tmp_path, capsys, fi
 
 @pytest.mark.parametrize("rows, fits", [(-1, True), (-2, False), (3, True)])
 def test_all_tokens_but_the_placeholder_need_a_row(tmp_path, photos, capsys, rows, fits):
-    """A picture overwrites its placeholder, so a model that never got a row for <image> is whole."""
+    """An image overwrites its placeholder, so a model that never got a row for <image> is whole."""
     argv = [make_vlm(tmp_path, "mllama_scratch", rows), *flags(photos[:1]), QUESTION, "--max-new-tokens", 3]
     if fits:
         call(capsys, *argv)

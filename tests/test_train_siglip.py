@@ -34,7 +34,7 @@ COMMON = "--size tiny --device cpu --workers 1 --batch-size 8 --eval-count 10 --
 
 @pytest.fixture(autouse=True, scope="module")
 def quick():
-    """A smaller gallery, and pictures only where a test asks for them."""
+    """A smaller gallery, and images only where a test asks for them."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(caption_pairs, "GALLERY", 20)
         patch.setattr(train_siglip, "draw", lambda *args: None)
@@ -53,7 +53,7 @@ def runs(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def photos(runs):
-    """Scenes as files with one described row each, the first two of them about one picture."""
+    """Scenes as files with one described row each, the first two of them about one image."""
     convert_scenes(runs / "photos", "train", 30, per_scene=1, mix={"describe": 1})
     rows = json.loads((runs / "photos" / "scenes.json").read_text())
     for row in rows:
@@ -207,7 +207,7 @@ def test_processes_average_to_the_gradients_of_the_whole(batch, monkeypatch, par
 
 
 def test_the_figures_of_a_gallery():
-    """Picture 2 takes the caption of 0, which is true of it as well; picture 1 that of 3, which is not."""
+    """Image 2 takes the caption of 0, which is true of it as well; image 1 that of 3, which is not."""
     names = [frozenset(x) for x in ("a", "b", "ca", "d")]
     logits = torch.tensor([[5.0, 0, 1, 0], [0, 1, 0, 2], [3, 0, 2, 0], [0, 0, 0, 4]])
     found = measure(Test(torch.zeros(4, 1, 2, 2), ["a", "b", "c", "d"], names), logits)
@@ -324,7 +324,7 @@ def test_the_tower_is_train_vlms_with_its_pixels(finished):
     assert processor.image_settings.image_std == pytest.approx(pairs.std)
 
 
-# ---- your own pictures -----------------------------------------------------------------------------------------------
+# ---- your own images -----------------------------------------------------------------------------------------------
 
 
 def rows_of(photos, *flags):
@@ -332,13 +332,13 @@ def rows_of(photos, *flags):
     return RowPairs(args, SimpleNamespace(args=args, rank=0, world_size=1, is_main=False, print=print, all=bool))
 
 
-def test_rows_of_one_picture_share_their_captions(photos):
+def test_rows_of_one_image_share_their_captions(photos):
     pairs = rows_of(photos)
     both = {row.images[0].name: pairs.true[row.images[0]] for row in (*pairs.rows, *pairs.test)}
     assert sorted(map(len, both.values())) == [1] * 28 + [2]
 
 
-def test_a_picture_that_cannot_be_read_is_replaced(photos):
+def test_an_image_that_cannot_be_read_is_replaced(photos):
     pairs = rows_of(photos)
     first = [pairs.rows[i].images[0] for i in next(rows_of(photos).order).tolist()]
     pairs.images.unreadable = dict.fromkeys(first[1:], "damaged")

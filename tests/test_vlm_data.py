@@ -1,5 +1,5 @@
 """Laws of the batches of data/ and of the losses of the recipes' first stages: every usable row once an epoch, the right image
-beside each question, the same batches after a stop; kept features are those of these weights and these pictures."""
+beside each question, the same batches after a stop; kept features are those of these weights and these images."""
 
 import json
 import resource
@@ -67,14 +67,14 @@ def make_model(processor, fusion="early", **eyes):
 
 
 def about(pictures, *said) -> dict:
-    """A row of the file: pictures by name, then a question, an answer, and so on; the pictures stand before the first."""
+    """A row of the file: images by name, then a question, an answer, and so on; the images stand before the first."""
     texts = ["<image>" * len(pictures) + ("\n" if pictures else "") + said[0], *said[1:]]
     turns = [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(texts)]
     return {"image": [f"{name}.png" for name in pictures], "conversations": turns}
 
 
 def write(folder: Path, rows: list[dict]) -> LlavaRows:
-    """A file of these rows and twelve pictures 0.png to 11.png, each of another colour."""
+    """A file of these rows and twelve images 0.png to 11.png, each of another colour."""
     for k in range(12):
         Image.new("RGB", (20, 16), (20 * k, 255 - 20 * k, 90)).save(folder / f"{k}.png")
     (folder / "data.json").write_text(json.dumps(rows))
@@ -139,7 +139,7 @@ def test_ranks_share_an_epoch(tmp_path, processor):
 
 @pytest.mark.parametrize("batch_size, parts", [(1, 1), (2, 1), (4, 1), (4, 2)])
 def test_rows_that_cannot_be_used_are_left_out_and_counted_and_no_other(tmp_path, processor, batch_size, parts):
-    """A vanished picture, a damaged one and a row that is too long, after the file was found to be in order."""
+    """A vanished image, a damaged one and a row that is too long, after the file was found to be in order."""
     raw = [about([k], "Which one?", f"number {k}") for k in range(12)]
     raw[5] = about([5], "Which one? " * 60, "number 5")
     rows = write(tmp_path, raw)
@@ -190,13 +190,13 @@ def test_batches_go_on_where_they_stopped(tmp_path, processor, isolated):
             assert one.keys() == two.keys() and all(same(one[key], two[key]) for key in one), stop
 
 
-# ---- pictures beside their questions -----------------------------------------------------------------------------------
+# ---- images beside their questions -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("fusion", ["early", "cross"])
 @pytest.mark.parametrize("frozen", [False, True])
 @torch.no_grad()
-def test_several_pictures_a_row_arrive_at_their_places_after_packing(tmp_path, fusion, frozen):
+def test_several_images_a_row_arrive_at_their_places_after_packing(tmp_path, fusion, frozen):
     """The logits of each answer are those of its row alone. Packing puts the longest row first, so order changes."""
     processor = make_processor(fusion)
     model = make_model(processor, fusion)
@@ -237,7 +237,7 @@ def test_blind_batches_say_the_same_and_show_nothing(tmp_path, processor, isolat
 
 @pytest.fixture
 def looks(monkeypatch):
-    """How many pictures have gone through the tower."""
+    """How many images have gone through the tower."""
     seen, inner = [], FrozenFeatures.encode
     monkeypatch.setattr(FrozenFeatures, "encode", lambda self, pixels: seen.append(1) or inner(self, pixels))
     return seen
@@ -255,7 +255,7 @@ def pictures(tmp_path):
 
 
 def test_kept_features_are_those_that_are_looked_at(tmp_path, processor, pictures, looks):
-    """To the last bit; a picture that cannot be read has none, and one that was not kept is looked at."""
+    """To the last bit; an image that cannot be read has none, and one that was not kept is looked at."""
     model = make_model(processor)
     pictures[3].unlink()
     first = kept(model, tmp_path / "f.npy", pictures[:10] + pictures[:2])
@@ -367,7 +367,7 @@ def test_scene_batches_are_a_function_of_the_seed_and_go_on_where_they_stopped(s
 
 @torch.no_grad()
 def test_the_loss_of_a_batch_of_scenes_is_that_of_its_scenes_one_by_one(scene_reader):
-    """So each scene's questions are about its own picture, wherever packing puts them; and parts hold the whole batch."""
+    """So each scene's questions are about its own image, wherever packing puts them; and parts hold the whole batch."""
     model = make_model(scene_reader, image_size=64)
     batches = SceneBatches(scene_reader, 5, seed=0, per_scene=4)
     scenes = make_scenes("train", 5, seed=0)
@@ -466,7 +466,7 @@ def closed(tmp_path):
         said = ["Is it odd?", "yes" if k % 2 else "no", "Is it a picture?", "yes", "Which one?", f"number {k}"]
         rows.append(about([k], *said, *(["What is left over?", f"{k % 3}"] if k > 4 else [])))
     rows += [about([1], f"Is it number {k}?", "yes" if k == 1 else "no") for k in range(3)]  # each once
-    rows += [about([1, 2], "Is it odd?", "both")] * 5  # not about one picture
+    rows += [about([1, 2], "Is it odd?", "both")] * 5  # not about one image
     return write(tmp_path, rows)
 
 
@@ -474,7 +474,7 @@ def test_common_questions_are_those_that_many_ask_and_few_answers_settle(closed)
     assert common_questions(closed, 4, 4) == {"Is it odd?": {"no": 0, "yes": 1}, "What is left over?": {"0": 0, "1": 1, "2": 2}}
 
 
-def test_each_picture_comes_with_its_answers_once_an_epoch(closed):
+def test_each_image_comes_with_its_answers_once_an_epoch(closed):
     pictures, common = ImageCache(32), common_questions(closed, 4, 4)
     batches = CommonAnswers(closed, common, pictures, 4, seed=0, grad_accum=2)
     found = {}
@@ -494,7 +494,7 @@ def test_each_picture_comes_with_its_answers_once_an_epoch(closed):
         assert all(same(part[key], other[key]) for key in part)
 
 
-def test_pictures_that_cannot_be_read_are_left_out_of_the_common_questions(closed):
+def test_images_that_cannot_be_read_are_left_out_of_the_common_questions(closed):
     for row in closed[:11]:
         row.images[0].unlink()
     batches = CommonAnswers(closed, common_questions(closed, 4, 4), ImageCache(32), 6, seed=0)
@@ -514,5 +514,5 @@ def test_common_loss_is_the_mean_over_all_that_was_asked():
     torch.testing.assert_close(common_loss(logits, seen), torch.stack(each).mean())
 
 
-def test_questions_of_a_row_are_without_its_picture_mark(closed):
+def test_questions_of_a_row_are_without_its_image_mark(closed):
     assert questions_of(closed[0])[0] == ("Is it odd?", "no") and questions_of(closed[-1]) == []

@@ -88,7 +88,7 @@ def answers(processor, batch):
     return [processor.tokenizer.decode(row[row >= 0]) for row in batch["labels"]]
 
 
-# ---- pictures --------------------------------------------------------------------------------------------------------
+# ---- images --------------------------------------------------------------------------------------------------------
 
 
 def photos(count):
@@ -118,7 +118,7 @@ def test_pixels_are_those_of_transformers(transformers, count, size, resample):
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 
 
-def test_every_form_of_a_picture_gives_the_same_pixels(tmp_path):
+def test_every_form_of_an_image_gives_the_same_pixels(tmp_path):
     image = picture()
     array, file = np.asarray(image), tmp_path / "a.png"
     image.save(file)
@@ -154,7 +154,7 @@ def test_padding_to_a_square_is_llavas(transformers, width, height):
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 
 
-def test_the_smallest_and_the_widest_pictures():
+def test_the_smallest_and_the_widest_images():
     one = process_images([Image.new("RGB", (1, 1), (255, 0, 51))], (4, 6))
     assert one.shape == (1, 3, 4, 6)
     torch.testing.assert_close(one[0, :, 2, 3], torch.tensor([1.0, -1.0, -0.6]))
@@ -188,13 +188,13 @@ NAN = torch.full((3, 4, 4), 0.5).index_fill_(0, torch.tensor([1]), float("nan"))
         (Image.new("RGB", (20_000, 9)), "too thin"),
     ],
 )
-def test_what_is_no_picture_is_named(image, reason):
+def test_what_is_no_image_is_named(image, reason):
     with pytest.raises(ValueError, match=f"^image 1: .*{reason}") as caught:
         process_images([picture(), image], (8, 8))
     assert "\n" not in str(caught.value)
 
 
-def test_files_that_are_no_pictures_are_named(tmp_path):
+def test_files_that_are_no_images_are_named(tmp_path):
     (tmp_path / "note.jpg").write_text("hello")
     with pytest.raises(ValueError, match=r"image 0 \(.*note.jpg\)"):
         process_images([tmp_path / "note.jpg"], (8, 8))
@@ -288,7 +288,7 @@ def test_a_padded_batch_is_its_rows_alone(tokenizer, cross):
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "gate" in name and parameter.numel() == 1:
-                parameter.fill_(1.0)  # a closed gate would hide the pictures
+                parameter.fill_(1.0)  # a closed gate would hide the images
     processor = MllamaImageProcessor(tokenizer, model.config.text_config.num_image_tokens, 16)
     prompts, images = prompts_and_images()
     for side in ("left", "right"):
@@ -575,7 +575,7 @@ def test_whole_batches_are_those_of_their_processors(tokenizer, tmp_path, transf
     for key in ("input_ids", "attention_mask"):
         assert torch.equal(found[key], expected[key]), key
     pixels = expected["pixel_values"].reshape(-1, 3, 16, 16)
-    pixels = pixels[pixels.flatten(1).any(dim=1)]  # Idefics3 pads rows with black pictures
+    pixels = pixels[pixels.flatten(1).any(dim=1)]  # Idefics3 pads rows with black images
     torch.testing.assert_close(found["pixel_values"], pixels, atol=1e-5, rtol=0)
 
 
