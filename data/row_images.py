@@ -9,7 +9,7 @@ import binascii
 import re
 from collections.abc import Mapping, Sequence
 
-from data.row_values import Fields, RowError, is_absent, kind_of, listed, text_of
+from data.row_values import Fields, RowError, is_absent, kind_of, listed, printable, text_of
 from processing_mllama import IMAGE_TOKEN
 
 IMAGES = ("image", "images", "image_bytes", "image_path", "image_paths", "image_file", "img", "img_path", "picture", "photo")
@@ -20,9 +20,9 @@ ABOUT_IMAGES = re.compile(r"(ratings|min|max|size|width|height|count)$|^(num|n)_
 IMAGE_NAME = re.compile(r"\S\.(jpe?g|png|webp|gif|bmp|tiff?|ppm|jp2|avif)$", re.IGNORECASE)
 MAGIC = {b"\xff\xd8\xff": "jpg", b"\x89PNG": "png", b"RIFF": "webp", b"GIF8": "gif", b"BM": "bmp", b"II*\0": "tif"}
 PLACEHOLDER = re.compile(  # of an image, or of what is no image, in the words of other models
-    r"<\|vision_start\|>(?:<\|image_pad\|>)?<\|vision_end\|>|<start_of_image>|\[(?:img|image)[ _-]?(?P<bracketed>\d*)\]|"
+    r"<\|vision_start\|>(?:<\|image_pad\|>)?<\|vision_end\|>|<start_of_image>|\[(?:img|image)[ _-]?(?P<bracketed>\d{0,4})\]|"
     r"<\|?(?P<name>image|img|imagehere|img_?context|image[ _-]?(?:pad|placeholder|soft_token)|picture|photo|"
-    r"video|video_?pad|audio|audio_?pad|speech|sound)[ _-]?(?P<number>\d*)\|?>",
+    r"video|video_?pad|audio|audio_?pad|speech|sound)[ _-]?(?P<number>\d{0,4})\|?>",
     re.IGNORECASE,
 )
 
@@ -60,7 +60,7 @@ def images_of(fields: Fields) -> tuple[list[str | bytes], list[str]]:
         return [image_of(name, each) for name, each in fields.numbered("image")], []
     value = listed(value) if isinstance(value, str) and value.lstrip().startswith("[") else value
     if isinstance(value, Mapping) and all(str(key).startswith("<") for key in value):  # MiniCPM-V: {"<image_00>": name}
-        return [image_of(f"{field}.{key}", each) for key, each in value.items()], [*map(str, value)]
+        return [image_of(f"{field}.{printable(key)}", each) for key, each in value.items()], [*map(str, value)]
     if isinstance(value, (list, tuple)):
         return [image_of(f"{field}[{k}]", each) for k, each in enumerate(value)], []
     return [image_of(field, value)], []

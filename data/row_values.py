@@ -15,7 +15,7 @@ class Fields:
     """The values of a row that hold something, by their keys in lower case, and which of them were read."""
 
     def __init__(self, raw: Mapping):
-        self.values = {str(key).strip().lower(): value for key, value in raw.items() if not is_absent(value)}
+        self.values = {printable(key).strip().lower(): value for key, value in raw.items() if not is_absent(value)}
         self.read: set[str] = set()
 
     def take(self, *keys: str):
@@ -35,6 +35,11 @@ class Fields:
         return {key: value for key, value in self.values.items() if key not in self.read}
 
 
+def printable(key) -> str:
+    """A key as it can be named in a message."""
+    return str(key).encode("utf-8", "replace").decode()
+
+
 def is_absent(value) -> bool:
     """None, NaN (as pandas writes it) and what is empty."""
     return value is None or (isinstance(value, (str, bytes, list, dict)) and not value) or value != value
@@ -50,9 +55,10 @@ def kind_of(value) -> str:
 
 def text_of(field: str, value) -> str:
     """A text, or a number as it is written. Raises RowError."""
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
-        whole = isinstance(value, float) and value.is_integer() and abs(value) < 2**53  # pandas makes 3 a 3.0
-        return str(int(value) if whole else value)
+    if isinstance(value, float) and math.isfinite(value):  # pandas makes 3 a 3.0
+        return str(int(value) if value.is_integer() and abs(value) < 2**53 else value)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
     if not isinstance(value, str):
         raise RowError(field, f"is {kind_of(value)}: a text was expected")
     try:

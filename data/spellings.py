@@ -74,7 +74,7 @@ def content_of(field: str, value, images: list) -> str:
             given = next((part[key] for key in ("image", "image_url", "url", "path") if not is_absent(part.get(key))), None)
             images += [] if given is None else [image_of(where, given)]
             number = part.get("index")
-            numbered = given is None and isinstance(number, (int, float)) and number == number
+            numbered = given is None and isinstance(number, int | float) and 0 <= number < 999
             said.append(f"<image_{int(number) + 1}>" if numbered else IMAGE_TOKEN)
         else:
             raise RowError(where, f"is a part of type {str(kind)[:20]!r}: {', '.join(TEXT_PARTS + IMAGE_PARTS)} are read")
@@ -192,8 +192,8 @@ def texts_of(field: str, value) -> list[str]:
 
 def answered_question(fields: Fields, question: str) -> Asked:
     """A question and its answer: of several the one that most give (Goyal et al. 2017), and the others are accepted."""
-    kind = next((fields.take(key)[1] for key in KINDS if isinstance(fields.values.get(key), str | int)), None)
-    kinds = None if kind is None else (str(kind),)
+    kind = next((key for key in KINDS if isinstance(fields.values.get(key), str | int)), None)
+    kinds = None if kind is None else (text_of(*fields.take(kind)),)
     hint, more = (fields.take(key)[1] for key in ("hint", "input"))  # ScienceQA's; Alpaca's, after the instruction
     question = "\n".join(text_of("question", text) for text in (hint, question, more) if text is not None)
     options = options_of(fields)

@@ -16,6 +16,7 @@ from data.row_values import RowError
 from data.spellings import DESCRIBE, conversation_of, read_row
 from processing_mllama import to_messages
 from samples import image_bytes
+from test_fuzz import spoiled
 
 PNG = image_bytes(3)
 PNG64 = base64.b64encode(PNG).decode()
@@ -329,3 +330,17 @@ def test_mixtures_of_spellings_are_read_row_by_row(photos, drawn):
     cache = ImageCache(8)
     for row in found:
         assert [(m["role"], m["content"]) for m in row.messages] == ASKED and cache[row.images[0]] is not None
+
+
+@given(spoiled(list(SAME.values())) | spoiled([raw for raw, _ in WITHOUT.values()]))
+def test_whatever_a_row_holds_it_is_read_or_refused_by_name(rows):
+    """And what is read has an answer and as many <image>s as images, so that training never meets it."""
+    for raw in rows if isinstance(rows, list) else [rows]:
+        try:
+            row = read_row(raw, Counter())
+        except RowError as wrong:
+            field, what = wrong.args
+            assert f"{field}: {what}".encode() and len(what) < 300
+            continue
+        assert sum(message["content"].count("<image>") for message in row.messages) == len(row.images)
+        assert row.messages[-1]["role"] == "assistant" and row.messages[-1]["content"].strip()
