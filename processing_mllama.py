@@ -100,10 +100,10 @@ def add_image_tokens_to_prompts(prompts: Sequence[str], num_image_token: int, ar
     return [prompt.replace(IMAGE_TOKEN, (IMAGE_TOKEN * num_image_token).join(around_image)) for prompt in prompts]
 
 
-def write_image(tiling: tuple[int, int], num_image_token: int, around_image=("", "")) -> str:
+def write_image(tiling: tuple[int, int], num_image_token: int, around_image=("", ""), image_token: str = IMAGE_TOKEN) -> str:
     """What stands in a text for one image: num_image_token placeholders between the two texts of around_image, and for an image
     that is cut (data/tiles.py) before that as many for each tile, row by row, as Idefics3 and SmolVLM write it."""
-    (rows, columns), (_, fake), tokens = tiling, around_image, IMAGE_TOKEN * num_image_token
+    (rows, columns), (_, fake), tokens = tiling, around_image, image_token * num_image_token
     lines = ["".join(f"{fake}<row_{r + 1}_col_{c + 1}>{tokens}" for c in range(columns)) + "\n" for r in range(rows)]
     return "".join(lines) + ("\n" if rows else "") + tokens.join(around_image)
 
@@ -160,21 +160,22 @@ class MllamaImageProcessor:
     tokenizer: gains the tokens named above (add_location_tokens=False: only <image>); num_image_token: placeholders per image,
     or tile of one, the model's config.text_config.num_image_tokens; image_size: pixels, a number or (height, width), with more
     settings as data/tiles.py's ImageSettings has them, or all of them; around_image: special tokens before and after each image
-    (IDEFICS3_AROUND). Raises ValueError for settings that make no sense.
+    (IDEFICS3_AROUND); image_token: the placeholder's spelling, where a model has another one for what texts call <image>.
+    Raises ValueError for settings that make no sense.
     """
 
     def __init__(
         self, tokenizer, num_image_token: int, image_size: int | tuple[int, int] | ImageSettings, *,
-        add_location_tokens: bool = True, around_image=("", ""), **image_settings,
+        add_location_tokens: bool = True, around_image=("", ""), image_token: str = IMAGE_TOKEN, **image_settings,
     ):  # fmt: skip
         if not isinstance(num_image_token, int) or num_image_token < 1:
             raise ValueError(f"num_image_token is {num_image_token!r}: it must be a number from 1")
         if not isinstance(image_size, ImageSettings):
             image_size = ImageSettings(image_size, **image_settings)
         self.image_settings, self.around_image = image_size, tuple(around_image)
-        self.tokenizer, self.num_image_token = tokenizer, num_image_token
+        self.tokenizer, self.num_image_token, self.image_token = tokenizer, num_image_token, image_token
         # <image> first: a model without a row for it takes the first id past its table for the placeholder.
-        special = [IMAGE_TOKEN, *re.findall(r"<[^<>]+>", "".join(around_image))]
+        special = [image_token, *re.findall(r"<[^<>]+>", "".join(around_image))]
         locations = LOCATION_TOKENS if add_location_tokens else []
         self.ours = hasattr(tokenizer, "encode_chat")  # lib/tokenizer.py's, or Hugging Face's
         if self.ours:
@@ -182,7 +183,7 @@ class MllamaImageProcessor:
         else:  # where add_special_tokens would forget the additional ones there were
             tokenizer.add_tokens(special, special_tokens=True)
             tokenizer.add_tokens(locations)
-        self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+        self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
         absent, optional = (None, tokenizer.unk_token_id), LOCATION_TOKENS + TILE_TOKENS
         ids = zip(tokenizer.convert_tokens_to_ids(optional), optional, strict=True)
         known = {i: token for i, token in ids if i not in absent}
@@ -304,7 +305,7 @@ class MllamaImageProcessor:
         return [first if message is question else message for message in messages]
 
     def _written(self, tilings: Sequence[tuple[int, int]]) -> list[str]:
-        return [write_image(tiling, self.num_image_token, self.around_image) for tiling in tilings]
+        return [write_image(tiling, self.num_image_token, self.around_image, self.image_token) for tiling in tilings]
 
     def _encode(self, text: str, tilings: Sequence[tuple[int, int]], add_special_tokens: bool) -> list[int]:
         text, written = text if IMAGE_TOKEN in text else IMAGE_TOKEN * len(tilings) + text, iter(self._written(tilings))
@@ -316,7 +317,9 @@ class MllamaImageProcessor:
         from lib.chat import encode_conversation
 
         images, messages = self._written(tilings), self._with_images(messages, len(tilings))
-        return encode_conversation(self.tokenizer, messages, ask, self.recognised, IMAGE_TOKEN, images, add_special_tokens=True)
+        messages = [m | {"content": m["content"].replace(IMAGE_TOKEN, self.image_token)} for m in messages]
+        options = {"image_token": self.image_token, "images": images, "add_special_tokens": True}
+        return encode_conversation(self.tokenizer, messages, ask, self.recognised, **options)
 
     def _truncated(self, number: int, ids: list[int], answers: list[int], limit: int | None, truncation: bool):
         """(ids, labels) of a row, at most `limit` long."""
@@ -358,13 +361,14 @@ class MllamaImageProcessor:
         tokenizer: the folder's own unless given. changes: arguments of the constructor that overrule the files. Raises
         FileNotFoundError or ValueError where the files are missing, damaged, or ask for what is not done here.
         """
-        from lib.image_settings import processor_settings
+        from lib.image_settings import image_token_of, processor_settings
 
         settings = processor_settings(source, changes.get("image_size"))
         if tokenizer is None:  # the folder's own has the location tokens if its model knows them
             from lib.tokenizer import load_tokenizer
 
             tokenizer, settings["add_location_tokens"] = load_tokenizer(source), False
+        settings["image_token"] = image_token_of(tokenizer, settings.get("image_token"), settings.pop("image_token_id", None))
         known = tokenizer.convert_tokens_to_ids(IDEFICS3_AROUND[1]) not in (None, tokenizer.unk_token_id)
         if "around_image" in settings and not known:
             del settings["around_image"]

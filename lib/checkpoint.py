@@ -97,7 +97,7 @@ def load_processor(source: str | Path, model: nn.Module, split_images: bool | No
     """What makes images and questions the input of a vision-language model that was read from `source`. split_images: whether
     images are cut into tiles, unless the files are to say it. Raises ValueError where tokenizer, image settings and model do
     not belong together."""
-    from processing_mllama import IMAGE_TOKEN, MllamaImageProcessor
+    from processing_mllama import MllamaImageProcessor
 
     processor = MllamaImageProcessor.from_pretrained(find_source(source))
     if split_images is not None:
@@ -107,7 +107,7 @@ def load_processor(source: str | Path, model: nn.Module, split_images: bool | No
     for what, has, wants in (
         ("images of (height, width)", processor.image_size, model.vision_tower.image_size),
         ("tokens an image", processor.num_image_token, model.config.text_config.num_image_tokens),
-        (f"the token id of {IMAGE_TOKEN}", processor.image_token_id, model.config.image_token_id),
+        (f"the token id of {processor.image_token}", processor.image_token_id, model.config.image_token_id),
     ):
         if has != wants:
             raise ValueError(f"{source} contradicts itself: {what}: {has} for its processor, {wants} for its model")

@@ -184,14 +184,14 @@ def read_size(given: dict, key: str, square: bool) -> dict[str, int]:
 
 def processor_settings(source: str | Path, image_size: int | tuple[int, int] | None = None) -> dict:
     """Arguments of MllamaImageProcessor, of a checkpoint's files: num_image_token is there where it has a config.json, and
-    around_image where its kind of model wants it. image_size: overrules the files. Raises FileNotFoundError or ValueError."""
+    around_image where its kind of model wants it; and image_token_id. image_size: overrules the files. Raises FileNotFoundError
+    or ValueError."""
     folder = find_source(source)
     settings, has_config = read_image_settings(folder), (folder / "config.json").is_file()
     if not (settings or has_config):
         raise FileNotFoundError(f"{folder} has neither config.json nor preprocessor_config.json: is it a checkpoint?")
     whole = read_if_there(folder / "processor_config.json")
-    if (placeholder := whole.get("image_token", IMAGE_TOKEN)) != IMAGE_TOKEN:
-        raise ValueError(f"{folder / 'processor_config.json'} has image_token {placeholder!r:.80}: only {IMAGE_TOKEN} is read")
+    settings |= {"image_token": text_of(whole["image_token"])} if "image_token" in whole else {}
     if has_config:
         from lib.checkpoint import read_config
 
@@ -201,12 +201,30 @@ def processor_settings(source: str | Path, image_size: int | tuple[int, int] | N
             raise ValueError(f"{folder} holds a {type(config).__name__.removesuffix('Config')}, which takes no images")
         size = height_width(image_size or settings.get("image_size") or tower.image_size)
         settings = for_size(settings, size) | {"num_image_token": count_image_tokens(config, size)}
-        settings["around_image"] = around_image(config)
+        settings |= {"around_image": around_image(config), "image_token_id": getattr(config, "image_token_id", None)}
         tokens = count_image_tokens(config, tower.image_size)
         if (stated := whole.get("image_seq_len", tokens)) != tokens:
             has = f"processor_config.json has image_seq_len {stated!r:.80}, the model {tokens} tokens for an image"
             raise ValueError(f"{folder} contradicts itself: {has}")
     return settings
+
+
+def text_of(token) -> str:
+    token = token.get("content") if isinstance(token, dict) else token
+    if not isinstance(token, str) or not token:
+        raise ValueError(f"image_token is {token!r:.80}: it must be a text")
+    return token
+
+
+def image_token_of(tokenizer, stated: str | None, image_token_id: int | None) -> str:
+    """The placeholder's spelling: what processor_config.json or tokenizer_config.json calls image_token, else <image> where the
+    tokenizer has it, else the added token with the id that config.json states. Only where no file has one: <image>, as a new
+    token."""
+    named = stated or getattr(tokenizer, "image_token", None)
+    if named or tokenizer.convert_tokens_to_ids(IMAGE_TOKEN) not in (None, tokenizer.unk_token_id):
+        return named or IMAGE_TOKEN
+    token = None if image_token_id is None else tokenizer.convert_ids_to_tokens(image_token_id)
+    return token if token and image_token_id >= getattr(tokenizer, "plain_size", len(tokenizer)) else IMAGE_TOKEN
 
 
 def for_size(settings: dict, image_size: tuple[int, int]) -> dict:
@@ -291,7 +309,8 @@ def write_processor_settings(folder: str | Path, processor, layout: str | None =
     write_image_settings(folder, settings, "Idefics3" if layout == "idefics3" else "Siglip")
     if layout == "llava":
         whole = {"processor_class": "LlavaProcessor", "patch_size": settings.image_size[0] // math.isqrt(tokens)}
-        write_json(Path(folder) / "processor_config.json", {**whole, "vision_feature_select_strategy": "full"})
+        whole |= {"vision_feature_select_strategy": "full", "image_token": processor.image_token}
+        write_json(Path(folder) / "processor_config.json", whole)
     if layout == "idefics3":
         whole = {"processor_class": "Idefics3Processor", "image_seq_len": tokens}
         write_json(Path(folder) / "processor_config.json", whole)
