@@ -2,19 +2,24 @@
 transformers' AutoProcessor and generate make of it, for every family, as transformers 5 and 4 spell it, its weights in one
 file or more."""
 
+import json
 import shutil
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 pytest.importorskip("transformers", reason="the law is about transformers' own processors")
 
+import finetune_vlm  # noqa: E402
 import published  # noqa: E402
+from calls import printed  # noqa: E402
 from lib.checkpoint import save_pretrained  # noqa: E402
 from lib.vlm_parts import assemble, train_tokenizer  # noqa: E402
 from model import LLAMA32Config  # noqa: E402
+from samples import image_bytes  # noqa: E402
 from siglip import SiglipVisionConfig  # noqa: E402
 from toys import TEXT, VISION  # noqa: E402
 
@@ -128,3 +133,24 @@ def test_our_folder_opened_and_saved_by_transformers_is_still_ours(tmp_path, ima
     pixels = before.pixel_values if layout == "llava" else before.pixel_values[:, None]
     ids = again.generate(torch.tensor([before.input_ids]), pixel_values=pixels, max_new_tokens=published.NEW_TOKENS)
     assert ids[0, len(before.input_ids) :].tolist()[: len(before.answer)] == before.answer
+
+
+def test_a_published_model_learns_from_five_rows_and_transformers_opens_it_again(tmp_path, image, undrawn):
+    """finetune_vlm.py --model SMOLVLM --lora 8: its tiles, template and end of turn are kept, and both give the same answer."""
+    source, run, rows = tmp_path / "smolvlm", tmp_path / "run", []
+    published.make("smolvlm", source)
+    for i in range(5):
+        (tmp_path / f"{i}.png").write_bytes(image_bytes(i, (50, 30)))
+        said = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": f"It is {i}."}]
+        rows.append({"id": str(i), "image": f"{i}.png", "conversations": said})
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    flags = ["--data", tmp_path / "rows.json", "--model", source, "--lora", 8, "--steps", 2, "--out", run]
+    printed(finetune_vlm.main, *flags)
+    theirs, ours = published.theirs("smolvlm", run, image), published.ours("smolvlm", run, image)
+    assert ours.input_ids == theirs.input_ids == published.ours("smolvlm", source, image).input_ids
+    torch.testing.assert_close(ours.pixel_values, theirs.pixel_values, atol=1e-5, rtol=0)
+    assert ours.answer == theirs.answer
+    learned, before = (load_file(folder / "model.safetensors") for folder in (run, source))
+    changed = {name for name in before if not torch.equal(learned[name], before[name])}
+    trained = {name for name in before if "connector" in name or ("text_model.layers" in name and "norm" not in name)}
+    assert changed == trained
