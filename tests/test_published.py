@@ -154,3 +154,20 @@ def test_a_published_model_learns_from_five_rows_and_transformers_opens_it_again
     changed = {name for name in before if not torch.equal(learned[name], before[name])}
     trained = {name for name in before if "connector" in name or ("text_model.layers" in name and "norm" not in name)}
     assert changed == trained
+
+
+@pytest.mark.parametrize("place", ["processor_config", "tokenizer_config", "config"])
+def test_the_image_token_is_spelled_as_the_files_say(tmp_path, image, place):
+    """Texts call an image <image>; a model whose placeholder is another token got a new token of that name."""
+    published.make("llava", tmp_path)
+    for file in ("tokenizer.json", "tokenizer_config.json", "processor_config.json", "chat_template.jinja"):
+        text = (tmp_path / file).read_text().replace("<image>", "<|picture|>")
+        if file.startswith(("tokenizer_c", "processor")) and not file.startswith(place):
+            text = json.dumps({key: value for key, value in json.loads(text).items() if key != "image_token"})
+        (tmp_path / file).write_text(text)
+    ours = published.ours("llava", tmp_path, image)
+    if place == "config":  # transformers looks in the other two places only
+        published.write(tmp_path / "processor_config.json", published.read(tmp_path / "processor_config.json") | {
+            "image_token": "<|picture|>"})  # fmt: skip
+    theirs = published.theirs("llava", tmp_path, image)
+    assert (ours.input_ids, ours.answer) == (theirs.input_ids, theirs.answer)
