@@ -6,7 +6,9 @@
     theirs("llava", folder, image)      # what AutoProcessor + generate make of it: an Outcome
     ours("llava", folder, image)        # what generate.py makes of it
 
-as_version_4 was compared once with folders that transformers 4.57 wrote: file names, keys and values, names of tensors.
+as_version_4 was compared once with folders that transformers 4.57 wrote: files, keys and values, names of tensors. Where older
+releases spelled otherwise, it does as they did: a template in tokenizer_config.json or chat_template.json, special tokens as
+tables.
 """
 
 import contextlib
