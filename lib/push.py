@@ -120,20 +120,16 @@ def push(folder: Path, name: str, private: bool = False, dry_run: bool = False) 
 def upload(folder: Path, name: str, private: bool, files: list[str]) -> str:
     try:
         from huggingface_hub import HfApi, get_token
+        from huggingface_hub.errors import HfHubHTTPError
     except ImportError:
         raise ValueError("uploading needs the huggingface_hub package: pip install huggingface_hub") from None
-    failures: tuple = (OSError, ValueError, RuntimeError)
-    try:
-        import httpx
-
-        failures += (httpx.HTTPError, httpx.InvalidURL)  # what huggingface_hub lets through from version 1 on
-    except ImportError:
-        pass
+    # Beside these, what the package's HTTP library raises: a class that its own error is one of, whichever library it is.
+    http = [kind for kind in HfHubHTTPError.__mro__ if kind not in (Exception, BaseException, object)]
     try:
         api = HfApi()
         url = api.create_repo(name, private=private, exist_ok=True)
         api.upload_folder(repo_id=name, folder_path=str(folder), allow_patterns=files, commit_message=f"Upload {name}")
-    except failures as error:
+    except (OSError, ValueError, RuntimeError, *http) as error:
         reason = one_line(error).replace(get_token() or "\0", "(token)")[:300]
         raise OSError(f"the hub did not take {name} ({reason}): is there a network, and did you `hf auth login`?") from None
     return f"{len(files)} files are at {url}"
