@@ -171,3 +171,17 @@ def test_the_image_token_is_spelled_as_the_files_say(tmp_path, image, place):
             "image_token": "<|picture|>"})  # fmt: skip
     theirs = published.theirs("llava", tmp_path, image)
     assert (ours.input_ids, ours.answer) == (theirs.input_ids, theirs.answer)
+
+
+def test_a_smolvlm_folder_that_learned_more_keeps_its_tiles(tmp_path, image):
+    """do_image_splitting: false was saved, and transformers answered about one tile of seven."""
+    published.make("smolvlm", tmp_path / "smolvlm")
+    said = [{"from": "human", "value": "<image>\nWhat color is it?"}, {"from": "gpt", "value": "It is red"}]
+    rows = [{"id": str(number), "image": str(image), "conversations": said} for number in range(5)]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    flags = {"--data": tmp_path / "rows.json", "--model": tmp_path / "smolvlm", "--lora": 8, "--steps": 2, "--batch-size": 2}
+    flags |= {"--images": image.parent, "--test-part": 0, "--out": tmp_path / "run"}
+    printed(finetune_vlm.main, *(word for flag in flags.items() for word in flag))
+    theirs, ours = (ask("smolvlm", tmp_path / "run", image) for ask in (published.theirs, published.ours))
+    assert torch.equal(ours.pixel_values, theirs.pixel_values) and len(ours.pixel_values) == 7
+    assert (ours.input_ids, ours.answer) == (theirs.input_ids, theirs.answer)

@@ -302,6 +302,29 @@ def test_a_file_made_by_others_is_made_anew(tmp_path, processor, pictures, looks
     assert torch.equal(features[pictures[0]], features[pictures[1]]) == blind
 
 
+@pytest.mark.parametrize("blind", [False, True])
+def test_tiles_of_an_image_stay_together(tmp_path, processor, blind):
+    """Packed rows, kept features, and an epoch of images cut into 1 to 17 tiles: as many placeholders as features, and the loss
+    of pixels is that of kept features. A blind model is told nothing of an image's proportions."""
+    processor.split_images(True)
+    rows = numbered(tmp_path)
+    for k, path in enumerate(paths := [path for row in rows for path in row.images]):
+        Image.new("RGB", (10 + 9 * k, 60), (20 * k % 256, 50, 90)).save(path)
+    model, images = make_model(processor), ImageCache(processor.image_settings)
+    kept_features = FrozenFeatures(model, images, blind)
+    kept_features.keep(tmp_path / "f.npy", paths)
+    seen = LlavaBatches(rows, processor, images, 4, 0, 4000, blind=blind)
+    frozen = LlavaBatches(rows, processor, images, 4, 0, 4000, blind=blind, features=kept_features)
+    tiles = 0
+    for (one,), (two,) in zip((next(seen) for _ in range(2)), (next(frozen) for _ in range(2)), strict=True):
+        places = (one["input_ids"] == processor.image_token_id).sum()
+        assert places == processor.num_image_token * len(one["pixel_values"])
+        assert len(two["vision_features"]) == len(one["pixel_values"])
+        torch.testing.assert_close(model(**one).loss, model(**two).loss, atol=1e-4, rtol=1e-4)
+        tiles += len(one["pixel_values"])
+    assert (tiles == 8) == blind
+
+
 def test_a_death_between_the_file_and_what_describes_it_does_not_mix_two_models(tmp_path, processor, pictures, monkeypatch):
     """The second model's file is there, its description not yet: the first model must not take one for its own."""
     one, two, file = make_model(processor), make_model(processor), tmp_path / "f.npy"

@@ -19,6 +19,7 @@ from processing_mllama import (
     IDEFICS3_AROUND,
     IMAGE_TOKEN,
     LOCATION_TOKENS,
+    TILE_TOKENS,
     MllamaImageProcessor,
     add_image_tokens_to_prompts,
     process_images,
@@ -564,9 +565,18 @@ def test_what_is_saved_opens_in_transformers_and_here(tokenizer, tmp_path, trans
     assert not list(tmp_path.glob(".*")), "no temporary file is left"
 
 
-@pytest.mark.parametrize(("layout", "around"), [("llava", ("", "")), ("idefics3", IDEFICS3_AROUND)])
-def test_whole_batches_are_those_of_their_processors(tokenizer, tmp_path, transformers, layout, around):
-    processor = MllamaImageProcessor(tokenizer, N, 16, around_image=around)
+TILES = {"resample": "lanczos", "size": {"longest_edge": 40}, "fit": "tiles"}
+
+
+@pytest.mark.parametrize(
+    ("layout", "around", "settings"),
+    [("llava", ("", ""), {}), ("idefics3", IDEFICS3_AROUND, {}), ("idefics3", IDEFICS3_AROUND, TILES)],
+)
+@pytest.mark.parametrize("known", [TILE_TOKENS, []])
+def test_whole_batches_are_those_of_their_processors(tokenizer, tmp_path, transformers, layout, around, settings, known):
+    """known: of the tokens that stand before tiles; others are plain text, there as here."""
+    tokenizer.add_special_tokens([IMAGE_TOKEN, *known])
+    processor = MllamaImageProcessor(tokenizer, N, 16, around_image=around, **settings)
     processor.save_pretrained(tmp_path, layout)
     reference = transformers.AutoProcessor.from_pretrained(tmp_path)
     prompts, images = ["<image>\nWhat is this?", "A dog <image> and <image> a cat"], [[picture()], [picture(1), picture(2)]]
@@ -574,6 +584,7 @@ def test_whole_batches_are_those_of_their_processors(tokenizer, tmp_path, transf
     expected = reference(text=prompts, images=images, padding=True, return_tensors="pt", padding_side="right")
     for key in ("input_ids", "attention_mask"):
         assert torch.equal(found[key], expected[key]), key
+    assert (found["input_ids"] == processor.image_token_id).sum() == N * len(found["pixel_values"])
     pixels = expected["pixel_values"].reshape(-1, 3, 16, 16)
     pixels = pixels[pixels.flatten(1).any(dim=1)]  # Idefics3 pads rows with black images
     torch.testing.assert_close(found["pixel_values"], pixels, atol=1e-5, rtol=0)
@@ -587,3 +598,18 @@ def test_settings_that_make_no_sense(tokenizer, settings):
 
 def test_location_tokens_are_paligemmas():
     assert len(LOCATION_TOKENS) == 1152 and LOCATION_TOKENS[1023:1025] == ["<loc1023>", "<seg000>"]
+
+
+def test_images_are_split_or_not_as_asked(tokenizer):
+    processor = MllamaImageProcessor(tokenizer, N, 16, around_image=IDEFICS3_AROUND)
+    whole = processor(["<image>"], [picture()])
+    processor.split_images(True)  # its longer side is four tiles: 30 x 20 become 64 x 48
+    assert processor.tilings([picture()]) == [(3, 4)] and len(processor(["<image>"], [picture()])["pixel_values"]) == 13
+    processor.split_images(False)
+    again = processor(["<image>"], [picture()])
+    assert torch.equal(again["input_ids"], whole["input_ids"]) and len(again["pixel_values"]) == 1
+    with pytest.raises(ValueError, match="leave out --split-images"):
+        MllamaImageProcessor(tokenizer, N, 16).split_images(True)
+    with pytest.raises(ValueError, match="image 1: .*not an image"):
+        processor.split_images(True)
+        processor(["<image><image>"], [picture(), b"no"])
