@@ -260,16 +260,16 @@ class MllamaImageProcessor:
         return each_image(images, lambda image: find_tiling(image, self.image_settings))
 
     def encode(
-        self, conversation, images: int | Sequence[tuple[int, int]], add_generation_prompt: bool = False
+        self, conversation, images: int | Sequence[tuple[int, int]], add_generation_prompt: bool = False, answers: str = "all"
     ) -> tuple[list[int], list[int]]:
-        """Ids of a conversation (see to_messages) about images, and a mask: 1 on its answers and the token that ends each.
-        images: their tilings, or how many they are, each taken whole. Where it says no <image>, they stand before its first
-        question. Raises ValueError where counts differ."""
+        """Ids of a conversation (see to_messages) about images, and a mask: 1 on its answers ("last": at least on that one) and
+        the token that ends each. images: their tilings, or how many they are, each taken whole. Where it says no <image>, they
+        stand before its first question. Raises ValueError where counts differ."""
         messages, tilings = to_messages(conversation), [WHOLE] * images if isinstance(images, int) else list(images)
         named, count = sum(message["content"].count(IMAGE_TOKEN) for message in messages), len(tilings)
         if named not in (0, count):
             raise ValueError(f"a conversation says {IMAGE_TOKEN} {named} times and has {count} images: give one for each")
-        return self._encode_conversation(messages, tilings, add_generation_prompt)
+        return self._encode_conversation(messages, tilings, add_generation_prompt, answers)
 
     def decode(self, ids) -> str:
         """Text of ids without special tokens, but with <locNNNN> and <segNNN>, which are part of an answer."""
@@ -313,12 +313,12 @@ class MllamaImageProcessor:
         options = {"parse_special": self.recognised} if self.ours else {}
         return self.tokenizer(text, add_special_tokens=add_special_tokens, **options)["input_ids"]
 
-    def _encode_conversation(self, messages: list[dict], tilings, ask: bool) -> tuple[list[int], list[int]]:
+    def _encode_conversation(self, messages: list[dict], tilings, ask: bool, answers: str = "all") -> tuple[list, list]:
         from lib.chat import encode_conversation
 
         images, messages = self._written(tilings), self._with_images(messages, len(tilings))
         messages = [m | {"content": m["content"].replace(IMAGE_TOKEN, self.image_token)} for m in messages]
-        options = {"image_token": self.image_token, "images": images, "add_special_tokens": True}
+        options = {"image_token": self.image_token, "images": images, "add_special_tokens": True, "answers": answers}
         return encode_conversation(self.tokenizer, messages, ask, self.recognised, **options)
 
     def _truncated(self, number: int, ids: list[int], answers: list[int], limit: int | None, truncation: bool):

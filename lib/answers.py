@@ -107,7 +107,7 @@ def prompt_ids(processor, item: Item, answered: bool = False, tilings=None) -> t
     if item.messages[-1]["role"] == "assistant":
         raise ValueError("an item's messages end with an answer: they must end with the question")
     messages = [*item.messages, {"role": "assistant", "content": item.answer}] if answered else item.messages
-    ids, mask = processor.encode(messages, tilings, add_generation_prompt=not answered)
+    ids, mask = processor.encode(messages, tilings, add_generation_prompt=not answered, answers="last")
     if not answered:
         return ids, 0
     end = len(mask) - mask[::-1].index(1)  # what the template writes behind an answer is not said by anyone

@@ -144,7 +144,7 @@ def restore(text: str, hidden: dict[str, str]) -> str:
 
 def write(
     tokenizer, messages: list[dict], add_generation_prompt: bool = False, special_in_content: Collection[str] = (),
-    image_token: str | None = None, find_answers: bool = False,
+    image_token: str | None = None, answers: str = "none",
 ) -> Written:  # fmt: skip
     """The conversation by the tokenizer's template. See encode_conversation."""
     check_messages(messages)
@@ -159,7 +159,7 @@ def write(
     whole = render(template, shaped(safe), add_generation_prompt, **tokens) if hidden else plain
     if restore(whole, hidden) != plain:  # the template looks into messages
         safe, hidden, whole = messages, {}, plain
-    if add_generation_prompt or not find_answers:
+    if add_generation_prompt or answers == "none":
         return Written(whole, [], hidden)
     turns = shaped(safe)
     if template in OURS.values():  # they write each turn by itself, so that many turns cost no more than their number
@@ -167,19 +167,25 @@ def write(
         opening = len(render(template, [], True))
         spans = zip(safe, ends, ends[1:], strict=False)
         return Written(whole, [(start + opening, stop) for m, start, stop in spans if m["role"] == "assistant"], hidden)
-    return Written(whole, answers_in(whole, safe, turns, partial(render, template, **tokens), image_token), hidden)
+    found = answers_in(whole, safe, turns, partial(render, template, **tokens), image_token, answers == "last")
+    return Written(whole, found, hidden)
 
 
-def answers_in(whole: str, messages: list[dict], turns: list[dict], render, image_token: str | None) -> list[tuple[int, int]]:
-    """Where the answers are in what a template writes, turn by turn. turns: the messages as the template takes them. Raises
-    ValueError for a template that writes a turn in another way once others follow, or that leaves out what was said."""
+def answers_in(
+    whole: str, messages: list[dict], turns: list[dict], render, image_token: str | None, last: bool
+) -> list[tuple[int, int]]:
+    """Where the answers, or the last one alone, are in what a template writes, turn by turn. turns: the messages as the
+    template takes them. Raises ValueError for a template that writes a turn in another way once others follow, or that leaves
+    out what was said."""
     found = {}
-    for k in [k for k, message in enumerate(messages) if message["role"] == "assistant"]:
+    for k in [k for k, message in enumerate(messages) if message["role"] == "assistant"][-1 if last else 0 :]:
         before, after = render(turns[:k], True), render(turns[: k + 1], False)
         if not whole.startswith(after):
             raise changed(f"writes message {k} with", after, whole)
         found[k] = answer_start(before, after, messages[k]["content"].strip(), k), len(after)
     for number, message in enumerate(messages):
+        if last and number not in found:
+            continue
         start, stop = found.get(number, (0, len(whole)))
         said = message["content"].split(image_token) if image_token else [message["content"]]
         if not all(text.strip() in whole[start:stop] for text in said):
@@ -226,10 +232,10 @@ def put_images(written: Written, image_token: str, images: Sequence[str]) -> Wri
 def encode_conversation(
     tokenizer, messages: list[dict[str, str]], add_generation_prompt: bool = False, special_in_content: Collection[str] = (),
     image_token: str | None = None, images: Sequence[str] | None = None, add_special_tokens: bool = False,
-    find_answers: bool = True,
+    answers: str = "all",
 ) -> tuple[list[int], list[int]]:  # fmt: skip
-    """Ids of a conversation in the tokenizer's chat template, and the mask of its answers: all 0 without find_answers, and with
-    add_generation_prompt, which asks for one more answer.
+    """Ids of a conversation in the tokenizer's chat template, and the mask of its answers; with add_generation_prompt, which
+    asks for one more, and with answers="none" all 0. answers="last": of the last alone, even where no special token ends it.
 
     special_in_content: the tokens that mean something inside a message, with our tokenizer, which alone can tell; none of them
     ends an answer. image_token: stands for an image in messages; images: what each becomes, in their order (else: itself).
@@ -238,7 +244,7 @@ def encode_conversation(
     in another way once others follow, leaves something out, or ends answers without a special token: a model could not learn
     to stop.
     """
-    written = write(tokenizer, messages, add_generation_prompt, special_in_content, image_token, find_answers)
+    written = write(tokenizer, messages, add_generation_prompt, special_in_content, image_token, answers)
     if images is not None:
         written = put_images(written, image_token, images)
     bos = tokenizer.bos_token
@@ -246,9 +252,11 @@ def encode_conversation(
     by_parts = written.hidden or getattr(tokenizer, "encodes_parts_alone", False)
     ids, spans = (encode_parts if by_parts else encode_whole)(tokenizer, written, around)
     mask = [0] * len(ids)
-    for start, stop in spans:
+    for start, written_to in spans:
+        stop = written_to
         while stop > start and not is_special(tokenizer, ids[stop - 1], special_in_content):
             stop -= 1
+        stop = written_to if stop == start and answers == "last" else stop
         if stop == start:
             raise ValueError("the chat template ends answers without a special token: a model could not learn to stop")
         mask[start:stop] = [1] * (stop - start)

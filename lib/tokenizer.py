@@ -499,7 +499,7 @@ class BPETokenizer:
     ):
         """Ids of a conversation [{"role": ..., "content": ...}, ...] in the chat template; with the mask of its answers:
         (ids, mask), see lib/chat.py. Inside contents only the tokens in `special_in_content` are special."""
-        options = {"special_in_content": special_in_content, "find_answers": return_assistant_mask}
+        options = {"special_in_content": special_in_content, "answers": "all" if return_assistant_mask else "none"}
         ids, mask = chat.encode_conversation(self, messages, add_generation_prompt, **options)
         return (ids, mask) if return_assistant_mask else ids
 

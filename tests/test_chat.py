@@ -140,7 +140,7 @@ def test_ids_are_those_of_apply_chat_template(ours, theirs, name, add):
     for messages in CHATS:
         options = {"chat_template": TEXT[name], "add_generation_prompt": add}
         expected = made(lambda m=messages, o=options: theirs.apply_chat_template(m, return_dict=False, **o))
-        found = made(lambda m=messages: chat.encode_conversation(ours, m, add, find_answers=False)[0])
+        found = made(lambda m=messages: chat.encode_conversation(ours, m, add, answers="none")[0])
         text = made(lambda m=messages, o=options: [theirs.apply_chat_template(m, tokenize=False, **o)])
         assert found == expected and made(lambda m=messages: [ours.apply_chat_template(m, False, add)]) == text
         refused += found[0] == "refused"
@@ -213,6 +213,17 @@ def test_an_opening_that_differs_by_white_space_is_no_answer(either):
     either.chat_template = IMAGES["interleave"]
     ids, mask = chat.encode_conversation(either, chat_of("<image>\nWhich?", "none", "and now?", "red"), image_token="<image>")
     assert either.decode([i for i, m in zip(ids, mask, strict=True) if m]) == "none<|im_end|>red<|im_end|>"
+
+
+@pytest.mark.parametrize("name", ["qwen 3", "llava", "ours"])
+def test_the_last_answer_alone_can_be_scored_where_training_is_refused(either, name):
+    """evaluate.py asks for the loss of one answer, which needs neither turns that stay as they are nor an end."""
+    either.chat_template = {**TEXT, **IMAGES}[name]
+    asked, answers = chat_of("a", "b", "c", "it is d"), {"qwen 3": "<think>\n\n</think>\n\nit is d<|im_end|>", "llava": "it is d"}
+    ids, mask = chat.encode_conversation(either, asked, image_token="<image>", answers="last")
+    end = len(mask) - mask[::-1].index(1)
+    start = end - mask[:end][::-1].index(0)
+    assert either.decode(ids[start:end]).strip() == answers.get(name, "it is d<|im_end|>")
 
 
 UNTRAINABLE = {

@@ -887,7 +887,7 @@ def test_a_conversation_in_parts_has_the_ids_of_the_whole_and_special_token_text
     ours = LibraryTokenizer(json.loads(theirs.backend_tokenizer.to_str()), {"bos_token": "<s>", "eos_token": "</s>"})
     ours.chat_template = published.MISTRAL.replace("[INST] ", "[INST]\n")
     said = [("user", "a\nb"), ("assistant", "c"), ("user", " d")]
-    written = conversations.write(ours, [{"role": role, "content": text} for role, text in said], find_answers=True)
+    written = conversations.write(ours, [{"role": role, "content": text} for role, text in said], answers="all")
     assert conversations.encode_parts(ours, written, False) == conversations.encode_whole(ours, written, False)
     ids = ours.encode_chat([{"role": "user", "content": f"{ours.bos_token} the dog"}])
     assert ids.count(ours.bos_token_id) == 1 and ours.decode(ids).count(ours.bos_token) == 2
