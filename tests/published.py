@@ -506,7 +506,8 @@ def theirs(family: str, folder: Path, image: Path | None = None) -> Outcome:
         processor, model = tf.AutoProcessor.from_pretrained(folder), tf.AutoModel.from_pretrained(folder)
         inputs = processor(text=CAPTIONS, images=[picture])
         pixels = torch.tensor(inputs["pixel_values"][0])[None]
-        return Outcome(pixels, inputs["input_ids"], model.vision_model(pixels).last_hidden_state)
+        tower = model.vision_model  # whose last norm transformers gives to the class token alone
+        return Outcome(pixels, inputs["input_ids"], tower.post_layernorm(tower(pixels).last_hidden_state))
     answer = model.generate(**inputs, max_new_tokens=NEW_TOKENS)[0, inputs["input_ids"].shape[1] :].tolist()
     stops = model.generation_config.eos_token_id
     if answer[-1] in (stops if isinstance(stops, list) else [stops]):
