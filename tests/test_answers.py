@@ -48,14 +48,14 @@ def build(fusion="early", **text):
     return model, processor
 
 
-def pictures(count, seed=0):
+def photos(count, seed=0):
     torch.manual_seed(seed)
     return [torch.randint(0, 256, (3, 32, 32), dtype=torch.uint8) for _ in range(count)]
 
 
 def mixed_items():
     """Shared and lone images, two images, none, a longer conversation, a question that is asked twice."""
-    a, b, c = pictures(3)
+    a, b, c = photos(3)
     items = [Item(a, about_image(q), t) for q, t in (("Count the digits.", "3"), ("Is there a 5?", "no"), ("What?", "a red 7"))]
     items += [Item([b], about_image("Describe the picture."), "a red 7 at the top left", "describe"), items[0]]
     items += [Item([a, c], [{"role": "user", "content": "<image>then <image>which is red?"}], "the first", "two")]
@@ -89,7 +89,7 @@ def test_a_batch_answers_like_each_prompt_alone(fusion, batch_size):
 def test_rows_that_stop_early_do_not_change_the_others(monkeypatch):
     """Stop tokens that some rows meet soon and others late: rows leave the batch at several points on the way."""
     model, processor = build()
-    items = [Item(image, about_image(q), "") for image in pictures(4) for q in ("Count the digits.", "Is there a 5?", "What?")]
+    items = [Item(image, about_image(q), "") for image in photos(4) for q in ("Count the digits.", "Is there a 5?", "What?")]
     plain = [processor.tokenizer.encode(text) for text in answer(model, processor, items, None, 20)]
     common = [token for token, _ in sorted(((t, sum(t in row for row in plain)) for t in range(330)), key=lambda x: -x[1])[:6]]
     monkeypatch.setattr(answers, "stop_tokens", lambda model, tokenizer: set(common))
@@ -140,7 +140,7 @@ def test_questions_about_scenes_carry_their_truth_and_share_their_image():
 def test_blind_answers_do_not_depend_on_the_image_and_need_none():
     model, processor = build()
     asked = about_image("Describe the picture.")
-    first, second = ([Item(image, asked, "")] for image in pictures(2))
+    first, second = ([Item(image, asked, "")] for image in photos(2))
     assert answer(model, processor, first) != answer(model, processor, second)
     nowhere = [Item("nowhere/at/all.png", asked, "")]
     assert answer(model, processor, first, blind=True) == answer(model, processor, nowhere, blind=True)
@@ -149,7 +149,7 @@ def test_blind_answers_do_not_depend_on_the_image_and_need_none():
 
 def test_blind_is_an_image_of_the_mean_colour():
     model, processor = build()
-    pixels = process_images(pictures(2), (32, 32))
+    pixels = process_images(photos(2), (32, 32))
     assert blind_pixels(pixels).shape == pixels.shape and not blind_pixels(pixels).any()
     grey = (128 / 255,) * 3  # which becomes 0
     processor.image_settings = replace(processor.image_settings, image_mean=grey)
@@ -178,7 +178,7 @@ def test_a_model_that_learned_two_answers_gives_them():
     """End to end: images, prompt, training, decoding, score. The two questions differ in nothing but the image."""
     model, processor = build()
     said = ("a red 7 at the top left", "no")
-    items = [Item(image, about_image("What?"), text) for image, text in zip(pictures(2), said, strict=True)]
+    items = [Item(image, about_image("What?"), text) for image, text in zip(photos(2), said, strict=True)]
     conversations = [[*item.messages, {"role": "assistant", "content": item.answer}] for item in items]
     batch = processor(None, [[item.image] for item in items], conversations)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
@@ -225,7 +225,7 @@ def test_the_loss_is_what_adding_up_logarithms_gives(fusion, batch_size):
     "item, message",
     [
         (Item(None, about_image("What?"), ""), "says <image> 1 times and has 0 images"),
-        (Item(pictures(2), about_image("What?"), ""), "says <image> 1 times and has 2 images"),
+        (Item(photos(2), about_image("What?"), ""), "says <image> 1 times and has 2 images"),
         (Item("gone.png", about_image("What?"), ""), "gone.png"),
         (
             Item(None, [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "7"}], ""),

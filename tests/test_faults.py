@@ -410,10 +410,10 @@ def test_a_large_deep_grey_image_is_scaled_in_strips():
     buffer, side = io.BytesIO(), 2000
     Image.fromarray(np.arange(side * side, dtype=np.uint32).astype(np.uint16).reshape(side, side)).save(buffer, "PNG")
     tracemalloc.start()
-    picture = decode_image(buffer.getvalue())
+    decoded = decode_image(buffer.getvalue())
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert peak < 8 * side * side and np.array_equal(np.asarray(picture)[0, ::257, 0], np.round(np.arange(0, side, 257) / 257))
+    assert peak < 8 * side * side and np.array_equal(np.asarray(decoded)[0, ::257, 0], np.round(np.arange(0, side, 257) / 257))
 
 
 def test_other_weights_in_a_saved_state_are_noticed(tmp_path):

@@ -209,8 +209,8 @@ def file_of(kind: str, mode: str, **options) -> bytes:
     return buffer.getvalue()
 
 
-def is_rgb(picture) -> bool:
-    return picture.mode == "RGB" and picture.width * picture.height <= Image.MAX_IMAGE_PIXELS
+def is_rgb(image) -> bool:
+    return image.mode == "RGB" and image.width * image.height <= Image.MAX_IMAGE_PIXELS
 
 
 @pytest.mark.filterwarnings("ignore:Saving I mode images as PNG")
@@ -334,19 +334,19 @@ PIECES = [*CHAT, IMAGE_TOKEN, "<fake_token_around_image>", "<global-img>", "<loc
 
 
 @given(st.lists(st.sampled_from(PIECES) | st.text(max_size=8), min_size=1, max_size=8), st.integers(0, 2))
-def test_special_token_text_in_a_question_stays_text(pieces, pictures):
+def test_special_token_text_in_a_question_stays_text(pieces, num_images):
     """Only the template writes <|im_end|>, and only images make placeholders; the rest comes back as it was written."""
     processor = small_processor(around_image=IDEFICS3_AROUND)
     tokenizer, text = processor.tokenizer, "".join(pieces)
     plain = text.encode("utf-8", "replace").decode()
     assert tokenizer.decode(tokenizer.encode(plain)) == plain
     messages = [{"role": "user", "content": text}, {"role": "assistant", "content": "A cat."}]
-    found = read_or_refused(processor.encode, messages, pictures)
+    found = read_or_refused(processor.encode, messages, num_images)
     if found is REFUSED:
-        assert text.count(IMAGE_TOKEN) not in (0, pictures)
+        assert text.count(IMAGE_TOKEN) not in (0, num_images)
         return
     ids, answers = found
-    assert ids.count(processor.image_token_id) == 4 * pictures
+    assert ids.count(processor.image_token_id) == 4 * num_images
     assert [ids.count(i) for i in tokenizer.convert_tokens_to_ids(CHAT)] == [0, 2, 2]
     said = tokenizer.decode([i for i, answer in zip(ids, answers, strict=True) if answer])
     assert said == "A cat.<|im_end|>"
@@ -654,7 +654,7 @@ SCRIPTS = {
     "train_vlm": (train_vlm.main, [*TRAINED, "--size", "tiny", "--batch-size", "2", "--per-scene", "2", "--eval-count", "1"]),
     "train_siglip": (train_siglip.main, [*TRAINED, "--size", "tiny", "--dataset", "digits", "--batch-size", "4"]),
     "train_llmvit": (train_llmvit.main, [*TRAINED, "--size", "tiny", "--batch-size", "4"]),
-    "generate": (generate.main, ["RUN", "--image", "PICTURE", "What?", "--max-new-tokens", "2", "--device", "cpu"]),
+    "generate": (generate.main, ["RUN", "--image", "PHOTO", "What?", "--max-new-tokens", "2", "--device", "cpu"]),
     "evaluate": (evaluate.main, ["RUN", "--count", "1", "--split", "test", "--max-new-tokens", "2", "--device", "cpu"]),
     "check": (check.main, ["ROWS"]),
     "checkpoint": (checkpoint_main, ["convert", "RUN", "converted"]),
@@ -674,7 +674,7 @@ def flags_of(main, command: list[str]) -> list[str]:
 def test_any_value_of_any_flag_is_taken_or_refused_in_one_line(tmp_path, monkeypatch, run, photos, script, data):
     main, flags = SCRIPTS[script]
     (photos / "good.json").write_text(json.dumps(ROWS))
-    known = {"RUN": str(run / "whole"), "PICTURE": str(run / "a.png"), "ROWS": str(photos / "good.json")}
+    known = {"RUN": str(run / "whole"), "PHOTO": str(run / "a.png"), "ROWS": str(photos / "good.json")}
     flags = [known.get(flag, flag) for flag in flags]
     known_flags = flags_of(main, flags[:1] if flags[0] in ("convert", "vit") else [])
     chosen = st.tuples(st.sampled_from(known_flags), st.sampled_from(VALUES) | st.text(max_size=4))

@@ -362,14 +362,14 @@ def test_attention_draws_the_words_of_the_answer(vlms, photos, tmp_path, capsys,
     printed = call(capsys, vlms[kind], *flags(photos[:2]), QUESTION, *words, "--attention", file)
     messages = [{"role": "user", "content": f"<image>\n<image>\n{QUESTION}"}]
     assert printed == expected(vlms[kind], messages, photos[:2], 9) + "\n"
-    [((pictures, said, maps, path), rest)] = drawn
+    [((shown, said, maps, path), rest)] = drawn
     assert "".join(said).split() == "".join(printed.split()).split() and rest["title"] == QUESTION
     assert path == str(file) and Image.open(file).format == "PNG" and os.listdir(tmp_path) == ["map.png"]
     grid = 4 if kind in ("llava", "cross") else 2
     assert maps.shape == (len(said), 2, grid, grid) and 0 < maps.sum(dim=(1, 2, 3)).max() <= 1 + 1e-5
-    for picture, photo in zip(pictures, photos[:2], strict=True):
+    for panel, photo in zip(shown, photos[:2], strict=True):
         squeezed = np.asarray(Image.open(photo).resize((32, 32), Image.Resampling.BICUBIC))
-        assert (picture.permute(1, 2, 0).numpy() == squeezed).all()
+        assert (panel.permute(1, 2, 0).numpy() == squeezed).all()
 
 
 @pytest.mark.parametrize("argv", ["S --image A A Q --int8", "S Q --image A A --int8", "--image A --image A S Q --int8",

@@ -300,7 +300,7 @@ def test_exported_scenes_are_read_whole(tmp_path):
 
 # ---- pixels ----
 
-PICTURES = {
+IMAGE_FILES = {
     "png": image_bytes(1), "tall": image_bytes(2, (9, 31)),
     "clear": image_bytes(3, mode="RGBA"), "grey": image_bytes(4, mode="L"),
     "jpeg": image_bytes(5, (80, 60), kind="JPEG"), "large jpeg": image_bytes(6, (640, 480), kind="JPEG"),
@@ -318,8 +318,8 @@ SETTINGS = [
 def test_pixels_are_those_of_process_images(tmp_path, settings):
     settings = ImageSettings(**settings)
     cache = ImageCache(settings)
-    paths = [tmp_path / name for name in PICTURES]
-    for path, data in zip(paths, PICTURES.values(), strict=True):
+    paths = [tmp_path / name for name in IMAGE_FILES]
+    for path, data in zip(paths, IMAGE_FILES.values(), strict=True):
         path.write_bytes(data)
     expected = process_images(paths, settings)
     for again in range(2):  # decoded, then kept

@@ -408,8 +408,8 @@ def test_export_is_llava_rows_with_the_very_images(tmp_path):
     assert [path.name for path in sorted(folder.iterdir())] == ["images", "scenes.json"]
     assert len(rows) == len(list((folder / "images").iterdir())) == len({row["id"] for row in rows}) == 5
     for image, turns, row in zip(scenes.images, questions(scenes, 3, 4), rows, strict=True):
-        with Image.open(folder / "images" / row["image"]) as picture:
-            assert torch.equal(torch.from_numpy(np.array(picture)).permute(2, 0, 1), image)
+        with Image.open(folder / "images" / row["image"]) as opened:
+            assert torch.equal(torch.from_numpy(np.array(opened)).permute(2, 0, 1), image)
         said = row["conversations"]
         assert [turn["from"] for turn in said] == ["human", "gpt"] * len(turns)
         assert said[0]["value"] == f"<image>\n{turns[0].question}" and not any("<image>" in turn["value"] for turn in said[1:])

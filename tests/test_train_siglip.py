@@ -299,18 +299,18 @@ def test_transformers_opens_the_run_and_says_the_same(finished, tmp_path):
     """Tokenizer, pixels, logits; and its pipeline, which takes it for granted that texts have 64 tokens."""
     transformers = pytest.importorskip("transformers")
     run, _ = finished
-    picture, captions = tmp_path / "a.png", ["a red 3", "an orange 8 at the top left", "Ein blaues Pferd"]
-    Image.fromarray(make_scenes("test", 1).images[0].permute(1, 2, 0).numpy()).resize((90, 70)).save(picture)
+    photo, captions = tmp_path / "a.png", ["a red 3", "an orange 8 at the top left", "Ein blaues Pferd"]
+    Image.fromarray(make_scenes("test", 1).images[0].permute(1, 2, 0).numpy()).resize((90, 70)).save(photo)
     tokenizer, theirs = (getattr(transformers, f"Auto{kind}").from_pretrained(run) for kind in ("Tokenizer", "Model"))
     assert type(theirs).__name__ == "SiglipModel" and tokenizer.model_max_length == 64
-    pixels = transformers.AutoImageProcessor.from_pretrained(run)(Image.open(picture), return_tensors="pt")
+    pixels = transformers.AutoImageProcessor.from_pretrained(run)(Image.open(photo), return_tensors="pt")
     ids = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt")
-    ours = generate.zero_shot(generate.parse_args([str(run), "--image", str(picture), "--zero-shot", *captions]))
+    ours = generate.zero_shot(generate.parse_args([str(run), "--image", str(photo), "--zero-shot", *captions]))
     with torch.no_grad():
         scores = theirs.eval()(**ids, **pixels).logits_per_image.sigmoid()
     torch.testing.assert_close(torch.tensor(ours), scores, atol=1e-5, rtol=1e-4)
     pipe = transformers.pipeline("zero-shot-image-classification", model=str(run), device="cpu")
-    scores = {row["label"]: row["score"] for row in pipe(str(picture), captions, hypothesis_template="{}")}
+    scores = {row["label"]: row["score"] for row in pipe(str(photo), captions, hypothesis_template="{}")}
     assert ours[0] == pytest.approx([scores[caption] for caption in captions], abs=1e-5)
 
 

@@ -66,11 +66,11 @@ def make_model(processor, fusion="early", **eyes):
     return model
 
 
-def about(pictures, *said) -> dict:
+def about(names, *said) -> dict:
     """A row of the file: images by name, then a question, an answer, and so on; the images stand before the first."""
-    texts = ["<image>" * len(pictures) + ("\n" if pictures else "") + said[0], *said[1:]]
+    texts = ["<image>" * len(names) + ("\n" if names else "") + said[0], *said[1:]]
     turns = [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(texts)]
-    return {"image": [f"{name}.png" for name in pictures], "conversations": turns}
+    return {"image": [f"{name}.png" for name in names], "conversations": turns}
 
 
 def write(folder: Path, rows: list[dict]) -> LlavaRows:
@@ -250,56 +250,56 @@ def kept(model, file, paths, blind=False, **settings) -> FrozenFeatures:
 
 
 @pytest.fixture
-def pictures(tmp_path):
+def image_files(tmp_path):
     return [path for row in numbered(tmp_path) for path in row.images]
 
 
-def test_kept_features_are_those_that_are_looked_at(tmp_path, processor, pictures, looks):
+def test_kept_features_are_those_that_are_looked_at(tmp_path, processor, image_files, looks):
     """To the last bit; an image that cannot be read has none, and one that was not kept is looked at."""
     model = make_model(processor)
-    pictures[3].unlink()
-    first = kept(model, tmp_path / "f.npy", pictures[:10] + pictures[:2])
-    assert len(looks) == 9 and first[pictures[3]] is None
+    image_files[3].unlink()
+    first = kept(model, tmp_path / "f.npy", image_files[:10] + image_files[:2])
+    assert len(looks) == 9 and first[image_files[3]] is None
     looks.clear()
-    again, fresh = kept(model, tmp_path / "f.npy", pictures[:10]), FrozenFeatures(model, ImageCache(32))
+    again, fresh = kept(model, tmp_path / "f.npy", image_files[:10]), FrozenFeatures(model, ImageCache(32))
     for features in (first, again):
-        assert all(torch.equal(features[path], fresh[path]) for path in pictures[:10] if path != pictures[3])
+        assert all(torch.equal(features[path], fresh[path]) for path in image_files[:10] if path != image_files[3])
     assert len(looks) == 9  # fresh ones, and they stay in memory
     looks.clear()
-    assert again[pictures[11]].shape == again[pictures[0]].shape and len(looks) == 1 and again[pictures[3]] is None
+    assert again[image_files[11]].shape == again[image_files[0]].shape and len(looks) == 1 and again[image_files[3]] is None
 
 
-def new_weights(model, pictures):
+def new_weights(model, image_files):
     model.vision_tower.vision_model.encoder.layers[0].mlp.fc1.bias.data[0] += 1
     return {}
 
 
-def new_picture(model, pictures):
-    Image.new("RGB", (20, 16), "white").save(pictures[0])
+def new_image(model, image_files):
+    Image.new("RGB", (20, 16), "white").save(image_files[0])
     return {}
 
 
 CHANGES = {
     "weights": new_weights,
-    "a picture": new_picture,
-    "the scale of pixels": lambda model, pictures: {"image_mean": (0.1, 0.2, 0.3)},
-    "blindness": lambda model, pictures: {"blind": True},
-    "the pictures": lambda model, pictures: pictures.pop() and {},
+    "an image": new_image,
+    "the scale of pixels": lambda model, image_files: {"image_mean": (0.1, 0.2, 0.3)},
+    "blindness": lambda model, image_files: {"blind": True},
+    "the images": lambda model, image_files: image_files.pop() and {},
 }
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_file_made_by_others_is_made_anew(tmp_path, processor, pictures, looks, change):
+def test_a_file_made_by_others_is_made_anew(tmp_path, processor, image_files, looks, change):
     model = make_model(processor)
-    kept(model, tmp_path / "f.npy", pictures)
+    kept(model, tmp_path / "f.npy", image_files)
     looks.clear()
-    settings = CHANGES[change](model, pictures)
-    features = kept(model, tmp_path / "f.npy", pictures, **settings)
-    assert len(looks) == len(pictures)
+    settings = CHANGES[change](model, image_files)
+    features = kept(model, tmp_path / "f.npy", image_files, **settings)
+    assert len(looks) == len(image_files)
     blind = settings.pop("blind", False)
     fresh = FrozenFeatures(model, ImageCache(ImageSettings(32, **settings)), blind)
-    assert all(torch.equal(features[path], fresh[path]) for path in pictures)
-    assert torch.equal(features[pictures[0]], features[pictures[1]]) == blind
+    assert all(torch.equal(features[path], fresh[path]) for path in image_files)
+    assert torch.equal(features[image_files[0]], features[image_files[1]]) == blind
 
 
 @pytest.mark.parametrize("blind", [False, True])
@@ -325,11 +325,11 @@ def test_tiles_of_an_image_stay_together(tmp_path, processor, blind):
     assert (tiles == 8) == blind
 
 
-def test_a_death_between_the_file_and_what_describes_it_does_not_mix_two_models(tmp_path, processor, pictures, monkeypatch):
+def test_a_death_between_the_file_and_what_describes_it_does_not_mix_two_models(tmp_path, processor, image_files, monkeypatch):
     """The second model's file is there, its description not yet: the first model must not take one for its own."""
     one, two, file = make_model(processor), make_model(processor), tmp_path / "f.npy"
-    new_weights(two, pictures)
-    kept(one, file, pictures)
+    new_weights(two, image_files)
+    kept(one, file, image_files)
 
     def die(*args):
         raise KeyboardInterrupt
@@ -337,31 +337,31 @@ def test_a_death_between_the_file_and_what_describes_it_does_not_mix_two_models(
     with monkeypatch.context() as patch:
         patch.setattr(data_features, "write_json", die)
         with pytest.raises(KeyboardInterrupt):
-            kept(two, file, pictures)
-    features, fresh = kept(one, file, pictures), FrozenFeatures(one, ImageCache(32))
-    assert all(torch.equal(features[path], fresh[path]) for path in pictures)
+            kept(two, file, image_files)
+    features, fresh = kept(one, file, image_files), FrozenFeatures(one, ImageCache(32))
+    assert all(torch.equal(features[path], fresh[path]) for path in image_files)
 
 
-def test_a_full_disk_leaves_the_file_that_was_there(tmp_path, processor, pictures):
+def test_a_full_disk_leaves_the_file_that_was_there(tmp_path, processor, image_files):
     """A limit on the size of files stands for it: the same failing write."""
     one, two, file = make_model(processor), make_model(processor), tmp_path / "f.npy"
-    new_weights(two, pictures)
-    kept(one, file, pictures[:4])
+    new_weights(two, image_files)
+    kept(one, file, image_files[:4])
     before, limit = file.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 500, limit[1]))
     try:
         with pytest.raises(OSError):
-            kept(two, file, pictures)
+            kept(two, file, image_files)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     assert file.read_bytes() == before and not list(tmp_path.glob(".*"))
 
 
-def test_features_are_kept_in_the_order_of_names_whatever_order_rows_have(tmp_path, processor, pictures, looks):
+def test_features_are_kept_in_the_order_of_names_whatever_order_rows_have(tmp_path, processor, image_files, looks):
     model = make_model(processor)
-    kept(model, tmp_path / "f.npy", pictures)
+    kept(model, tmp_path / "f.npy", image_files)
     looks.clear()
-    kept(model, tmp_path / "f.npy", pictures[::-1])
+    kept(model, tmp_path / "f.npy", image_files[::-1])
     assert not looks
 
 
@@ -498,20 +498,20 @@ def test_common_questions_are_those_that_many_ask_and_few_answers_settle(closed)
 
 
 def test_each_image_comes_with_its_answers_once_an_epoch(closed):
-    pictures, common = ImageCache(32), common_questions(closed, 4, 4)
-    batches = CommonAnswers(closed, common, pictures, 4, seed=0, grad_accum=2)
+    image_files, common = ImageCache(32), common_questions(closed, 4, 4)
+    batches = CommonAnswers(closed, common, image_files, 4, seed=0, grad_accum=2)
     found = {}
     for _ in range(3):
         for part in next(batches):
             for seen, pixels in zip(part["answers"].tolist(), part["pixel_values"], strict=True):
-                (number,) = [k for k in range(12) if torch.equal(pixels[None], pictures[closed[k].images[0]])]
+                (number,) = [k for k in range(12) if torch.equal(pixels[None], image_files[closed[k].images[0]])]
                 found[number] = seen
     assert found == {k: [k % 2, k % 3 if k > 4 else IGNORE] for k in range(12)} and batches.fraction == 1
-    again = CommonAnswers(closed, common, pictures, 4, seed=0, grad_accum=2)
+    again = CommonAnswers(closed, common, image_files, 4, seed=0, grad_accum=2)
     next(again)
     state = again.state_dict()
     expected = next(again)
-    again = CommonAnswers(closed, common, pictures, 4, seed=0, grad_accum=2)
+    again = CommonAnswers(closed, common, image_files, 4, seed=0, grad_accum=2)
     again.load_state_dict(state)
     for part, other in zip(next(again), expected, strict=True):
         assert all(same(part[key], other[key]) for key in part)

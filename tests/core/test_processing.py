@@ -74,7 +74,7 @@ def write_config(config, folder):
     (folder / "config.json").write_text(json.dumps({"model_type": kind, **layout.write_config(config)}))
 
 
-def picture(seed=0, width=30, height=20):
+def photo(seed=0, width=30, height=20):
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
@@ -120,7 +120,7 @@ def test_pixels_are_those_of_transformers(transformers, count, size, resample):
 
 
 def test_every_form_of_an_image_gives_the_same_pixels(tmp_path):
-    image = picture()
+    image = photo()
     array, file = np.asarray(image), tmp_path / "a.png"
     image.save(file)
     tensor = torch.from_numpy(array.copy()).permute(2, 0, 1)
@@ -150,8 +150,8 @@ def test_padding_to_a_square_is_llavas(transformers, width, height):
     mean, std = (0.48, 0.46, 0.41), (0.27, 0.26, 0.28)
     size = {"height": 16, "width": 16}
     reference = LlavaImageProcessorPil(size=size, do_pad=True, do_center_crop=False, image_mean=mean, image_std=std)
-    expected = reference(picture(0, width, height), return_tensors="pt")["pixel_values"]
-    found = process_images([picture(0, width, height)], (16, 16), image_mean=mean, image_std=std, do_pad_square=True)
+    expected = reference(photo(0, width, height), return_tensors="pt")["pixel_values"]
+    found = process_images([photo(0, width, height)], (16, 16), image_mean=mean, image_std=std, do_pad_square=True)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 
 
@@ -191,7 +191,7 @@ NAN = torch.full((3, 4, 4), 0.5).index_fill_(0, torch.tensor([1]), float("nan"))
 )
 def test_what_is_no_image_is_named(image, reason):
     with pytest.raises(ValueError, match=f"^image 1: .*{reason}") as caught:
-        process_images([picture(), image], (8, 8))
+        process_images([photo(), image], (8, 8))
     assert "\n" not in str(caught.value)
 
 
@@ -199,7 +199,7 @@ def test_files_that_are_no_images_are_named(tmp_path):
     (tmp_path / "note.jpg").write_text("hello")
     with pytest.raises(ValueError, match=r"image 0 \(.*note.jpg\)"):
         process_images([tmp_path / "note.jpg"], (8, 8))
-    opened = Image.open(io.BytesIO(as_bytes(picture(), "JPEG")[:-400]))
+    opened = Image.open(io.BytesIO(as_bytes(photo(), "JPEG")[:-400]))
     with pytest.raises(ValueError, match=r"image 0: cannot be decoded \(.*truncated"):
         process_images([opened], (8, 8))
     with pytest.raises(FileNotFoundError, match="none.jpg"):
@@ -253,7 +253,7 @@ def test_the_quick_start(either):
     processor = MllamaImageProcessor(
         either, num_image_token=model.config.text_config.num_image_tokens, image_size=model.config.vision_config.image_size
     )
-    batch = processor(["Describe the image."], [picture()], padding=True)
+    batch = processor(["Describe the image."], [photo()], padding=True)
     words = either("Describe the image.")["input_ids"]
     assert batch["input_ids"].tolist() == [[processor.image_token_id] * N + words]
     assert batch.keys() == {"pixel_values", "input_ids", "attention_mask", "image_token_id"}
@@ -266,7 +266,7 @@ IMAGES = [[], [0], [1, 2]]
 
 
 def prompts_and_images():
-    return PROMPTS, [[picture(seed) for seed in row] for row in IMAGES]
+    return PROMPTS, [[photo(seed) for seed in row] for row in IMAGES]
 
 
 def test_nested_and_flat_images_are_the_same(processor):
@@ -275,7 +275,7 @@ def test_nested_and_flat_images_are_the_same(processor):
     assert nested.keys() == flat.keys() and all(torch.equal(nested[key], flat[key]) for key in nested)
     assert nested["pixel_values"].shape == (3, 3, 16, 16)
     assert (nested["input_ids"] == processor.image_token_id).sum(dim=1).tolist() == [0, N, 2 * N]
-    assert torch.equal(nested["pixel_values"][2], processor("<image>", picture(2))["pixel_values"][0])
+    assert torch.equal(nested["pixel_values"][2], processor("<image>", photo(2))["pixel_values"][0])
 
 
 def test_text_alone_has_no_pixels(processor):
@@ -299,26 +299,26 @@ def test_a_padded_batch_is_its_rows_alone(tokenizer, cross):
             alone = model(**processor(prompt, own or None))["logits"]
             real = logits[row][batch["attention_mask"][row].bool()]
             torch.testing.assert_close(real, alone[0], atol=1e-5, rtol=0)
-    other = processor(prompts, [[], [picture(0)], [picture(2), picture(1)]], padding_side="right", pad_to_multiple_of=8)
+    other = processor(prompts, [[], [photo(0)], [photo(2), photo(1)]], padding_side="right", pad_to_multiple_of=8)
     changed = (model(**other)["logits"] - logits).abs().amax(dim=(1, 2)) > 1e-6
-    assert changed.tolist() == [False, False, True], "each row sees its own pictures, in their order"
+    assert changed.tolist() == [False, False, True], "each row sees its own images, in their order"
 
 
 @pytest.mark.parametrize(
     ("prompts", "images", "reason"),
     [
         (["<image> a"], None, "prompt 0 says <image> 1 times and has 0 images"),
-        (["<image><image> a"], [picture()], "prompt 0 says <image> 2 times and has 1 images"),
-        (["<image>", "a"], [picture(), picture()], "prompt 1 says <image> 0 times and has 1 images"),
-        (["<image>", "a"], [[], [picture()]], "prompt 0 says <image> 1 times and has 0 images"),
-        (["a", "b"], [picture()], "prompt 0 says <image> 0 times and has 1 images"),
-        (["a"], [picture(), picture()], "prompt 0 says <image> 0 times and has 2 images"),
-        (["a", "b"], [[picture()]], "1 lists of images for 2 prompts"),
-        (["a", "b"], [[picture()], picture()], "mixes"),
+        (["<image><image> a"], [photo()], "prompt 0 says <image> 2 times and has 1 images"),
+        (["<image>", "a"], [photo(), photo()], "prompt 1 says <image> 0 times and has 1 images"),
+        (["<image>", "a"], [[], [photo()]], "prompt 0 says <image> 1 times and has 0 images"),
+        (["a", "b"], [photo()], "prompt 0 says <image> 0 times and has 1 images"),
+        (["a"], [photo(), photo()], "prompt 0 says <image> 0 times and has 2 images"),
+        (["a", "b"], [[photo()]], "1 lists of images for 2 prompts"),
+        (["a", "b"], [[photo()], photo()], "mixes"),
         (["a"], [], "images is an empty list"),
         (["a"], ["nowhere"], "nowhere"),
         ([], None, "not empty"),
-        (None, [picture()], "either prompts or conversations"),
+        (None, [photo()], "either prompts or conversations"),
         (7, None, "7"),
         (["a", 7], None, "prompt 1 is 7"),
         (["a", ""], None, "prompt 1 is ''"),
@@ -340,7 +340,7 @@ def test_special_token_text_in_a_prompt_stays_text(processor):
 def test_placeholders_between_the_tokens_of_idefics3(either):
     processor = MllamaImageProcessor(either, N, 16, around_image=IDEFICS3_AROUND)
     fake, tag, image = either.convert_tokens_to_ids(["<fake_token_around_image>", "<global-img>", IMAGE_TOKEN])
-    assert processor("<image>", picture())["input_ids"].tolist() == [[fake, tag, *[image] * N, fake]]
+    assert processor("<image>", photo())["input_ids"].tolist() == [[fake, tag, *[image] * N, fake]]
     assert add_image_tokens_to_prompts(["a <image> b", "c"], 2, ("(", ")")) == ["a (<image><image>) b", "c"]
 
 
@@ -378,12 +378,12 @@ def test_padding_that_cannot_be(processor, options, reason):
 
 
 def test_truncation_drops_the_end_but_never_an_image(processor):
-    whole = processor("<image> A cat and a dog", picture())["input_ids"]
-    cut = processor("<image> A cat and a dog", picture(), max_length=N + 1, truncation=True)
+    whole = processor("<image> A cat and a dog", photo())["input_ids"]
+    cut = processor("<image> A cat and a dog", photo(), max_length=N + 1, truncation=True)
     assert torch.equal(cut["input_ids"], whole[:, : N + 1])
     for limit in (N - 1, 1):
         with pytest.raises(ValueError, match=f"max_length {limit} tokens would cut an image"):
-            processor("<image> A cat and a dog", picture(), max_length=limit, truncation=True)
+            processor("<image> A cat and a dog", photo(), max_length=limit, truncation=True)
 
 
 # ---- conversations ---------------------------------------------------------------------------------------------------
@@ -408,19 +408,19 @@ MESSAGES = [
 
 
 def test_labels_are_the_answers_and_their_end(processor):
-    batch = processor(conversations=[LLAVA, MESSAGES], images=[[picture()], [picture(1), picture(2)]])
+    batch = processor(conversations=[LLAVA, MESSAGES], images=[[photo()], [photo(1), photo(2)]])
     assert answers(processor, batch) == [ANSWERS, " A cat é<|im_end|><|im_end|>"]
     counted = batch["labels"] != -100
     assert torch.equal(batch["labels"][counted], batch["input_ids"][counted]), "labels stand where the tokens stand"
     assert (batch["attention_mask"][:, 0] == 1).all(), "training pads on the right"
     assert (batch["input_ids"] == processor.image_token_id).sum(dim=1).tolist() == [N, 2 * N]
-    one = processor.conversation(LLAVA, picture())
+    one = processor.conversation(LLAVA, photo())
     assert torch.equal(one["labels"][0], batch["labels"][0][: one["labels"].shape[1]])
-    assert torch.equal(processor.conversation(LLAVA["conversations"], [picture()])["input_ids"], one["input_ids"])
+    assert torch.equal(processor.conversation(LLAVA["conversations"], [photo()])["input_ids"], one["input_ids"])
 
 
 def test_labels_are_where_the_model_finds_answers(processor):
-    batch = processor.conversation(MESSAGES, [picture(), picture()])
+    batch = processor.conversation(MESSAGES, [photo(), photo()])
     tokenizer = processor.tokenizer
     header = tokenizer.encode("<|im_start|>assistant\n", parse_special=["<|im_start|>"])
     mask = MllamaForConditionalGeneration._create_conversation_mask(batch["input_ids"], header, tokenizer.eos_token_id)
@@ -429,7 +429,7 @@ def test_labels_are_where_the_model_finds_answers(processor):
 
 def test_a_conversation_is_learned_end_to_end(processor):
     model = make_model(len(processor.tokenizer), image_token_id=processor.image_token_id)
-    batch = processor(conversations=[LLAVA, MESSAGES], images=[[picture()], [picture(1), picture(2)]])
+    batch = processor(conversations=[LLAVA, MESSAGES], images=[[photo()], [photo(1), photo(2)]])
     out = model(**batch)
     labels = batch["labels"][:, 1:]
     expected = torch.nn.functional.cross_entropy(out["logits"][:, :-1].flatten(0, 1), labels.flatten(), ignore_index=-100)
@@ -443,7 +443,7 @@ def test_a_conversation_is_learned_end_to_end(processor):
 
 def test_placeholders_are_never_learned(processor):
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b <image> c"}]
-    batch = processor.conversation(turns, picture())
+    batch = processor.conversation(turns, photo())
     assert answers(processor, batch) == ["b  c<|im_end|>"]
 
 
@@ -451,14 +451,14 @@ def test_an_image_that_no_turn_names_stands_before_the_first_question(processor)
     turns = [message | {"content": message["content"].replace("<image>", "")} for message in MESSAGES[:3]]
     named = [dict(message) for message in turns]
     named[1]["content"] = "<image>" + named[1]["content"]
-    found, expected = (processor.conversation(row, picture()) for row in (turns, named))
+    found, expected = (processor.conversation(row, photo()) for row in (turns, named))
     assert torch.equal(found["input_ids"], expected["input_ids"])
     assert "<image>" not in turns[1]["content"], "the caller's messages stay as they are"
 
 
 def test_the_next_answer_can_be_asked_for(either):
     processor = MllamaImageProcessor(either, N, 16)
-    batch = processor(conversations=[MESSAGES[:2], MESSAGES[:1]], images=[[picture()], []], add_generation_prompt=True)
+    batch = processor(conversations=[MESSAGES[:2], MESSAGES[:1]], images=[[photo()], []], add_generation_prompt=True)
     assert "labels" not in batch and batch["attention_mask"][1, 0] == 0, "generation pads on the left"
     for row in batch["input_ids"]:
         assert either.decode(row).endswith("<|im_start|>assistant\n")
@@ -480,7 +480,7 @@ def test_conversations_are_the_same_with_their_tokenizer(tokenizer, tmp_path, tr
     processors = [MllamaImageProcessor(t, N, 16) for t in (tokenizer, transformers.AutoTokenizer.from_pretrained(tmp_path))]
     safe = {"conversations": [{**turn, "value": turn["value"].replace("<|im_end|>", "")} for turn in LLAVA["conversations"]]}
     rows = [safe, MESSAGES, MESSAGES[1:3]]
-    images = [[picture()], [picture(1), picture(2)], [picture(3)]]
+    images = [[photo()], [photo(1), photo(2)], [photo(3)]]
     ours, theirs = (p(conversations=rows, images=images, add_generation_prompt=ask) for p in processors)
     assert ours.keys() == theirs.keys() and ("labels" in ours) == (not ask)
     for key in ours:
@@ -503,15 +503,15 @@ def test_their_templates_that_hide_the_answers(theirs, template, reason):
     theirs.chat_template = template
     processor = MllamaImageProcessor(theirs, N, 16)
     with pytest.raises(ValueError, match=reason):
-        processor(conversations=[MESSAGES], images=[picture(), picture()])
+        processor(conversations=[MESSAGES], images=[photo(), photo()])
 
 
 def test_their_templates_that_want_parts(theirs):
     processor = MllamaImageProcessor(theirs, N, 16)
-    expected = processor(conversations=[MESSAGES], images=[picture(), picture()])
+    expected = processor(conversations=[MESSAGES], images=[photo(), photo()])
     text = "{% for part in m.content %}{% if part.type == 'text' %}{{ part.text }}{% endif %}{% endfor %}"
     theirs.chat_template = CHATML.replace("{{ m.content }}", text)
-    found = processor(conversations=[MESSAGES], images=[picture(), picture()])
+    found = processor(conversations=[MESSAGES], images=[photo(), photo()])
     assert all(torch.equal(found[key], expected[key]) for key in expected)
 
 
@@ -552,7 +552,7 @@ def test_what_is_saved_opens_in_transformers_and_here(tokenizer, tmp_path, trans
             processor.save_pretrained(tmp_path, layout)
         return
     processor.save_pretrained(tmp_path, layout)
-    images = [picture(), picture(1, 9, 40)]
+    images = [photo(), photo(1, 9, 40)]
     expected = processor(["a", "b"], images)
     reference = transformers.AutoImageProcessor.from_pretrained(tmp_path)
     found = reference(images, return_tensors="pt")["pixel_values"].reshape(2, 3, 16, 16)
@@ -579,7 +579,7 @@ def test_whole_batches_are_those_of_their_processors(tokenizer, tmp_path, transf
     processor = MllamaImageProcessor(tokenizer, N, 16, around_image=around, **settings)
     processor.save_pretrained(tmp_path, layout)
     reference = transformers.AutoProcessor.from_pretrained(tmp_path)
-    prompts, images = ["<image>\nWhat is this?", "A dog <image> and <image> a cat"], [[picture()], [picture(1), picture(2)]]
+    prompts, images = ["<image>\nWhat is this?", "A dog <image> and <image> a cat"], [[photo()], [photo(1), photo(2)]]
     found = processor(prompts, images, padding_side="right")
     expected = reference(text=prompts, images=images, padding=True, return_tensors="pt", padding_side="right")
     for key in ("input_ids", "attention_mask"):
