@@ -602,14 +602,14 @@ def test_location_tokens_are_paligemmas():
 
 def test_images_are_split_or_not_as_asked(tokenizer):
     processor = MllamaImageProcessor(tokenizer, N, 16, around_image=IDEFICS3_AROUND)
-    whole = processor(["<image>"], [picture()])
+    whole = processor(["<image>"], [photo()])
     processor.split_images(True)  # its longer side is four tiles: 30 x 20 become 64 x 48
-    assert processor.tilings([picture()]) == [(3, 4)] and len(processor(["<image>"], [picture()])["pixel_values"]) == 13
+    assert processor.tilings([photo()]) == [(3, 4)] and len(processor(["<image>"], [photo()])["pixel_values"]) == 13
     processor.split_images(False)
-    again = processor(["<image>"], [picture()])
+    again = processor(["<image>"], [photo()])
     assert torch.equal(again["input_ids"], whole["input_ids"]) and len(again["pixel_values"]) == 1
     with pytest.raises(ValueError, match="leave out --split-images"):
         MllamaImageProcessor(tokenizer, N, 16).split_images(True)
     with pytest.raises(ValueError, match="image 1: .*not an image"):
         processor.split_images(True)
-        processor(["<image><image>"], [picture(), b"no"])
+        processor(["<image><image>"], [photo(), b"no"])
