@@ -78,6 +78,7 @@ TEXT = {
     + TURN.replace("m.content", "text") + END + ASK,
     "text or parts": EACH + "{% if m.content is string %}{% set text = m.content %}{% else %}"
     "{% set text = m.content[0].text %}{% endif %}" + TURN.replace("m.content", "text") + END + ASK,
+    "json": EACH + "{{ m | tojson(indent=1) }}{{ {'b': m.content, 'a': tools} | tojson(sort_keys=True) }}" + END,
     "generation tags": EACH + "<|im_start|>{{ m.role }}\n{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}\n"
     + END + ASK,
 }  # fmt: skip
@@ -219,7 +220,8 @@ def test_an_opening_that_differs_by_white_space_is_no_answer(either):
 def test_the_last_answer_alone_can_be_scored_where_training_is_refused(either, name):
     """evaluate.py asks for the loss of one answer, which needs neither turns that stay as they are nor an end."""
     either.chat_template = {**TEXT, **IMAGES}[name]
-    asked, answers = chat_of("a", "b", "c", "it is d"), {"qwen 3": "<think>\n\n</think>\n\nit is d<|im_end|>", "llava": "it is d"}
+    asked = chat_of("a", "b", "c", "it is d")
+    answers = {"qwen 3": "<think>\n\n</think>\n\nit is d<|im_end|>", "llava": "it is d"}
     ids, mask = chat.encode_conversation(either, asked, image_token="<image>", answers="last")
     end = len(mask) - mask[::-1].index(1)
     start = end - mask[:end][::-1].index(0)

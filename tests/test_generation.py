@@ -74,6 +74,14 @@ def test_settings_that_change_a_greedy_answer_are_applied(folder):
         assert expected != plain and ours(folder) == expected, name
 
 
+def test_a_penalty_makes_negative_logits_smaller_too():
+    """Where a chosen token's logit is above 0 an answer does not show it; in beam search and sampling it counts."""
+    logits, rows = torch.randn(2, 61, generator=torch.Generator().manual_seed(0)), [PROMPT, [*range(20, 26)]]
+    found = generation.LogitRules({"repetition_penalty": 1.5}, [])(logits, rows, [4, 4])
+    expected = transformers.RepetitionPenaltyLogitsProcessor(1.5)(torch.tensor(rows), logits)
+    torch.testing.assert_close(found, expected)
+
+
 @pytest.mark.parametrize("settings", [{"max_length": 11}, {"max_new_tokens": 3}, {"max_length": 9, "max_new_tokens": 4}])
 def test_how_long_an_answer_is_unless_told_otherwise(folder, settings):
     say(folder, **settings)
