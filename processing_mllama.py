@@ -53,8 +53,9 @@ def normalize(pixels: torch.Tensor, mean: Sequence[float], std: Sequence[float])
 
 
 def scale_pixels(pixels: torch.Tensor, settings: ImageSettings) -> torch.Tensor:
-    """uint8 [..., 3, H, W], as to_pixels makes them, to what the model reads: float32."""
-    return normalize(rescale(pixels, settings.rescale_factor), settings.image_mean, settings.image_std)
+    """uint8 [..., 3, H, W], as to_pixels makes them, to what the model reads, float32: rescale and normalize, in one memory."""
+    mean, std = (torch.tensor(value)[:, None, None] for value in (settings.image_mean, settings.image_std))
+    return rescale(pixels, settings.rescale_factor).sub_(mean).div_(std)
 
 
 def denormalize(pixels: torch.Tensor, settings: ImageSettings) -> torch.Tensor:

@@ -4,6 +4,7 @@ import subprocess
 import sys
 import tempfile
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -11,34 +12,43 @@ import torch.nn.functional as F
 from PIL import Image
 
 from bench.measure import compare, transformers_class
+from data.tiles import ImageSettings
+from lib.image_settings import image_settings
 from lib.tokenizer import BPETokenizer
 from processing_mllama import process_images
 
+PREPARATIONS = {  # what is done with an image: transformers' processor, and its settings
+    "224": ("siglip", {"size": {"height": 224, "width": 224}}),
+    "224 of 256, cropped": ("clip", {"size": {"shortest_edge": 256}}),
+    "tiles of 512": ("idefics3", {"size": {"longest_edge": 2048}, "max_image_size": {"longest_edge": 512}}),
+}
+
 
 def bench_images(args, device: torch.device) -> list[dict]:
-    """JPEGs from disk to pixel_values of 224 x 224: ours, exact and decoded at a fraction of their size, against transformers'
-    SigLIP processor. --source: a folder of JPEGs; without it, 16 photo-like ones of 640 x 480 are made."""
+    """JPEGs from disk to pixel_values against transformers' processors: squeezed, cropped, cut into tiles, the same pixels; and
+    squeezed, decoded at a fraction of their size. --source: a folder of JPEGs; without it, 16 of 640 x 480 are made."""
     transformers_class("SiglipModel")
-    from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
-
-    reference = SiglipImageProcessorPil(size={"height": 224, "width": 224}, resample=3)
     with tempfile.TemporaryDirectory() as folder:
         files = sorted(Path(args.source).glob("*.jpg"))[:64] if args.source else make_photos(Path(folder), 16, args.seed)
         if not files:
             raise ValueError(f"--source {args.source} holds no .jpg files")
-
-        def theirs():
-            return reference([Image.open(file).convert("RGB") for file in files], return_tensors="pt")["pixel_values"]
-
-        difference = (process_images(files, (224, 224)) - theirs()).abs().max().item()
-        if difference > 1e-3:
-            raise ValueError(f"the pixels differ by {difference:g}: there is nothing to compare")
         rows = []
-        for fast in (False, True):
-            steps = {"ours": partial(process_images, files, (224, 224), fast=fast), "transformers": theirs}
-            what = "images, decoded at a fraction" if fast else "images, the same pixels"
-            rows.append(compare(what, steps, len(files), args.rounds, device, tensors=False, size="224",
-                                batch=len(files)))  # fmt: skip
+        for size, (kind, changes) in PREPARATIONS.items():
+            module = import_module(f"transformers.models.{kind}.image_processing_pil_{kind}")
+            theirs = getattr(module, {"siglip": "Siglip", "clip": "CLIP", "idefics3": "Idefics3"}[kind] + "ImageProcessorPil")
+            reference, said = theirs(**changes), {"image_processor_type": theirs.__name__.removesuffix("Pil"), **changes}
+            ours, some = ImageSettings(**image_settings(said)), files[:4] if kind == "idefics3" else files
+
+            def step(some=some, reference=reference):
+                images = [[Image.open(file).convert("RGB")] for file in some]
+                return [reference(image, return_tensors="pt")["pixel_values"].flatten(0, -4) for image in images]
+
+            if not torch.equal(process_images(some, ours), torch.cat(step())):
+                raise ValueError("the pixels differ: there is nothing to compare")
+            for fast in (False, True) if size == "224" else (False,):
+                steps = {"ours": partial(process_images, some, ours, fast=fast), "transformers": step}
+                what = "images, decoded at a fraction" if fast else "images, the same pixels"
+                rows.append(compare(what, steps, len(some), args.rounds, device, tensors=False, size=size, batch=len(some)))
     return rows
 
 

@@ -128,7 +128,7 @@ def test_what_cannot_be_measured_is_one_line(flags, words, capsys):
     assert words in refused(capsys, peers.main, *flags)
 
 
-@pytest.mark.parametrize("work, rows", [("questions", 1), ("images", 2), ("bpe", 2)])
+@pytest.mark.parametrize("work, rows", [("questions", 1), ("images", 4), ("bpe", 2)])
 def test_work_on_what_a_model_is_fed_with_gives_ratios_and_a_chart(work, rows, tmp_path, capsys):
     """Each compares what both sides give before it times them, and raises where they differ."""
     text = tmp_path / "text.txt"
