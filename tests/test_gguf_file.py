@@ -225,7 +225,8 @@ def test_a_tokenizer_that_is_not_read_stays_in_the_file_and_convert_says_so(tmp_
     model = llama()
     kind, (line,) = convert(write(tmp_path / "x.gguf", model), tmp_path / "folder")
     assert kind == "llama" and line.startswith("left in the file: tokenizer and chat template (") and "x.gguf" in line
-    assert sorted(file.name for file in (tmp_path / "folder").iterdir()) == ["config.json", "generation_config.json", "model.safetensors"]
+    written = sorted(file.name for file in (tmp_path / "folder").iterdir())
+    assert written == ["config.json", "generation_config.json", "model.safetensors"]
     theirs = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "folder").eval()
     with torch.no_grad():
         close(theirs(IDS).logits, model(IDS).logits)
