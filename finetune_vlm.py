@@ -112,6 +112,12 @@ def parse_args(argv=None):
     add("--cache-features", nargs="?", const="", metavar="FILE", help="keep a frozen tower's features; default in --out")
     add("--eval-count", type=positive_int, default=300, help="test rows asked at the end")
     args = parser.parse_args(argv)
+    settle(args, parser)
+    return args
+
+
+def settle(args, parser: argparse.ArgumentParser) -> None:
+    """Fill in what flags say of others; end with a line where they contradict each other."""
     if not args.data:
         parser.error("--data FILE.json is missing, or shards: 'DIR/shard-*.tar'")
     if streams(args) and args.cache_features is not None:
@@ -139,7 +145,6 @@ def parse_args(argv=None):
         parser.error("--shift moves images anew at each step: leave out --cache-features")
     if args.fusion == "cross" and "lm" in (args.freeze or ()) and not args.lora:
         parser.error("--fusion cross --freeze lm: the language model holds the layers that attend to images: add --lora")
-    return args
 
 
 # ---- model -----------------------------------------------------------------------------------------------------------
@@ -282,6 +287,14 @@ def train_only(learner: Learner, stage: Stage, args) -> list[dict]:
 # ---- data ------------------------------------------------------------------------------------------------------------
 
 
+def common_answers(args, run: Run, rows: LlavaRows, common: dict, images: ImageCache) -> tuple[CommonAnswers, int]:
+    """Batches for stage 1, and how many images one is over all processes."""
+    unit = run.world_size * args.grad_accum
+    size = max(1, round(VISION_BATCH / unit)) * unit
+    ranks = {"rank": run.rank, "world_size": run.world_size, "all_ranks": run.all, "workers": args.workers}
+    return CommonAnswers(rows, common, images, size // run.world_size, args.seed, args.grad_accum, **ranks), size
+
+
 def conversations(args, run: Run, rows, model, processor, common: dict) -> LlavaBatches:
     """Batches for stages 2 and 3."""
     tiled = processor.image_settings.fit == "tiles"
@@ -360,13 +373,10 @@ def main(argv=None) -> None:
 
     for stage in plan:
         optimizers = make_optimizers(train_only(learner, stage, args))
-        batches, size = packed, args.batch_size
         if stage.name == "vision":
-            size = max(1, round(VISION_BATCH / (unit := run.world_size * args.grad_accum))) * unit
-            ranks = {"rank": run.rank, "world_size": run.world_size, "all_ranks": run.all, "workers": args.workers}
-            images, each = packed.images, size // run.world_size
-            batches = CommonAnswers(rows, common, images, each, args.seed, args.grad_accum, **ranks)
+            batches, size = common_answers(args, run, rows, common, packed.images)
         else:
+            batches, size = packed, args.batch_size
             keep_features(args, run, rows, packed)
         seconds = args.max_seconds and args.max_seconds * SECONDS[stage.name] / sum(SECONDS[each.name] for each in plan)
         trained = sum(p.numel() for p in learner.parameters() if p.requires_grad)

@@ -33,14 +33,13 @@ from extras.llmvit import LLMVIT
 from lib.checkpoint import from_pretrained, load_processor
 from lib.cli import finite_float, not_negative_float, not_negative_int, positive_float, positive_int, run_cli
 from lib.conversation import Conversation, stream_text
-from lib.devices import find_device
+from lib.devices import DTYPES, find_device
 from lib.fast_decode import fast_step
 from lib.files import find_source
 from lib.generation import say_unlike
 from lib.image_settings import read_image_settings
 from lib.tokenizer import BPETokenizer, load_tokenizer
 from lib.vocabulary import check_rows
-from lib.weights import DTYPES
 from model import MllamaForConditionalGeneration
 from processing_mllama import IMAGE_TOKEN, MllamaImageProcessor, process_images
 from siglip import SiglipTwoTower
@@ -49,8 +48,6 @@ from vit_scratch import ViTModel, pair
 # ---- settings ----------------------------------------------------------------------------------------------------------
 
 SAMPLING = ("--temperature", "--top-k", "--top-p", "--min-p")
-
-
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
 
@@ -248,6 +245,14 @@ def check_writable(path: str) -> None:
         raise OSError(f"--attention {path} cannot be written: give a file in a folder that is there and may be written to")
 
 
+def check_image_size(source, made: tuple[int, int], read: tuple[int, int]) -> None:
+    """Raise a ValueError unless the images that a folder's processor makes are those that its model reads."""
+    if made != read:
+        raise ValueError(
+            f"{source} contradicts itself: images of (height, width): {made} for its processor, {read} for its model"
+        )
+
+
 # ---- classes -----------------------------------------------------------------------------------------------------------
 
 
@@ -256,9 +261,7 @@ def likeliest_classes(args, model: ViTModel | LLMVIT, k: int = 5) -> list[list[t
     """For each --image the k likeliest classes, (probability, name), by the names and image settings of the folder."""
     config = model.config
     settings = ImageSettings(**{"image_size": pair(config.image_size), **read_image_settings(find_source(args.source))})
-    if settings.image_size != pair(config.image_size):
-        sizes = f"{settings.image_size} for its processor, {pair(config.image_size)} for its model"
-        raise ValueError(f"{args.source} contradicts itself: images of (height, width): {sizes}")
+    check_image_size(args.source, settings.image_size, pair(config.image_size))
     pixels = process_images(args.image, settings).to(next(model.parameters()).device)
     if config.num_channels == 1:
         pixels = pixels.mean(dim=1, keepdim=True)  # grey
@@ -301,10 +304,7 @@ def zero_shot(args) -> list[list[float]]:
     captions = tokenizer(args.zero_shot, return_tensors="pt", **length)["input_ids"]  # [captions, T]
     check_rows(tokenizer, captions.flatten().tolist(), text.vocab_size)
     processor = MllamaImageProcessor.from_pretrained(find_source(args.source), tokenizer, num_image_token=1)
-    size = model.vision_model.embeddings.image_size
-    if processor.image_size != size:
-        sizes = f"{processor.image_size} for its processor, {size} for its model"
-        raise ValueError(f"{args.source} contradicts itself: images of (height, width): {sizes}")
+    check_image_size(args.source, processor.image_size, model.vision_model.embeddings.image_size)
     return model.logits(processor.pixel_values(args.image).to(device), captions.to(device)).float().sigmoid().tolist()
 
 

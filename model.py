@@ -440,7 +440,7 @@ class MllamaForConditionalGeneration(nn.Module):
         """[I, 3, height, width] -> [I, N', D], what the language model gets."""
         return self.multi_modal_projector(self.vision_features(pixel_values), self.vision_tower.grid)
 
-    def _find_placeholders(self, image_features, input_ids, attention_mask=None, image_token_id=None) -> torch.Tensor:
+    def find_placeholders(self, image_features, input_ids, attention_mask=None, image_token_id=None) -> torch.Tensor:
         """Where images belong, bool [B, T]. Raises ValueError unless there are as many places as features to fill them."""
         I, N = 0 if image_features is None else len(image_features), self.config.text_config.num_image_tokens
         if image_token_id is None:
@@ -462,7 +462,7 @@ class MllamaForConditionalGeneration(nn.Module):
         in the order of their placeholders, row by row; input_ids [B, T] -> [B, T, D]. Gradients reach both.
         Raises ValueError, naming both numbers, where placeholders and features do not match."""
         if places is None:
-            places = self._find_placeholders(image_features, input_ids, attention_mask)
+            places = self.find_placeholders(image_features, input_ids, attention_mask)
         embeds = self.language_model.embed(input_ids.masked_fill(places, 0))  # the placeholder may have no row of its own
         if image_features is None:
             return embeds
@@ -499,7 +499,7 @@ class MllamaForConditionalGeneration(nn.Module):
             image_features = self.multi_modal_projector(vision_features, self.vision_tower.grid)
         elif image_features is None and pixel_values is not None and len(pixel_values):
             image_features = self.image_features(pixel_values)
-        places = self._find_placeholders(image_features, input_ids, attention_mask, image_token_id)
+        places = self.find_placeholders(image_features, input_ids, attention_mask, image_token_id)
         hidden = self.hidden_states(image_features, input_ids, places, attention_mask, position_ids, cache)
         head = self.language_model.lm_head
         if labels is None:

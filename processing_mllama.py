@@ -27,7 +27,7 @@ from itertools import groupby, islice
 
 import torch
 
-from data.tiles import WHOLE, ImageSettings, find_tiling, resize, to_pixels  # noqa: F401
+from data.tiles import WHOLE, ImageSettings, find_tiling, resize, to_pixels  # noqa: F401 -- the posts find `resize` here
 
 IMAGENET_STANDARD_MEAN = (0.5, 0.5, 0.5)  # so called in transformers; SigLIP's: they take 0..1 to -1..1
 IMAGENET_STANDARD_STD = (0.5, 0.5, 0.5)

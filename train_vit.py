@@ -71,6 +71,26 @@ def parse_args(argv=None):
     return args
 
 
+def build(args, train) -> ViTModel:
+    """A model for the images and classes of the training data."""
+    size = tuple(train.images.shape[-2:])
+    config = checked_flags(
+        args,
+        ViTConfig,
+        image_size=size[0] if size[0] == size[1] else size,
+        patch_size=args.patch_size or default_patch(size),
+        num_channels=train.images.shape[1],
+        num_labels=len(train.classes),
+        **{key: getattr(args, key) for key in (*SIZES["tiny"], "dropout", "drop_path", "pooling")},
+        position_init="sincos",
+    )
+    torch.manual_seed(args.seed)
+    return ViTModel(config)
+
+
+# ---- the recipe --------------------------------------------------------------------------------------------------------
+
+
 def main(argv=None) -> None:
     args = parse_args(argv)
     run = Run(args)
@@ -82,29 +102,16 @@ def main(argv=None) -> None:
     augment = Augment(AUGMENTATIONS[args.augment], mean, std)
     batches = Batches(len(train), args.batch_size // run.world_size, args.seed, rank=run.rank, world_size=run.world_size)
 
-    # ---- model ----
-    size, K = tuple(train.images.shape[-2:]), len(train.classes)
-    config = checked_flags(
-        args,
-        ViTConfig,
-        image_size=size[0] if size[0] == size[1] else size,
-        patch_size=args.patch_size or default_patch(size),
-        num_channels=train.images.shape[1],
-        num_labels=K,
-        **{key: getattr(args, key) for key in (*SIZES["tiny"], "dropout", "drop_path", "pooling")},
-        position_init="sincos",
-    )
-    torch.manual_seed(args.seed)
-    model = run.place(ViTModel(config))
+    # ---- model, optimiser ----
+    model = run.place(build(args, train))
+    (H, W), grid, patch = model.image_size, model.grid, pair(model.config.patch_size)[0]
     parameters = sum(p.numel() for p in model.parameters())
-
-    # ---- optimiser ----
     optimizers = make_optimizers(parameter_groups(model, args.weight_decay, args.lr))
     total_steps = max(1, round(args.epochs * len(batches)))
 
     run.print(
-        f"{args.dataset}: {len(train):,} training and {len(test):,} test images of {size[0]}x{size[1]}, {K} classes\n"
-        f"ViT: {parameters:,} parameters, {config.grid[0]}x{config.grid[1]} patches of {pair(config.patch_size)[0]} pixels\n"
+        f"{args.dataset}: {len(train):,} training and {len(test):,} test images of {H}x{W}, {len(train.classes)} classes\n"
+        f"ViT: {parameters:,} parameters, {grid[0]}x{grid[1]} patches of {patch} pixels\n"
         f"{total_steps:,} steps of {args.batch_size} images, learning rate {args.lr:g}, {run}"
     )
 

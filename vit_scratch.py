@@ -5,7 +5,7 @@ it reproduces (tests/test_checkpoint.py). Read gpt.py first. Three things change
 of words (PatchEmbedding), the mask goes (ViTMultiHeadAttention), a CLS token is read at the end.
 
     model = ViTModel(ViTConfig.preset("vit-s16", num_labels=10))
-    model(pixel_values)                                  # [B, num_labels]
+    model(pixel_values)                                  # [B, num_labels]; the same as model(pixel_values).logits
     out = model(pixel_values, output_hidden_states=True) # [B, N+1, D]: CLS first, then the patches row by row
     out.hidden_states[layer]                             # the same before the final norm, after so many blocks: 0, 1, ...
     model.features(pixel_values, layer=-2)               # [B, N, D]: patches alone, as a language model gets them
@@ -75,14 +75,14 @@ class ViTConfig:
     @property
     def grid(self) -> tuple[int, int]:
         """Patches down and across."""
-        return patch_grid(pair(self.image_size), pair(self.patch_size))
+        return count_patches(pair(self.image_size), pair(self.patch_size))
 
 
 def pair(size: int | tuple[int, int]) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else tuple(size)
 
 
-def patch_grid(image_size: tuple[int, int], patch_size: tuple[int, int]) -> tuple[int, int]:
+def count_patches(image_size: tuple[int, int], patch_size: tuple[int, int]) -> tuple[int, int]:
     """How many patches fit down and across."""
     (H, W), (h, w) = image_size, patch_size
     assert H % h == 0 and W % w == 0, f"a {H}x{W} image cannot be cut into {h}x{w} patches: choose sizes that divide"
@@ -90,6 +90,7 @@ def patch_grid(image_size: tuple[int, int], patch_size: tuple[int, int]) -> tupl
 
 
 # ---- patches ---------------------------------------------------------------------------------------------------------
+
 
 def sincos_positions(grid: tuple[int, int], width: int) -> torch.Tensor:
     """[N, D]: half of the width says the row, half the column, in sines and cosines of falling frequency, the 2-D form of
@@ -162,6 +163,14 @@ class ViTBlock(Block):
 # ---- model -----------------------------------------------------------------------------------------------------------
 
 
+def with_names(x: torch.Tensor, **names) -> torch.Tensor:
+    """x with these attributes, for readers who know transformers' outputs: out.logits."""
+    out = x.view_as(x)  # the same numbers: a tensor with itself as an attribute would stay in memory
+    for name, value in names.items():
+        setattr(out, name, value)
+    return out
+
+
 class ViTModel(nn.Module):
     def __init__(self, config: ViTConfig):
         super().__init__()
@@ -195,17 +204,15 @@ class ViTModel(nn.Module):
             self.embeddings.position_embedding[0, 1:] = sincos_positions(self.config.grid, self.config.hidden_size)
 
     def forward(self, pixel_values: torch.Tensor, output_hidden_states: bool = False) -> torch.Tensor:
-        """pixel_values [B, C, H, W] -> logits [B, num_labels]; with output_hidden_states, the last normed [B, 1+R+N, D], which
-        has two attributes by the names of transformers' outputs: `last_hidden_state`, itself, and `hidden_states`, a tuple of
-        what enters the first block and what each block returns."""
+        """pixel_values [B, C, H, W] -> logits [B, num_labels], also as `.logits`; with output_hidden_states, the last normed
+        [B, 1+R+N, D], also as `.last_hidden_state`, with `.hidden_states`: what enters the first block and each block returns."""
         states = [] if output_hidden_states else None
         last = self.run_blocks(pixel_values, states=states)
         x = self.norm(last)
         if output_hidden_states:
-            out = x.view_as(x)  # the same numbers: a tensor with itself as an attribute would stay in memory
-            out.last_hidden_state, out.hidden_states = x, (*states, last)
-            return out
-        return self.classifier(x[:, 0] if self.config.pooling == "cls" else x[:, 1 + self.config.num_registers :].mean(dim=1))
+            return with_names(x, last_hidden_state=x, hidden_states=(*states, last))
+        logits = self.classifier(x[:, 0] if self.config.pooling == "cls" else x[:, 1 + self.config.num_registers :].mean(dim=1))
+        return with_names(logits, logits=logits)
 
     def run_blocks(self, pixel_values: torch.Tensor, count: int | None = None, states: list | None = None) -> torch.Tensor:
         """[B, C, H, W] -> [B, 1+R+N, D], after the first `count` blocks; all unless given. states: a list for their inputs."""

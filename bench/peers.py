@@ -30,9 +30,8 @@ from bench.vit import bench_vit
 from bench.vlm import VLM_SIZES, bench_questions, bench_vlm
 from lib import figures
 from lib.cli import not_negative_int, positive_int, run_cli
-from lib.devices import find_device
+from lib.devices import DTYPES, find_device
 from lib.vlm_parts import SIZES
-from lib.weights import DTYPES
 from vit_scratch import ViTConfig
 
 

@@ -85,7 +85,7 @@ def attention_over_image_tokens(
     layers = list(seen.values())
     rows = roll_out(layers)[first:] if rollout else torch.stack(layers).mean(dim=0)  # [A, S], or [A, I * N] under cross
     if not cross:
-        rows = rows[:, model._find_placeholders(image_features, ids, image_token_id=image_token_id)[0]]
+        rows = rows[:, model.find_placeholders(image_features, ids, image_token_id=image_token_id)[0]]
     return rows.reshape(len(answer), I, *grid).cpu()
 
 

@@ -18,11 +18,12 @@ import torch
 import torch.nn as nn
 
 from lib.checkpoint import from_pretrained, is_published, open_source, save_pretrained
+from lib.devices import DTYPES
 from lib.files import find_source, write_atomic
 from lib.generation import write_generation_config
 from lib.layouts.common import TOKEN_IDS
 from lib.layouts.settings import GENERATION
-from lib.weights import DTYPES, list_safetensors, safetensors_files, shorten
+from lib.weights import list_safetensors, safetensors_files, shorten
 
 # What stands beside the weights and goes along when a folder is converted: tokenizer, templates, image and generation settings.
 COMPANIONS = (

@@ -14,7 +14,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch.overrides import TorchFunctionMode
 
-from lib.devices import DTYPES  # noqa: F401  -- convert.py, generate.py and the bench take it from here
 from lib.files import read_json, write_atomic, write_json
 from lib.layouts.common import Name
 

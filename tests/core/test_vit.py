@@ -46,7 +46,8 @@ def test_shapes_and_names(images):
 
 
 def test_outputs_have_the_names_that_the_posts_read(images):
-    """`outputs.hidden_states[layer]` and `.last_hidden_state`, as of transformers' models: depth + 1, the embeddings first."""
+    """`outputs.logits`, `outputs.hidden_states[layer]` and `.last_hidden_state`, as of transformers' models: depth + 1, the
+    embeddings first."""
     model = make()
     with record(model, "embeddings", "blocks.?") as seen:
         outputs = model(images, output_hidden_states=True)
@@ -54,9 +55,11 @@ def test_outputs_have_the_names_that_the_posts_read(images):
     torch.testing.assert_close(outputs.hidden_states, tuple(seen.values()))
     assert len(outputs.hidden_states) == 1 + 3 and outputs.hidden_states[-2].shape == (2, 1 + 3 * 5, 32)
     assert torch.equal(outputs.last_hidden_state, outputs) and torch.equal(model.norm(outputs.hidden_states[-1]), outputs)
-    kept = weakref.ref(outputs)
-    del outputs
-    assert kept() is None  # it does not hold itself
+    logits = model(images)
+    assert torch.equal(logits.logits, logits) and logits.logits.shape == (2, 7)
+    kept = weakref.ref(outputs), weakref.ref(logits)
+    del outputs, logits
+    assert kept[0]() is kept[1]() is None  # they do not hold themselves
 
 
 def test_features_are_the_patches_of_the_layer_that_is_asked_for(images):
