@@ -205,7 +205,7 @@ class ViTModel(nn.Module):
 
     def forward(self, pixel_values: torch.Tensor, output_hidden_states: bool = False) -> torch.Tensor:
         """pixel_values [B, C, H, W] -> logits [B, num_labels], also as `.logits`; with output_hidden_states, the last normed
-        [B, 1+R+N, D], also as `.last_hidden_state`, with `.hidden_states`: what enters the first block and each block returns."""
+        [B, 1+R+N, D], also as `.last_hidden_state`. Its `.hidden_states`: what enters the first block, what each returns."""
         states = [] if output_hidden_states else None
         last = self.run_blocks(pixel_values, states=states)
         x = self.norm(last)
