@@ -47,6 +47,7 @@ from vit_scratch import ViTModel, pair
 
 # ---- settings ----------------------------------------------------------------------------------------------------------
 
+ABOUT_IMAGES = ("--image", "--device", "--dtype")  # the flags that make sense without a text
 SAMPLING = ("--temperature", "--top-k", "--top-p", "--min-p")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
@@ -80,14 +81,20 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--int8", action="store_true", help="the decoder's matrices in 8 bits: less memory, faster on a CPU, other logits")
     argv = one_image_a_flag(parser, sys.argv[1:] if argv is None else argv)
     args = parser.parse_intermixed_args(argv)  # so that PROMPT may stand after the flags
-    about_text = args.prompt or args.chat or args.top or args.attention or args.adapter or args.int8
-    if args.zero_shot and (not args.image or about_text):
+    chosen = {key for key, value in vars(args).items() if value != parser.get_default(key)} - {"source", "prompt"}
+    args.given = sorted(f"--{key.replace('_', '-')}" for key in chosen)
+    if args.zero_shot and (not args.image or args.prompt or {*args.given} - {"--zero-shot", *ABOUT_IMAGES}):
         parser.error("--zero-shot compares captions with images: give an --image, and only --device and --dtype beside it")
+    for file in args.image:
+        if not os.path.exists(file):
+            parser.error(f"--image: there is no file {file}")
     if args.prompt is None and (args.top or args.chat):
         parser.error("--top and --chat need a PROMPT")
     if args.top and (args.image or args.attention):
         parser.error("--top is about texts: leave out --image and --attention")
-    sampled = [flag for flag in SAMPLING if getattr(args, flag.strip("-").replace("-", "_"))]
+    sampled = [flag for flag in args.given if flag in SAMPLING]
+    if sampled and args.beams == 1 and not args.temperature:
+        parser.error(f"{', '.join(sampled)}: without --temperature above 0 the likeliest token is taken, and nothing is drawn")
     if args.beams > 1 and sampled:
         parser.error(f"--beams looks for the likeliest text, which draws nothing: leave out {', '.join(sampled)}")
     for flag, share in (("--top-p", args.top_p), ("--min-p", args.min_p)):
@@ -276,6 +283,8 @@ def print_classes(args, model: ViTModel | LLMVIT) -> None:
     """A block for each image, its likeliest class first."""
     if not args.image or args.prompt:
         raise ValueError(f"{args.source} is a classifier: give it images with --image, and no text")
+    if others := [flag for flag in args.given if flag not in ABOUT_IMAGES]:
+        raise ValueError(f"{args.source} is a classifier: it takes {', '.join(ABOUT_IMAGES)}; leave out {', '.join(others)}")
     for file, row in zip(args.image, likeliest_classes(args, model), strict=True):
         print(file)
         for p, name in row:

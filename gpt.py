@@ -70,7 +70,7 @@ class Output(dict):
 
     def __getattr__(self, name):
         if name not in self:
-            raise AttributeError(name)
+            raise AttributeError(f"this output has no {name}, only {', '.join(self)}")
         return self[name]
 
 

@@ -62,7 +62,8 @@ class Tally:
 
     def __str__(self) -> str:
         tokens, number, images = self.longest
-        size = f"{tokens:,} tokens" if self.processor else f"about {tokens:,} tokens of text and {images} images"
+        beside = f"{images} image" + "s" * (images != 1)
+        size = f"{tokens:,} tokens" if self.processor else f"about {tokens:,} tokens of text and {beside}"
         return (
             f"{self.with_images:,} rows have images, {self.images:,} in all; {self.questions:,} questions; the longest row, "
             f"{number:,}, has {size}"

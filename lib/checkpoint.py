@@ -200,7 +200,7 @@ def layout_line(model: nn.Module, folder: str | Path, kind: str, why: str = "") 
     """Which layout save_pretrained has chosen, `kind`, and where it is none that transformers opens, why: what the model says,
     unless it is told."""
     if is_published(kind):
-        return f"{folder} is a {kind} folder, which transformers opens"
+        return f"{folder} is in the layout of {kind}, which transformers opens"
     try:
         choose_layout(model, "published")
     except ValueError as error:

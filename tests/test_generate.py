@@ -82,6 +82,9 @@ def test_a_classifier_names_the_five_likeliest_classes(tmp_path, capsys):
     best = sorted(zip(expected.tolist(), names, strict=True), reverse=True)[:5]
     assert list(found) == [name for _, name in best]
     assert list(found.values()) == pytest.approx([100 * p for p, _ in best], rel=1e-3)
+    # --beams, --attention, --int8 and the like were taken, and changed nothing.
+    line = refused(capsys, generate.main, tmp_path / "run", "--image", tmp_path / "a.png", "--beams", 3, "--int8")
+    assert "is a classifier: it takes --image, --device, --dtype; leave out --beams, --int8" in line
 
 
 def test_a_continued_text_begins_with_itself_and_repeats(run, capsys):
@@ -151,6 +154,7 @@ def test_special_token_text_in_a_question_stays_text(run, capsys):
             ["RUN", "x", "--beams", "3", "--top-k", "5"],
             "--beams looks for the likeliest text, which draws nothing: leave out --top-k",
         ),
+        (["RUN", "x", "--top-k", "5", "--min-p", "0.1"], "--min-p, --top-k: without --temperature above 0"),
         (["RUN", "x", "--beams", "999"], "--beams 999: it must be 1 to"),
         (["RUN", "x", "--beams", "3", "--length-penalty", "nan"], "'nan' must be a finite number"),
         (["RUN", "--top", "5"], "need a PROMPT"),
@@ -385,7 +389,7 @@ def test_files_after_an_image_are_images_and_what_is_no_file_is_the_prompt(photo
     [
         (["RUN", "x", "--image", "PHOTO"], "holds a GPT, which reads no images"),
         (["RUN", "--attention", "FOLDER/a.png"], "holds a GPT, which reads no images"),
-        (["VLM", "x", "--image", "FOLDER/no.png"], "No such file"),
+        (["VLM", "x", "--image", "FOLDER/no.png"], "--image: there is no file"),
         (["VLM", "x", "--image", "PHOTO", "FOLDER/no.png"], "no.png (if it is the PROMPT, put it before --image)"),
         (["VLM", "x", "--image", "VLM/config.json"], "config.json): not an image"),
         (["VLM", "<image> x"], "says <image> 1 times and has 0 images"),
@@ -399,7 +403,8 @@ def test_files_after_an_image_are_images_and_what_is_no_file_is_the_prompt(photo
         (["TOWERS", "--zero-shot", "x"], "give an --image"),
         (["TOWERS", "--image", "PHOTO", "--zero-shot"], "expected at least one argument"),
         (["TOWERS", "--image", "PHOTO", "--zero-shot", "x", "--chat"], "only --device and --dtype beside it"),
-        (["TOWERS", "--image", "PHOTO", "--image", "FOLDER/no.png", "--zero-shot", "x"], "No such file"),
+        (["TOWERS", "--image", "PHOTO", "--image", "FOLDER/no.png", "--zero-shot", "x"], "there is no file"),
+        (["TOWERS", "--image", "PHOTO", "--zero-shot", "x", "--beams", "3"], "only --device and --dtype beside it"),
         (["RUN", "x", "--adapter", "FOLDER"], "no adapter_config.json: is it a LoRA adapter?"),
         (["VLM", "x", "--top", "3", "--image", "PHOTO"], "--top is about texts"),
     ],

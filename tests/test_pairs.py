@@ -293,7 +293,7 @@ def test_llava_1_5_and_llava_interleave_are_read_as_transformers_reads_them(tmp_
     words = theirs.generate(input_ids=ids, pixel_values=x, max_new_tokens=6, do_sample=False)[:, 12:].tolist()
     assert ours.generate(ids, x, max_new_tokens=6) == words
     assert save_pretrained(ours, tmp_path / "again") == "llava"
-    assert layout_line(ours, "again", "llava") == "again is a llava folder, which transformers opens"
+    assert layout_line(ours, "again", "llava") == "again is in the layout of llava, which transformers opens"
 
 
 # ---- pairs in training -----------------------------------------------------------------------------------------------------
