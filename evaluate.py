@@ -55,6 +55,7 @@ ASKED = {  # who answers, as eval.json calls it, and as it is printed
 COLOURS = {"model": figures.BLUE, "swapped": figures.RED, "blanked": figures.ORANGE, "blind": figures.GREY}
 BLEU = {"bleu1": "BLEU-1", "bleu2": "BLEU-2", "bleu3": "BLEU-3", "bleu4": "BLEU-4"}
 SCENE_SPLITS = ("test", "compositional")
+MOST_BARS = 40  # kinds in a panel, the most frequent: a data set may have thousands
 
 
 def parse_args(argv=None) -> argparse.Namespace:
@@ -66,7 +67,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--images", metavar="DIR", help="llava: the images; default: the file's folder, or images/ in it")
     add("--skip-unusable", action="store_true", help="llava: leave out rows with faults such as a missing image")
     add("--split", choices=SCENE_SPLITS, help="scenes: only this one of the two; default: both")
-    add("--count", type=positive_int, help="scenes of each split (default 200), or rows of FILE.json (default: all)")
+    add("--count", type=positive_int, help="scenes of each split (default 200), or rows of FILE (default: all)")
     add("--seed", type=not_negative_int, default=0, help="of the scenes")
     add("--swapped", action="store_true", help="ask the same model with each image swapped for another one, too")
     add("--split-images", action=argparse.BooleanOptionalAction, help="cut images into tiles, or take them whole; default: as "
@@ -114,12 +115,14 @@ def llava_items(data: str, images: str | None, count: int | None, skip: bool, is
     """The questions of a file of rows, and how many of its rows are unusable. Raises ValueError for such rows, unless they
     are to be skipped. isolated: each question without those before it, as the run was trained."""
     from data.llava import LlavaRows
+    from data.rows import naming
 
-    rows = LlavaRows.read(data, images, progress=sys.stderr.isatty())
+    with naming("--data", data):
+        rows = LlavaRows.read(data, images, progress=sys.stderr.isatty())
     if rows.problems and not skip:
         number, field, what = rows.problems[0]
         raise ValueError(
-            f"{data}: {len(rows.problems)} of {rows.total} rows are unusable, the first row {number}, {field}: {what}; "
+            f"--data {data}: {len(rows.problems)} of {rows.total} rows are unusable, the first row {number}, {field}: {what}; "
             "fix them, or pass --skip-unusable"
         )
     return row_items(rows[:count], isolated), len(rows.problems)
@@ -136,10 +139,10 @@ def find_items(args, settings: dict) -> tuple[dict[str, list[Item]], dict]:
         items = {split: scene_items(split, count, args.seed) for split in splits}
         return items, {"dataset": dataset, "scenes": count, "seed": args.seed}
     if args.split:
-        raise ValueError("--split is about scenes: a LLaVA-style file is measured whole, or its first --count rows")
+        raise ValueError("--split is about scenes: a file of rows is measured whole, or its first --count rows")
     data, images = args.data or settings.get("test_data") or settings.get("data"), args.images
     if data is None:
-        raise ValueError("--dataset llava needs --data FILE.json, the questions")
+        raise ValueError("--dataset llava needs --data FILE, the questions")
     images = images or (settings.get("images") if data in (settings.get("data"), settings.get("test_data")) else None)
     if not all(isinstance(value, str | None) for value in (data, images)):
         raise ValueError(f"{args.run / 'settings.json'} names no files with data {data!r:.80}, images {images!r:.80}")
@@ -236,26 +239,29 @@ def results_table(found: dict[str, dict]) -> str:
 
 
 def draw_bars(splits: dict[str, dict[str, dict]], path: Path | None = None) -> Figure:
-    """A panel for each split: bars of exact match by kind with their 95 % intervals, those without images below."""
+    """A panel for each split: bars of exact match by kind with their 95 % intervals, those without images below; of more
+    than MOST_BARS kinds the most frequent."""
     firsts = [next(iter(found.values())) for found in splits.values()]
     answering = max(map(len, splits.values()))
-    tallest, height = max(len(first["by_kind"]) for first in firsts) + 1, 0.8 / answering
+    tallest, height = min(MOST_BARS, max(len(first["by_kind"]) for first in firsts)) + 1, 0.8 / answering
     size = (4.6 * len(splits) + 0.8, 1.4 + 0.2 * tallest * (1 + answering))
     figure = Figure(figsize=size, layout="constrained")
     for i, (split, found) in enumerate(splits.items()):
         axes = figure.add_subplot(1, len(splits), i + 1)
-        kinds = [*firsts[i]["by_kind"], "all"]
+        frequent = sorted(firsts[i]["by_kind"].items(), key=lambda kind: -kind[1]["n"])[:MOST_BARS]
+        kinds = [kind for kind in firsts[i]["by_kind"] if kind in dict(frequent)]
         for k, (who, figures_of) in enumerate(found.items()):
-            rows = [*figures_of["by_kind"].values(), figures_of]
+            rows = [*(figures_of["by_kind"][kind] for kind in kinds), figures_of]
             shares = [row["exact_match"] for row in rows]
             reach = [[share - row["low"] for share, row in zip(shares, rows, strict=True)],
                      [row["high"] - share for share, row in zip(shares, rows, strict=True)]]  # fmt: skip
-            at = [place + (k - (len(found) - 1) / 2) * height for place in range(len(kinds))]
+            at = [place + (k - (len(found) - 1) / 2) * height for place in range(len(rows))]
             style = {"error_kw": {"elinewidth": 1, "capsize": 2}, "color": COLOURS[who], "label": ASKED[who]}
             axes.barh(at, shares, height, xerr=reach, **style)
-        axes.set_yticks(range(len(kinds)), kinds)
-        axes.set_ylim(len(kinds) - 0.5, -0.5)
-        axes.axhline(len(kinds) - 1.5, color="black", linewidth=0.5)
+        names = [figures.wrapped(kind, 30, 1) for kind in kinds]
+        axes.set_yticks(range(len(rows)), [*names, "all"], parse_math=False)
+        axes.set_ylim(len(rows) - 0.5, -0.5)
+        axes.axhline(len(rows) - 1.5, color="black", linewidth=0.5)
         axes.set_xlim(0, 1)
         axes.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "25", "50", "75", "100 %"])
         axes.grid(axis="x", alpha=0.3)

@@ -30,6 +30,7 @@ from data.features import FrozenFeatures
 from data.image_cache import ImageCache
 from data.llava import LlavaRows
 from data.llava_batches import LlavaBatches, ShardBatches
+from data.row_values import DamagedRow
 from data.rows import FIRST_ROWS, load_rows, some, streams
 from data.shards import ShardImages
 from data.warp import GEOMETRY, warp
@@ -75,8 +76,8 @@ PARTS = {"language": "vlm.language_model", "vision": "vlm.vision_tower", "projec
 def parse_args(argv=None):
     parser = argument_parser(__doc__, batch_size=16, lr=None, eval_every=400)
     add = parser.add_argument
-    add("--images", metavar="DIR", help="where the images of --data FILE.json are; default: beside it")
-    add("--test-data", metavar="FILE.json", help="held-out rows; default: --test-part of --data, split by image")
+    add("--images", metavar="DIR", help="where the images of --data are; default: its own folder, or images/ in it")
+    add("--test-data", metavar="FILE", help="held-out rows; default: --test-part of --data, split by image")
     add("--test-part", type=fraction, default=0.1, help="held out, where there is no --test-data; 0: train on all rows")
     add("--size", choices=list(SIZES), default="small", help="of what is not taken from --vision or --lm; tiny: for tests")
     add("--model", metavar="SOURCE", help="go on from a whole vision-language model, its projector too: a run, a LLaVA or "
@@ -119,7 +120,7 @@ def parse_args(argv=None):
 def settle(args, parser: argparse.ArgumentParser) -> None:
     """Fill in what flags say of others; end with a line where they contradict each other."""
     if not args.data:
-        parser.error("--data FILE.json is missing, or shards: 'DIR/shard-*.tar'")
+        parser.error("--data FILE is missing: a file or folder of rows, or 'DIR/shard-*.tar'")
     if streams(args) and args.cache_features is not None:
         parser.error(f"--data {args.data} with --test-data is read from front to back: leave out --cache-features")
     args.out = args.out or f"runs/vlm-own{'-blind' if args.blind else ''}"
@@ -344,7 +345,10 @@ def shifted(pixel_values: torch.Tensor, most: float, generator: torch.Generator)
 def left_out(batches: LlavaBatches) -> dict[str, int]:
     """How much training met, in all processes, that it could not use."""
     found = {"unreadable_images": map(str, batches.images.unreadable), "rows_too_long": batches.too_long}
-    found |= {"damaged_rows": batches.order.lost} if isinstance(batches, ShardBatches) else {}
+    lost = batches.order.lost if isinstance(batches, ShardBatches) else None
+    if lost is not None:
+        found["damaged_rows"] = [place for place, why in lost.items() if isinstance(why, DamagedRow)]
+        found["unusable_rows"] = lost.keys() - {*found["damaged_rows"]}
     return {name: len(set(all_gather(list(each)))) for name, each in found.items()}
 
 
@@ -358,9 +362,9 @@ def main(argv=None) -> None:
     # ---- data, model ----
     rows, test_rows = load_rows(args, run)
     fit_batch_size(run, len(rows), "rows")
-    first = rows.head(FIRST_ROWS) if streams(args) else rows
     common = {} if streams(args) else common_questions(rows)
-    model, processor = build(args, [message["content"] for row in first for message in row.messages])
+    texts = [m["content"] for row in (rows.head(FIRST_ROWS) if streams(args) else rows) for m in row.messages]
+    model, processor = build(args, texts)
     if model.config.text_config.vocab_size > LARGE_VOCABULARY:
         model.language_model.token_loss = chunked_cross_entropy
     add_lora(args, model)

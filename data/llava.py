@@ -238,7 +238,7 @@ class LlavaRows(Sequence):
         from data.rows import open_streamed
 
         notes, name = Counter(), Path(source).name
-        file = open_streamed(source, images_dir).whole(progress) if is_streamed(source) else read_file(Path(source))
+        file = open_streamed(source, images_dir).whole(notes, progress) if is_streamed(source) else read_file(Path(source))
         spelled, found = spelled_rows(file, notes), []
         folder = find_images(file.folder, (row for _, row in spelled)) if images_dir is None else Path(images_dir)
         if not folder.is_dir():
@@ -255,7 +255,8 @@ class LlavaRows(Sequence):
         problems = sorted(problems + unusable, key=lambda problem: problem[0])
         if not usable:
             first = "; the first, row {}, {}: {}".format(*problems[0]) if problems else ""
-            raise ValueError(f"{source} has {total} rows and none is usable{first}")
+            where = f" (images are looked for in {folder}: --images)" if "does not exist" in first else ""
+            raise ValueError(f"{source} has {total} rows and none is usable{first}{where}")
         with_images = sum(bool(row.images) for row in usable)
         return cls(Path(source), folder, usable, total, problems, with_images, (*file.notes, *noted(notes)))
 

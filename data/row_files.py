@@ -4,7 +4,7 @@
 
 | source | rows |
 |---|---|
-| .json | the objects of its list |
+| .json | the objects of its list; of an object that holds one such list ({"data": [...]}), of that |
 | .jsonl, .ndjson | an object a line |
 | .csv, .tsv | a line each; the first names the columns |
 | a folder with metadata.jsonl or metadata.csv | that file's (as Hugging Face's imagefolder) |
@@ -71,13 +71,15 @@ def read_file(path: Path) -> RowFile:
         return read_folder(path)
     suffix = path.suffix.lower()
     if suffix not in SUFFIXES:
-        raise ValueError(f"{path} is no file of rows: name one that ends in {READ}")
+        hint = "; captions in a text file: python -m data.convert captions" if suffix in (".txt", ".token") else ""
+        raise ValueError(f"{path} is no file of rows: name one that ends in {READ}{hint}")
     try:
         text, notes = decoded(path.read_bytes())
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     if suffix == ".json":
-        rows, problems = json_rows(path, text), []
+        (rows, more), problems = json_rows(path, text), []
+        notes += more
     else:
         rows, problems = csv_rows(path, text) if suffix in (".csv", ".tsv") else json_lines(text)
     return RowFile(path, path.parent, rows, problems, notes)
@@ -118,19 +120,29 @@ def parsed(data: bytes | str):
         raise ValueError("nested too deeply") from None
 
 
-def json_rows(path: Path, text: str) -> list[tuple[int, object]]:
+def json_rows(path: Path, text: str) -> tuple[list[tuple[int, object]], tuple[str, ...]]:
+    """(rows, what there is to say of where they stand). Raises ValueError where it is not plain what is a row."""
     try:
         rows = parsed(text)
     except ValueError as error:
         lines = "Extra data" in str(error)
         hint = "one object a line? Then name it .jsonl" if lines else "it is damaged or cut off, get it again"
         raise ValueError(f"{path} is not valid JSON ({one_line(error)}): {hint}") from None
-    if isinstance(rows, dict) and {"images", "annotations"} <= rows.keys():
-        raise ValueError(f"{path} holds COCO's annotations, not a list of rows: see python -m data.convert captions --help")
+    notes = ()
+    if isinstance(rows, dict) and not COLUMNS & {*rows} - {"images"}:
+        inside = [key for key, value in rows.items() if isinstance(value, list) and value and isinstance(value[0], dict)]
+        if "images" in inside:  # these are no rows, or rows of all parts: convert.py knows which
+            raise ValueError(f"{path} holds COCO's or Karpathy's annotations: see python -m data.convert captions --help")
+        if len(inside) == 1:
+            rows, notes = rows[inside[0]], (f"the rows are the list under {inside[0][:40]!r}; its other keys are not used",)
+    elif isinstance(rows, dict) and any(isinstance(value, str) for value in rows.values()):
+        rows = [rows]  # a single row
+    elif isinstance(rows, dict):
+        raise ValueError(f"{path} holds columns, not a list of rows: with pandas, to_json(..., orient='records') writes rows")
     if not isinstance(rows, list):
         keys = f" with the keys {', '.join(map(repr, rows))}" if isinstance(rows, dict) else ""
         raise ValueError(f"{path} holds {kind_of(rows)}{keys[:80]}, not a list of rows")
-    return list(enumerate(rows, start=1))
+    return list(enumerate(rows, start=1)), notes
 
 
 def write_rows(path: Path, rows: Iterable[dict]) -> None:
@@ -151,19 +163,22 @@ def json_lines(text: str):
 
 
 def csv_rows(path: Path, text: str):
-    """(rows, problems) of cells with commas, semicolons or tabs between them, whichever gives the first line more names that
+    """(rows, problems) of cells with commas, semicolons, tabs or | between them, whichever gives the first line more names that
     are known. Raises ValueError where it gives none."""
-    lines = text.splitlines(keepends=True)
-    first = next((line for line in lines if line.strip()), "")
+    text = re.sub(r"\A\s*sep=[^\r\n]", "", text)  # Excel's own line above the names
+    first = next((line for line in text.splitlines() if line.strip()), "")
 
     def names(mark: str) -> list[str]:
-        return [name.strip().lower() for name in next(csv.reader([first], delimiter=mark), [])]
+        return [name.strip().lower() for name in next(csv.reader([first], delimiter=mark, skipinitialspace=True), [])]
 
-    mark = max(",;\t", key=lambda mark: sum(name in COLUMNS for name in names(mark)))
+    mark = max(",;\t|", key=lambda mark: sum(name in COLUMNS for name in names(mark)))
     if not COLUMNS & {*names(mark)}:
-        raise ValueError(f"{path}: the first line names no column that is read: image, and question, answer or caption")
+        raise ValueError(
+            f"{path}: its first line, {first.strip()[:60]!r}, names no column that is read: write a line above it that names "
+            "them, such as image,caption or image,question,answer"
+        )
     csv.field_size_limit(LARGEST_CELL)
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=mark, strict=True)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=mark, strict=True, skipinitialspace=True)
     columns, rows, problems, number = None, [], [], 1
     while True:
         try:

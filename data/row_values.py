@@ -10,6 +10,13 @@ from collections.abc import Mapping
 class RowError(ValueError):
     """(field, what): what makes a row unusable."""
 
+    def __str__(self) -> str:
+        return ": ".join(self.args)
+
+
+class DamagedRow(RowError):
+    """(field, what) of one whose bytes cannot be read, whatever it says."""
+
 
 class Fields:
     """The values of a row that hold something, by their keys in lower case, and which of them were read."""

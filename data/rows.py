@@ -4,10 +4,12 @@ rows, test_rows = load_rows(args, run)             # --data, --images, --test-da
 """
 
 import random
+from collections import Counter
 from collections.abc import Callable
+from contextlib import contextmanager
 from pathlib import Path
 
-from data.llava import LlavaRows, image_groups
+from data.llava import LlavaRows, image_groups, noted, problem_lines
 from data.row_files import is_streamed
 from data.shards import Shards
 from data.streamed import StreamedRows
@@ -32,17 +34,20 @@ def load_rows(args, run) -> tuple[LlavaRows | StreamedRows, LlavaRows]:
     """(training, held-out) rows, after saying what is wrong with the others. Raises ValueError or an OSError where there is
     nothing to train on."""
     if streams(args):
-        with run.main_first():
+        with run.main_first(), naming("--data", args.data):
             rows = open_streamed(args.data, args.images, None if args.dry_run else run.folder / "shards.npz", run.is_main)
-        check_first(rows)
+        run.print(rows.report())
+        check_first(rows, run.print)
     else:
         if is_streamed(args.data):
-            check_size(args.data)
-        with run.main_first():  # it writes the images that are no files of their own
+            with naming("--data", args.data):
+                check_size(args.data)
+        with run.main_first(), naming("--data", args.data):  # the main process writes the images that are no files of their own
             rows = LlavaRows.read(args.data, args.images, run.is_main)
-    run.print(rows.report())
+        run.print(rows.report())
     if args.test_data:
-        test = LlavaRows.read(args.test_data, args.images, run.is_main)
+        with naming("--test-data", args.test_data):
+            test = LlavaRows.read(args.test_data, args.images, run.is_main)
         run.print(test.report())
         return rows, test
     return held_out(rows, args.test_part, args.seed, run.print)
@@ -64,12 +69,30 @@ def held_out(rows: LlavaRows, part: float, seed: int, say: Callable[[str], None]
     return rows, rows
 
 
-def check_first(rows: StreamedRows, count: int = 100) -> None:
-    """Raises ValueError where not one of the first rows is usable: then hardly any other is."""
-    lost = {}
-    if not any(row for row in rows.read(range(min(count, len(rows))), lost)):
+def check_first(rows: StreamedRows, say: Callable[[str], None], count: int = 1000) -> None:
+    """Say how many of the first rows are usable, what is wrong with the others and what is not used of them. Raises ValueError
+    where none is: then hardly any other is."""
+    lost, notes, count = {}, Counter(), min(count, len(rows))
+    with_images = [bool(row.images) for row in rows.read(range(count), lost, notes) if row]
+    if not with_images:
         place, why = next(iter(lost.items()))
-        raise ValueError(f"{rows.source}: none of the first {len(lost)} rows is usable; {place}: {why}")
+        raise ValueError(f"{rows.source}: none of the first {count:,} rows is usable; {place}: {why}")
+    usable = f"{len(with_images):,} usable, {sum(with_images):,} of them with images"
+    lines = problem_lines("{}: {}", list(lost.items()))
+    say("\n".join([f"of its first {count:,} rows {usable}", *lines, *noted(notes)]))
+
+
+@contextmanager
+def naming(flag: str, source):
+    """What is wrong with a source is said with the flag that names it."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        words = str(error)
+        if words.startswith("--"):
+            raise
+        words = f"{flag} {words}" if words.startswith(str(source)) else f"{flag} {source}: {words}"
+        raise (FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError)(words) from None
 
 
 def check_size(source: str) -> None:

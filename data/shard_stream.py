@@ -21,6 +21,7 @@ import numpy as np
 from data.batches import Batches
 from data.llava import LlavaRow
 from data.shards import ShardImages, Shards
+from data.streamed import Lost
 
 LANES, WINDOW = 16, 128  # at least so many lanes; rows that each holds back to shuffle them
 
@@ -59,7 +60,7 @@ class ShardStream(Batches):
         super().__init__(len(shards), batch_size, seed, rank=rank, world_size=world_size)
         self.shards, self.images, self.window = shards, images, window
         self.lanes = LANES * -(-world_size // LANES)
-        self.lost: dict[str, str] = {}
+        self.lost: Lost = {}
         self._workers, self._pool, self._coming = max(1, workers), None, None
 
     def __next__(self) -> list[LlavaRow]:

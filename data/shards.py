@@ -35,9 +35,9 @@ from data.image_cache import ImageCache
 from data.images import decoding_threads
 from data.llava import LlavaRow, LlavaRows, image_groups
 from data.row_files import decoded, merged
-from data.row_values import RowError
+from data.row_values import DamagedRow, RowError
 from data.spellings import read_row
-from data.streamed import ShardImage, StreamedRows
+from data.streamed import Lost, ShardImage, StreamedRows
 from data.tiles import find_tiling, to_pixels
 from lib.cli import positive_int, run_cli
 from lib.files import matching_files, new_folder, one_line, write_atomic, write_json
@@ -160,7 +160,7 @@ class Shards(StreamedRows):
     def places(self) -> np.ndarray:
         return self.spans
 
-    def read(self, numbers: Iterable[int], lost: dict[str, str], notes: Counter | None = None) -> Iterator[LlavaRow | None]:
+    def read(self, numbers: Iterable[int], lost: Lost, notes: Counter | None = None) -> Iterator[LlavaRow | None]:
         """See StreamedRows."""
         for shard, group in itertools.groupby(numbers, lambda number: np.searchsorted(self.starts, number, side="right") - 1):
             path, file = self.paths[shard], None
@@ -172,7 +172,7 @@ class Shards(StreamedRows):
                         file.seek(start)
                         row = row_of(file.read(end - start), path, number + 1, Counter() if notes is None else notes)
                     except (OSError, ValueError, OverflowError, tarfile.TarError) as error:
-                        why = ": ".join(error.args) if isinstance(error, RowError) else f"cannot be read ({one_line(error)})"
+                        why = error if isinstance(error, RowError) else DamagedRow(f"cannot be read ({one_line(error)})")
                         row, lost[f"{path.name} row {number - self.starts[shard] + 1}"] = None, why
                     yield row
 

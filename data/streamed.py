@@ -18,6 +18,8 @@ from data.row_files import RowFile
 from data.row_values import RowError
 from data.spellings import Row
 
+Lost = dict[str, RowError]  # file and row -> why it cannot be used
+
 
 @dataclass(eq=False)
 class ShardImage:
@@ -56,20 +58,22 @@ class StreamedRows:
         lines = [f"{self.source}: {len(self.paths):,} {self.called}, {len(self):,} rows"]
         return "\n".join(lines + problem_lines("{}: {}", self.problems))
 
-    def read(self, numbers: Iterable[int], lost: dict[str, str], notes: Counter | None = None) -> Iterator[LlavaRow | None]:
+    def read(self, numbers: Iterable[int], lost: Lost, notes: Counter | None = None) -> Iterator[LlavaRow | None]:
         """Rows by number, from 0; None for one that is damaged, the reason in `lost`. A file stays open for as long as one row
         after the other lies in it. notes: see spellings.read_row."""
         raise NotImplementedError
 
-    def whole(self, progress: bool = False) -> RowFile:
-        """All rows, one after the other, as a file that is read whole; the images' bytes are in them."""
-        lost, notes = {}, Counter()
+    def whole(self, notes: Counter, progress: bool = False) -> RowFile:
+        """All rows, one after the other, as a file that is read whole; the images' bytes are in them. notes: see
+        spellings.read_row."""
+        lost = {}
 
         def rows() -> Iterator[tuple[int, Row | RowError]]:
             read = tqdm(self.read(range(len(self)), lost, notes), "reading", len(self), disable=not progress)
             for number, row in enumerate(read, start=1):
                 if row is None:
-                    yield number, RowError(*next(reversed(lost.items())))
+                    place, why = next(reversed(lost.items()))
+                    yield number, RowError(place, str(why))
                 else:
                     images = [image.data for image in row.images]
                     yield number, Row(row.id, row.messages, images, row.kinds, row.accepted, row.isolated)

@@ -19,9 +19,9 @@ from tqdm import tqdm
 
 from data.llava import LlavaRow, checked_path
 from data.row_files import RowFile, is_saved_to_disk
-from data.row_values import RowError
+from data.row_values import DamagedRow, RowError
 from data.spellings import read_row
-from data.streamed import ShardImage, StreamedRows
+from data.streamed import Lost, ShardImage, StreamedRows
 from lib.files import matching_files, one_line, read_json
 
 AT_ONCE = 16  # rows that are turned into Python objects at a time
@@ -80,14 +80,14 @@ class Tables(StreamedRows):
                     yield next(itertools.islice(rows, number - at, None))
                     at = number + 1
                 except (OSError, StopIteration, arrow().ArrowException) as error:  # of what comes after, nothing can be read
-                    yield RowError("row", f"cannot be read ({one_line(error)[:200]})")
+                    yield DamagedRow("row", f"cannot be read ({one_line(error)[:200]})")
 
-    def whole(self, progress: bool = False) -> RowFile:
+    def whole(self, notes: Counter, progress: bool = False) -> RowFile:  # the rows are noted where they are spelled
         rows = tqdm(self.raw(range(len(self))), "reading", len(self), disable=not progress)
         problems = [(0, *problem) for problem in self.problems]
         return RowFile(self.paths[0], self.paths[0].parent, enumerate(rows, start=1), problems)
 
-    def read(self, numbers: Iterable[int], lost: dict[str, str], notes: Counter | None = None) -> Iterator[LlavaRow | None]:
+    def read(self, numbers: Iterable[int], lost: Lost, notes: Counter | None = None) -> Iterator[LlavaRow | None]:
         """See StreamedRows."""
         numbers, notes = list(numbers), Counter() if notes is None else notes
         for number, raw in zip(numbers, self.raw(numbers), strict=True):
@@ -100,7 +100,7 @@ class Tables(StreamedRows):
                 images = [image if isinstance(image, bytes) else self.file_bytes(image, file) for image in row.images]
                 yield LlavaRow.of(number + 1, row, [ShardImage(place, image) for image in images])
             except (RowError, OSError) as error:
-                lost[place] = ": ".join(error.args) if isinstance(error, RowError) else f"cannot be read ({one_line(error)})"
+                lost[place] = error if isinstance(error, RowError) else DamagedRow(f"cannot be read ({one_line(error)})")
                 yield None
 
     def file_bytes(self, name: str, file: int) -> bytes:

@@ -23,7 +23,8 @@ LOGS = ("tensorboard", "wandb")
 def check_installed(names: list[str] | None) -> None:
     """Raises ValueError for one whose package is missing."""
     for name in names or ():
-        if importlib.util.find_spec(name) is None:
+        found = importlib.util.find_spec(name)
+        if found is None or found.origin is None:  # a folder of that name, such as wandb leaves behind, is no package
             raise ValueError(f"--log {name} needs a package that is not installed: pip install {name}")
 
 

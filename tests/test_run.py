@@ -23,6 +23,7 @@ from calls import Killed, interrupt, printed, refused
 from lib.checkpoint import from_pretrained
 from lib.cli import argument_parser, run_cli
 from lib.devices import find_device
+from lib.loggers import check_installed
 from lib.memory import recompute_blocks
 from lib.metrics import Metrics, read_metrics
 from lib.optim import EMA, cosine_schedule, make_optimizers, parameter_groups, set_learning_rate
@@ -400,7 +401,7 @@ def test_other_logs_get_what_metrics_gets_and_a_resumed_run_goes_on_in_them(tmp_
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     monkeypatch.setitem(sys.modules, "wandb", wandb := FakeWandb())
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: SimpleNamespace(origin=name))
     flags = [*TINY, *map(str, STATEFUL), "--out", str(tmp_path), "--log", "tensorboard", "--log", "wandb", "--save-every", "30"]
     for again in ([], ["--resume"]):
         with pytest.MonkeyPatch.context() as patch:
@@ -426,11 +427,20 @@ def test_a_log_whose_package_is_missing_is_one_line(tmp_path, monkeypatch, capsy
     assert error.endswith(f"--log {name} needs a package that is not installed: pip install {name}")
 
 
+def test_a_folder_is_no_package(tmp_path, monkeypatch):
+    """wandb leaves a folder "wandb" where it is called: imported from there it was a module without anything in it."""
+    (tmp_path / "wandb").mkdir()
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    with pytest.raises(ValueError, match="pip install wandb"):
+        check_installed(["wandb"])
+
+
 def test_a_wandb_that_cannot_start_is_one_line(tmp_path, monkeypatch, capsys):
     wandb = FakeWandb()
     wandb.init = lambda **options: 1 / 0
     monkeypatch.setitem(sys.modules, "wandb", wandb)
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: SimpleNamespace(origin=name))
     error = refused(capsys, train_vit.main, *TINY, "--out", tmp_path, "--log", "wandb")
     assert "--log wandb cannot start (division by zero): log in with `wandb login`, or set WANDB_MODE=offline" in error
 

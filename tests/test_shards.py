@@ -150,7 +150,8 @@ def test_img2dataset_s_shards_are_captions(tmp_path):
     rows = list(shards.read(range(3), lost))
     assert [row.messages[-1]["content"] for row in rows if row] == ["A cat.", "Une forêt."] and rows[0].images[0].data == jpg
     assert shards.problems == [("00000.tar", "2 has no .json or .txt")] and "image" in str(lost)
-    assert [len(row.images) for row in LlavaRows.read(tmp_path / "00000.tar")] == [1, 1]
+    whole = LlavaRows.read(tmp_path / "00000.tar")
+    assert [len(row.images) for row in whole] == [1, 1] and "1 rows: key 'sha256' is not used" in whole.notes
 
 
 def test_captions_of_one_image_stay_apart_from_each_other_when_packed(tmp_path):
@@ -371,7 +372,7 @@ def test_a_model_is_trained_from_front_to_back_and_resumed_bit_for_bit(packed, a
     flags = [*VLM, *data_flags(packed), *(["--data", str(as_parquet)] if kind == "parquet" else [])]
     finetune_vlm.main([*flags, "--out", str(tmp_path / "whole")])
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert {"unreadable_images": 0, "rows_too_long": 0, "damaged_rows": 0}.items() <= result.items()
+    assert {"unreadable_images": 0, "rows_too_long": 0, "damaged_rows": 0, "unusable_rows": 0}.items() <= result.items()
     (tmp_path / "half").mkdir()
     (tmp_path / "half" / "state.pt").write_bytes((tmp_path / "whole" / "3.pt").read_bytes())
     finetune_vlm.main([*flags, "--out", str(tmp_path / "half"), "--resume"])

@@ -248,6 +248,33 @@ def test_damage_among_utf8_costs_its_row_alone(photos):
     assert [row.number for row in rows] == [1, 3] and "surrogate" in rows.problems[0][2]
 
 
+ROW = {"image": "a.png", "question": "What?", "answer": "x"}
+OBJECTS = [  # how many rows, or what is said of it
+    ({"data": [ROW, ROW], "version": 2}, 2),
+    ({"info": {"year": 2014}, "questions": [ROW], "tags": ["a", "b"]}, 1),
+    ({"annotations": [ROW] * 3}, 3),
+    (ROW, 1),
+    ({"train": [ROW], "test": [ROW]}, "holds an object with the keys 'train', 'test', not a list of rows"),
+    ({"images": [{"id": 1, "file_name": "a.png"}], "annotations": [ROW]}, "data.convert captions"),
+    ({"images": [{"filename": "a.png", "sentences": [{"raw": "x"}]}], "dataset": "x"}, "data.convert captions"),
+    ({"image": ["a.png", "b.png"], "caption": ["x", "y"]}, "holds columns, .* orient='records'"),
+    ({"image": {"0": "a.png", "1": "b.png"}, "caption": {"0": "x", "1": "y"}}, "holds columns, .* orient='records'"),
+]
+
+
+@pytest.mark.parametrize("about, found", OBJECTS)
+def test_an_object_with_one_list_of_rows_is_read_and_others_are_refused(photos, about, found):
+    """{"data": [...]} was refused though its rows are plain to find; what may be columns, or several parts, is so still."""
+    (photos / "x.json").write_text(json.dumps(about))
+    if isinstance(found, str):
+        with pytest.raises(ValueError, match=found):
+            LlavaRows.read(photos / "x.json")
+        return
+    rows = LlavaRows.read(photos / "x.json")
+    assert len(rows) == found and rows[0].messages == say("<image>What?", "x")
+    assert ("the rows are the list under" in rows.report()) == (about is not ROW)
+
+
 CSV = [
     ("image,question,answer\na.png,What?,3\n", [3], []),
     ('\ufeffImage\tCaption\na.png\t"A cat,\nasleep."\n\nb.png\tX\n', ["A cat,\nasleep.", "X"], []),
@@ -255,6 +282,10 @@ CSV = [
     ('image,caption\na.png,"one\nb.png,x\n', None, [2]),
     ('image,caption\na.png,"one" two\nb.png,x\n', ["x"], [2]),
     ("image;caption\na.png;x\n;y\n", ["x"], [3]),
+    ("sep=;\r\nimage;caption\r\na.png;x, y\r\n;z\r\n", ["x, y"], [4]),  # Excel's
+    ("image| caption\na.png| x, y\n", ["x, y"], []),
+    ('image, caption\na.png, "x, y"\n', ["x, y"], []),  # the quotes were learned, and its comma cost the row
+    ("image,caption\ra.png,x\r", ["x"], []),
 ]
 
 

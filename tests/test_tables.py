@@ -10,7 +10,8 @@ import pytest
 
 from data.check import main as check
 from data.llava import LlavaRows
-from data.rows import open_streamed
+from data.row_values import DamagedRow, RowError
+from data.rows import check_first, open_streamed
 from data.shard_stream import ShardStream
 from data.shards import ShardImages
 from samples import image_bytes
@@ -113,7 +114,21 @@ def test_damage_costs_what_it_hits_and_is_said(tables, tmp_path, capsys):
     (tmp_path / "c.parquet").write_bytes(cut)
     lost = {}
     rows = list(open_streamed(tmp_path / "c.parquet").read(range(30), lost))
-    assert [row is None for row in rows] == [True] * 7 + [False] * 23 and "c.parquet row 7" in lost
+    assert [row is None for row in rows] == [True] * 7 + [False] * 23 and isinstance(lost["c.parquet row 7"], DamagedRow)
+
+
+def test_what_a_stream_leaves_out_is_said_before_it_trains(tables):
+    """It said nothing of keys that it did not use, and rows left out for their spelling were counted as damaged."""
+    rows = [*raw_rows()[:5], {**raw_rows()[5], "texts": [{"user": "?", "assistant": ""}]}]
+    pq.write_table(pa.Table.from_pylist(rows), tables / "d.parquet")
+    said, lost = [], {}
+    check_first(open_streamed(tables / "d.parquet"), said.append)
+    (lines,) = (words.splitlines() for words in said)
+    assert "of its first 6 rows 5 usable, 5 of them with images" in lines and "5 rows: key 'source' is not used" in lines
+    assert "d.parquet row 6: texts[0].assistant: is an empty answer" in lines
+    list(open_streamed(tables / "d.parquet").read(range(6), lost))
+    assert [type(why) for why in lost.values()] == [RowError]
+    (tables / "d.parquet").unlink()
 
 
 def test_images_that_a_table_only_names_are_found(tmp_path):

@@ -32,8 +32,8 @@ def confusion(matrix: torch.Tensor, classes: Sequence[str], path=None):
     share = matrix.float() / matrix.sum(dim=1, keepdim=True).clamp(min=1)
     axes.imshow(share.numpy(), cmap="cividis", vmin=0, vmax=1)
     if K <= 40:
-        axes.set_xticks(range(K), classes, rotation=90)
-        axes.set_yticks(range(K), classes)
+        axes.set_xticks(range(K), classes, rotation=90, parse_math=False)
+        axes.set_yticks(range(K), classes, parse_math=False)
     if K <= 20:
         for i, j in matrix.nonzero().tolist():
             color = "black" if share[i, j] > 0.5 else "white"
@@ -51,12 +51,13 @@ def sheet(images, captions: Sequence[str], path=None, title: str = "", columns: 
     lines = max(1, math.ceil(len(images) / columns))
     height = side + 0.16 * max((caption.count("\n") for caption in captions), default=0)
     figure = new_figure(figsize=(side * columns, height * lines + 0.4), layout="constrained")
-    figure.suptitle(title if len(images) else f"{title}: none")
+    figure.suptitle(title if len(images) else f"{title}: none", parse_math=False)
     for i, (image, caption) in enumerate(zip(images, captions, strict=True)):
         axes = figure.add_subplot(lines, columns, i + 1)
         show_image(axes, image)
         color = "black" if good is None else (BLUE if good[i] else RED)
-        axes.text(0.5, -0.05, caption, transform=axes.transAxes, ha="center", va="top", fontsize=8, color=color)
+        place = {"ha": "center", "va": "top", "transform": axes.transAxes}
+        axes.text(0.5, -0.05, caption, fontsize=8, color=color, parse_math=False, **place)
     return finish(figure, path)
 
 
