@@ -21,6 +21,7 @@ from lib.chat_template import OURS, render
 from lib.files import need
 
 PROBE, KEY = "\U0010fffc", "\U0010fffd"  # private characters: a message's text, and what no template asks a part for
+EXAMPLE = [{"role": "user", "content": "What is it?"}, {"role": "assistant", "content": "It is red."}]
 HIDDEN = 0x100000  # from here on: special-token text inside messages
 
 
@@ -99,10 +100,15 @@ def answer_prefix(tokenizer) -> str:
 
 
 def end_of_turn(tokenizer) -> int:
-    """The token that ends an answer in the tokenizer's template. Raises ValueError where no special one does."""
-    chat = [{"role": "user", "content": "What is it?"}, {"role": "assistant", "content": "It is red."}]
-    ids, mask = encode_conversation(tokenizer, chat)
+    """The token that ends an answer in the tokenizer's template, or as it is trained with. Raises ValueError where no special
+    one does."""
+    ids, mask = encode_conversation(tokenizer, EXAMPLE)
     return ids[len(mask) - 1 - mask[::-1].index(1)]
+
+
+def writes_end(tokenizer) -> bool:
+    """Whether the template itself writes the token that ends an answer."""
+    return tokenizer.convert_ids_to_tokens(end_of_turn(tokenizer)) in write(tokenizer, EXAMPLE).text
 
 
 # ---- a conversation as it is written -------------------------------------------------------------------------------------
@@ -240,9 +246,10 @@ def encode_conversation(
     special_in_content: the tokens that mean something inside a message, with our tokenizer, which alone can tell; none of them
     ends an answer. image_token: stands for an image in messages; images: what each becomes, in their order (else: itself).
     add_special_tokens: as transformers' processors, with what the tokenizer puts around any text unless it begins with bos.
+    Where the template ends no answer with a special token (LLaVA-1.5's) and the mask is of all, each ends with eos_token.
     Raises ValueError for a template that cannot write the conversation and, where the mask is wanted, for one that writes turns
-    in another way once others follow, leaves something out, or ends answers without a special token: a model could not learn
-    to stop.
+    in another way once others follow, leaves something out, or ends answers without a special token that the tokenizer has: a
+    model could not learn to stop.
     """
     written = write(tokenizer, messages, add_generation_prompt, special_in_content, image_token, answers)
     if images is not None:
@@ -250,17 +257,36 @@ def encode_conversation(
     bos = tokenizer.bos_token
     around = add_special_tokens and not (bos and written.text.startswith(bos))
     by_parts = written.hidden or getattr(tokenizer, "encodes_parts_alone", False)
-    ids, spans = (encode_parts if by_parts else encode_whole)(tokenizer, written, around)
+    encode = encode_parts if by_parts else encode_whole
+    ids, spans = encode(tokenizer, written, around)
+    stops = [last_special(tokenizer, ids, span, special_in_content) for span in spans]
+    if answers == "all" and spans and not any(stops) and tokenizer.eos_token:
+        ids, spans = encode(tokenizer, end_answers(written, tokenizer.eos_token), around)
+        stops = [last_special(tokenizer, ids, span, special_in_content) for span in spans]
     mask = [0] * len(ids)
-    for start, written_to in spans:
-        stop = written_to
-        while stop > start and not is_special(tokenizer, ids[stop - 1], special_in_content):
-            stop -= 1
-        stop = written_to if stop == start and answers == "last" else stop
-        if stop == start:
+    for (start, written_to), stop in zip(spans, stops, strict=True):
+        stop = written_to if stop is None and answers == "last" else stop
+        if stop is None:
             raise ValueError("the chat template ends answers without a special token: a model could not learn to stop")
         mask[start:stop] = [1] * (stop - start)
     return ids, mask
+
+
+def last_special(tokenizer, ids: list[int], span: tuple[int, int], except_for: Collection[str]) -> int | None:
+    """Where, behind the last special token of an answer, its turn ends; None where it has none."""
+    start, stop = span
+    return next((i for i in range(stop, start, -1) if is_special(tokenizer, ids[i - 1], except_for)), None)
+
+
+def end_answers(written: Written, end: str) -> Written:
+    """Each answer with the token `end` in place of the white space behind it: so LLaVA-1.5 was trained ("ASSISTANT: red</s>"),
+    though its published template writes a space there."""
+    text, at, answers = "", 0, []
+    for start, stop in written.answers:
+        text += written.text[at:start]
+        answers.append((len(text), len(text) + len(said := written.text[start:stop].rstrip() + end)))
+        text, at = text + said, stop
+    return Written(text + written.text[at:], answers, written.hidden)
 
 
 def encode_parts(tokenizer, written: Written, around: bool) -> tuple[list[int], list[tuple[int, int]]]:

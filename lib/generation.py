@@ -26,7 +26,7 @@ RULES = ("repetition_penalty", "no_repeat_ngram_size", "bad_words_ids", "suppres
 HARMLESS = """temperature top_k top_p min_p top_h typical_p epsilon_cutoff eta_cutoff bos_token_id pad_token_id
     decoder_start_token_id use_cache cache_implementation cache_config max_cache_len early_stopping length_penalty
     num_beam_groups diversity_penalty output_scores output_logits output_attentions output_hidden_states return_dict_in_generate
-    num_return_sequences encoder_repetition_penalty encoder_no_repeat_ngram_size renormalize_logits remove_invalid_values
+    num_return_sequences renormalize_logits remove_invalid_values
     low_memory prefill_chunk_size compile_config disable_compile is_assistant num_assistant_tokens
     num_assistant_tokens_schedule assistant_confidence_threshold assistant_early_exit assistant_lookbehind target_lookbehind
     assistant_ensemble_weight prompt_lookup_num_tokens max_matching_ngram_size _from_model_config

@@ -130,6 +130,8 @@ def geometry(given: dict, kind: str) -> dict:
         if given[key] != rightly:
             raise ValueError(f"the {kind} has {key} {given[key]!r:.80}: only Idefics3's images are split")
     settings = {"do_pad_square": kind == "LlavaImageProcessor" and given["do_pad"]}
+    if settings["do_pad_square"] and not given["do_normalize"]:
+        raise ValueError("do_pad is true and do_normalize false: images are padded with the mean that is subtracted only")
     if size and "longest_edge" in size:
         raise ValueError(f"size is {given['size']!r:.80}: images of different sizes would come out; only Idefics3's may")
     crop = read_size(given, "crop_size", True) if given["do_center_crop"] else None

@@ -4,6 +4,7 @@ Sources: tokenizer.json, GPT-2's vocab.bpe + encoder.json, vocab.json + merges.t
 byte-level BPE, or not understood, is refused with the reason.
 """
 
+import json
 from pathlib import Path
 
 from lib.chat_template import TEMPLATE_FILES, read_templates
@@ -243,8 +244,10 @@ def read_folder(folder: Path) -> tuple[dict, dict]:
             i: added_entry(token, i, token in special) | {"normalized": token not in special} for token, i in added.items()
         }
     config["chat_template"] = read_templates(folder, config)
-    if (folder / "tokenizer.json").is_file():
-        return read_json(folder / "tokenizer.json"), config
+    need(not config.get("split_special_tokens"), folder, "split_special_tokens is true, which is not done: set it to false")
+    if (folder / "tokenizer.json").is_file():  # which says itself what stands around a text
+        config = {key: value for key, value in config.items() if key not in ("add_bos_token", "add_eos_token")}
+        return with_prefix_space(read_json(folder / "tokenizer.json"), config, folder), config
     for vocab_name, merges_name in (("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt")):
         if (folder / vocab_name).is_file() and (folder / merges_name).is_file():
             vocab, lines = read_json(folder / vocab_name), read_text(folder / merges_name).splitlines()
@@ -252,13 +255,28 @@ def read_folder(folder: Path) -> tuple[dict, dict]:
                 config = {name: "<|endoftext|>" for name in ("bos_token", "eos_token", "unk_token")} | config
             merges = [line for line in lines if line and not line.startswith("#version")]
             pre = "qwen2" if str(config.get("tokenizer_class")).startswith("Qwen2") else "gpt2"
-            return make_spec(vocab, merges, pre, []), config
+            return with_prefix_space(make_spec(vocab, merges, pre, []), config, folder), config
     for name in ("tokenizer.model", "spiece.model"):
         if (folder / name).is_file():
             from lib.sentencepiece_file import read_sentencepiece
 
             return read_sentencepiece(folder / name, config)
     raise FileNotFoundError(f"{folder}: no tokenizer.json, vocab.bpe with encoder.json, or merges.txt with vocab.json")
+
+
+def with_prefix_space(spec: dict, config: dict, source) -> dict:
+    """A tokenizer.json of GPT-2's class, whose tokenizer_config.json decides whether a text begins with a space. Raises
+    ValueError where LLaMA's two files contradict each other in that."""
+    pre, name, wanted = spec.get("pre_tokenizer") or {}, str(config.get("tokenizer_class")), config.get("add_prefix_space")
+    prepends = pre.get("prepend_scheme", "never") != "never" or '"Prepend"' in json.dumps(spec.get("normalizer"))
+    need(
+        not (name.startswith("LlamaTokenizer") and wanted is False and prepends),
+        source,
+        "add_prefix_space is false, and tokenizer.json puts a space before a text: one of the two must be changed",
+    )
+    if not name.startswith("GPT2Tokenizer") or pre.get("type") != "ByteLevel":
+        return spec
+    return spec | {"pre_tokenizer": pre | {"add_prefix_space": bool(wanted)}}
 
 
 def read_gguf(path: Path) -> tuple[dict, dict]:

@@ -13,6 +13,7 @@ import torch.nn as nn
 
 from data.images import height_width
 from gpt import GPT, GPTConfig
+from lib.chat import writes_end
 from lib.chat_template import OURS
 from lib.files import find_source
 from lib.generation import with_end_of_turn
@@ -55,6 +56,8 @@ def with_chat_template(tokenizer, source: str):
         print(f"{source} has no chat template: it learns ours, chatml_spaced, with <|im_start|> and <|im_end|>")
         tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
         tokenizer.chat_template = OURS["chatml_spaced"]
+    if not writes_end(tokenizer):
+        print(f"{source}: its chat template writes no token behind an answer: training ends each with {tokenizer.eos_token}")
     return tokenizer
 
 

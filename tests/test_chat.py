@@ -216,6 +216,27 @@ def test_an_opening_that_differs_by_white_space_is_no_answer(either):
     assert either.decode([i for i, m in zip(ids, mask, strict=True) if m]) == "none<|im_end|>red<|im_end|>"
 
 
+def test_answers_that_a_template_does_not_end_are_trained_with_eos(either):
+    """LLaVA-1.5's template, as published, writes a space behind an answer; the model was trained with </s> there, and stops at
+    it. It could not be finetuned."""
+    either.chat_template = IMAGES["llava"]
+    asked = chat_of("<image>\na?", "it is b", "c?", "d ")
+    ids, mask = chat.encode_conversation(either, asked, image_token="<image>")
+    learned = either.decode([i for i, m in zip(ids, mask, strict=True) if m])
+    assert learned.replace(" </s>", "</s>").replace("</s> ", "</s>").strip() == "it is b</s>d</s>"
+    assert chat.end_of_turn(either) == either.eos_token_id and not chat.writes_end(either)
+    assert "</s>" not in either.decode(chat.encode_conversation(either, asked[:3], True, image_token="<image>")[0])
+    either.chat_template = TEXT["chatml, trimmed"]
+    assert chat.writes_end(either)
+    either.chat_template = IMAGES["llava"]
+    either.eos_token = None
+    try:
+        with pytest.raises(ValueError, match="ends answers without a special token"):
+            chat.encode_conversation(either, asked, image_token="<image>")
+    finally:
+        either.eos_token = NAMED["eos_token"]
+
+
 @pytest.mark.parametrize("name", ["qwen 3", "llava", "ours"])
 def test_the_last_answer_alone_can_be_scored_where_training_is_refused(either, name):
     """evaluate.py asks for the loss of one answer, which needs neither turns that stay as they are nor an end."""
@@ -231,7 +252,6 @@ def test_the_last_answer_alone_can_be_scored_where_training_is_refused(either, n
 UNTRAINABLE = {
     "qwen 3": (TEXT["qwen 3"], "writes message 1 with '<think>.*it cannot be trained with"),
     "a thought is opened": (TEXT["chatml, thinking"], "opens message 1 for an answer with '<think>"),
-    "llava": (IMAGES["llava"], "without a special token"),
     "leaves out": (TEXT["chatml"].replace("m.content", "m.content.split('</think>')[-1]"), "leaves out some of message 3"),
     "no system": (TEXT["gemma"], "cannot write this conversation .System role not supported"),
     "syntax": ("{% for %}", "cannot write this conversation"),

@@ -12,7 +12,7 @@ from lib import generation
 from lib.answers import Item, answer
 from lib.checkpoint import from_pretrained, load_vlm, save_pretrained
 from lib.conversation import stream_text
-from lib.tokenizer import BPETokenizer
+from lib.tokenizer import BPETokenizer, load_tokenizer
 from lib.vlm_parts import find_part, with_chat_template
 from lib.vlm_report import save_run
 from processing_mllama import MllamaImageProcessor
@@ -119,7 +119,11 @@ def test_what_is_not_done_is_named(folder, capsys):
     generate.main([str(folder), "the dog", "--max-new-tokens", "1"])
     (line,) = capsys.readouterr().err.splitlines()
     assert "asks for do_sample = True, forced_eos_token_id = 4, mystery = 'x' when it generates, which is not done" in line
-    say(folder, temperature=0.6, num_beams=1, eos_token_id=3)
+    # These are taken for settings of encoders, and transformers applies them to the prompt of a decoder, too.
+    assert "encoder_repetition_penalty = 1.5, encoder_no_repeat_ngram_size = 2" in generation.unlike_generate(
+        {"encoder_repetition_penalty": 1.5, "encoder_no_repeat_ngram_size": 2}, load_tokenizer(folder)
+    )
+    say(folder, temperature=0.6, num_beams=1, eos_token_id=3, encoder_repetition_penalty=1.0, encoder_no_repeat_ngram_size=0)
     generate.main([str(folder), "the dog", "--max-new-tokens", "1"])
     assert not capsys.readouterr().err
     wrong = {"eos_token_id": "a", "repetition_penalty": 0, "bad_words_ids": [[]], "suppress_tokens": 3, "max_length": -1}

@@ -144,6 +144,7 @@ SIGLIP = {"image_processor_type": "SiglipImageProcessor"}
         (SIGLIP | {"data_format": "channels_last"}, "channels_last"),
         (TILED | {"max_image_size": {"height": 5, "width": 5}}, "max_image_size"),
         (TILED | {"do_center_crop": True, "crop_size": 5}, "not cropped"),
+        ({"image_processor_type": "LlavaImageProcessor", "do_pad": True, "do_normalize": False}, "do_pad is true"),
         ([1], "JSON list"),
     ],
 )

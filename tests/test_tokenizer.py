@@ -817,6 +817,44 @@ def test_added_tokens_have_the_ids_that_the_files_state(tmp_path, kind, case):
         assert theirs.convert_tokens_to_ids(tokens) == ids and len(theirs) == len(ours)
 
 
+OVERRULED = [
+    *({"add_bos_token": True}, {"add_bos_token": False}, {"add_eos_token": True}, {"add_eos_token": False}),
+    *({"add_prefix_space": True}, {"add_prefix_space": False}),
+]
+
+
+@pytest.mark.parametrize("changes", OVERRULED, ids=str)
+@pytest.mark.parametrize("kind", ["gpt2", "llama3", "llama2", "gpt2 without tokenizer.json"])
+def test_which_of_two_files_says_what_stands_around_a_text(tmp_path, kind, changes):
+    """tokenizer.json, as in transformers 5: add_eos_token behind its back put an end behind each prompt. But for GPT-2's class
+    tokenizer_config.json says whether a text begins with a space, which was not read."""
+    published = pytest.importorskip("published", reason="transformers makes them")
+    getattr(published, kind.split()[0])().save_pretrained(tmp_path)
+    if "without" in kind:
+        spec = json.loads((tmp_path / "tokenizer.json").read_text())
+        (tmp_path / "vocab.json").write_text(json.dumps(spec["model"]["vocab"]))
+        (tmp_path / "merges.txt").write_text("\n".join(" ".join(merge) for merge in spec["model"]["merges"]))
+        (tmp_path / "tokenizer.json").unlink()
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text()) | changes
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    if (kind, changes) == ("llama2", {"add_prefix_space": False}):
+        with pytest.raises(ValueError, match="add_prefix_space is false, and tokenizer.json puts a space before"):
+            load_tokenizer(tmp_path)
+        return
+    theirs, ours = pytest.importorskip("transformers").AutoTokenizer.from_pretrained(tmp_path), load_tokenizer(tmp_path)
+    for text in ("The dog", " The dog", "\ncat"):
+        assert ours.encode(text) == theirs(text)["input_ids"]
+
+
+def test_special_tokens_that_are_to_be_cut_up_are_refused(tmp_path):
+    """It had no effect."""
+    BPETokenizer.train("a b", 258, ["<x>"]).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text()) | {"split_special_tokens": True}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="split_special_tokens is true"):
+        load_tokenizer(tmp_path)
+
+
 # ---- SentencePiece's own file, without a tokenizer.json ------------------------------------------------------------------
 
 SLOW = {
