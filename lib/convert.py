@@ -171,8 +171,8 @@ def main() -> None:
         print("\n".join(show(args.source)))
     elif args.command == "merge-lora":
         kind, lines = merge_adapter(args.source, args.folder, args.adapter)
-        print("\n".join((*lines, f"{args.folder} holds a {kind} now, without LoRA layers")))
+        print("\n".join((*lines, f"{args.folder} is in the layout of {kind} now, without LoRA layers")))
     else:
         kind, lines = convert(args.source, args.folder, DTYPES.get(args.dtype))
         told = "" if is_published(kind) else ", which only this project opens"
-        print("\n".join((*lines, f"{args.folder} holds a {kind} now{told}")))
+        print("\n".join((*lines, f"{args.folder} is in the layout of {kind} now{told}")))

@@ -153,7 +153,7 @@ def main(argv=None) -> None:
     args = parser.parse_args(argv)
     config = write_dinov2_folder(args.file, args.folder)
     sizes = "{num_hidden_layers} blocks of width {hidden_size}, {num_attention_heads} heads, images of {image_size} pixels"
-    print(f"{args.folder} holds a dinov2 now: {sizes.format(**config)}")
+    print(f"{args.folder} is in the layout of dinov2 now: {sizes.format(**config)}")
 
 
 if __name__ == "__main__":

@@ -77,10 +77,15 @@ def find_part(source: str, part: str, image_size: int | None = None) -> nn.Modul
         found = as_tower(found)
     if not isinstance(found, SiglipModel | ViTModel if part == "vision" else Llama3ForCausalLM | GPT):
         wanted = "a vision tower (SigLIP, ViT, CLIP, DINOv2)" if part == "vision" else "a decoder (LLaMA, Mistral, Qwen, GPT-2)"
-        raise ValueError(f"--{part} {source} is a {type(found).__name__}: it must be {wanted}, or a model that has one")
+        raise ValueError(f"--{part} {source} holds a {type(found).__name__}: it must be {wanted}, or a model that has one")
     if part == "vision" and found.config.num_channels != 3:
         raise ValueError(f"--vision {source} reads images of {found.config.num_channels} channels: it must be 3, RGB")
-    return resized_tower(found, image_size) if image_size else found
+    if not image_size:
+        return found
+    try:
+        return resized_tower(found, image_size)
+    except ValueError as error:
+        raise ValueError(f"--image-size {image_size}: {error}") from None
 
 
 def as_tower(vit: ViTModel) -> ViTModel:

@@ -448,15 +448,15 @@ def test_a_vlm_that_fits_a_published_layout_opens_in_transformers(tmp_path, case
 
 
 MISFITS = {
-    "cross": ({"cross_every": 4, "image_token_id": 98}, "llava, idefics3, smolvlm: it knows images as tokens among"),
-    "mlp with shuffle": ({**AS_LLAVA, "pixel_shuffle": 2}, "llava: its projector is an mlp, .* without pixel shuffle"),
-    "wide mlp": ({**AS_LLAVA, "projection_dim": 30}, "llava: its projector is an mlp, 24 wide inside"),
-    "mlp after the norm": ({"image_token_id": 98}, "llava: it takes .* before the final norm"),
-    "linear with bias": ({**AS_IDEFICS3, "projector_bias": True}, "idefics3, smolvlm: its projector is one .* without bias"),
+    "cross": ({"cross_every": 4, "image_token_id": 98}, "llava, idefics3, smolvlm: needs images as tokens among"),
+    "mlp with shuffle": ({**AS_LLAVA, "pixel_shuffle": 2}, "llava: needs an mlp projector, .* without pixel shuffle"),
+    "wide mlp": ({**AS_LLAVA, "projection_dim": 30}, "llava: needs an mlp projector, 24 wide inside"),
+    "mlp after the norm": ({"image_token_id": 98}, "llava: needs .* before the final norm"),
+    "linear with bias": ({**AS_IDEFICS3, "projector_bias": True}, "smolvlm: needs a projector of one .* without bias"),
     "linear before the norm": ({**AS_IDEFICS3, "vision_feature_layer": -2}, "idefics3, smolvlm: .* after the final norm"),
     "placeholder unknown": ({"vision_feature_layer": -2, "image_token_id": None}, "llava: image_token_id is not set"),
     "placeholder outside": ({**AS_LLAVA, "image_token_id": 99}, "llava: image_token_id 99 is outside the vocabulary of 99"),
-    "not square": ({**AS_LLAVA, "vision": {"image_size": (16, 40)}}, "llava: its images are squares"),
+    "not square": ({**AS_LLAVA, "vision": {"image_size": (16, 40)}}, "llava: needs square images"),
     "biases of no kind": ({**AS_LLAVA, "text": {"attention_bias": True, "mlp_bias": True, "qk_norm": True}}, "its qk_norm is"),
     "grid that theirs misplaces": ({**AS_IDEFICS3, "pixel_shuffle": 5, "vision": {"image_size": 200}}, "25x25 grid"),
 }
@@ -943,7 +943,7 @@ def test_convert_rewrites_with_everything_that_belongs_to_it(tmp_path, monkeypat
     theirs.save_pretrained(tmp_path / "theirs")
     (tmp_path / "theirs" / "tokenizer.json").write_text("{}")
     run_main(monkeypatch, "convert", tmp_path / "theirs", tmp_path / "ours", "--dtype", "bf16")
-    assert "holds a llama now" in capsys.readouterr().out
+    assert "is in the layout of llama now" in capsys.readouterr().out
     assert (tmp_path / "ours" / "tokenizer.json").exists() and (tmp_path / "ours" / "generation_config.json").exists()
     again = tf.LlamaForCausalLM.from_pretrained(tmp_path / "ours")
     assert again.dtype == torch.bfloat16 and again.config.eos_token_id == [4, 5] and again.config.bos_token_id == 3
@@ -964,7 +964,7 @@ def test_convert_carries_what_belongs_to_the_model_and_names_what_it_leaves(tmp_
         (source / name).write_text(name)
     run_main(monkeypatch, "convert", source, target)
     lines = capsys.readouterr().out.splitlines()
-    assert lines == [f"left in {source}: README.md, notes, pytorch_model.bin", f"{target} holds a llama now"]
+    assert lines == [f"left in {source}: README.md, notes, pytorch_model.bin", f"{target} is in the layout of llama now"]
     assert all((target / name).read_text() == name for name in along) and not (target / "README.md").exists()
     config = json.loads((target / "config.json").read_text())
     assert config["repetition_penalty"] == 1.3 and config["suppress_tokens"] == [3]

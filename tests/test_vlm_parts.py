@@ -107,10 +107,10 @@ def test_a_processor_read_again_writes_the_same_prompt(tmp_path, tokenizer, proj
 
 def test_what_is_no_part_is_one_line(tmp_path):
     save_pretrained(vit(), tmp_path / "vit")
-    with pytest.raises(ValueError, match="--lm .*is a ViTModel: it must be a decoder"):
+    with pytest.raises(ValueError, match="--lm .*holds a ViTModel: it must be a decoder"):
         find_part(tmp_path / "vit", "lm")
     save_pretrained(decoder("gpt2", 50), tmp_path / "gpt2")
-    with pytest.raises(ValueError, match="--vision .*is a GPT: it must be a vision tower"):
+    with pytest.raises(ValueError, match="--vision .*holds a GPT: it must be a vision tower"):
         find_part(tmp_path / "gpt2", "vision")
 
 

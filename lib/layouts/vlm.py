@@ -188,7 +188,7 @@ def llava_layout(layout: Layout, config: MLLAMAConfig, published: dict | None) -
 
 HANDLED = ("vision_config", "text_config", "projection_dim", "projector_type", "projector_bias", "pixel_shuffle")
 HANDLED += ("vision_feature_layer", "image_token_id")
-TOKENS_ONLY = "it knows images as tokens among the words only"
+TOKENS_ONLY = "needs images as tokens among the words"
 
 
 def vlm_misfit(config: MLLAMAConfig) -> str:
@@ -198,7 +198,7 @@ def vlm_misfit(config: MLLAMAConfig) -> str:
     if token >= V:
         return f"image_token_id {token} is outside the vocabulary of {V}: make room with lib.vocabulary.resize_token_embeddings"
     if config.vision_config.grid[0] != config.vision_config.grid[1]:
-        return "its images are squares"
+        return "needs square images"
     return unusual(config, HANDLED)
 
 
@@ -207,9 +207,9 @@ def llava_misfit(config: MLLAMAConfig) -> str:
     if type(config) is not MLLAMAConfig:
         return TOKENS_ONLY
     if config.projector_type != "mlp" or config.pixel_shuffle != 1 or config.projection_dim not in (None, width):
-        return f"its projector is an mlp, {width} wide inside like the text model, without pixel shuffle"
+        return f"needs an mlp projector, {width} wide inside like the text model, without pixel shuffle"
     if config.vision_feature_layer is None:
-        return "it takes the tower's features from before the final norm: set vision_feature_layer, to -2 for instance"
+        return "needs the tower's features from before the final norm: set vision_feature_layer, to -2 for instance"
     if reason := vlm_misfit(config):
         return reason
     for part, kinds in ((config.vision_config, TOWER_KINDS), (config.text_config, DECODER_KINDS)):
@@ -258,11 +258,11 @@ def idefics3_misfit(config: MLLAMAConfig) -> str:
     if type(config) is not MLLAMAConfig:
         return TOKENS_ONLY
     if config.projector_type != "linear" or config.projector_bias:
-        return "its projector is one linear layer without bias"
+        return "needs a projector of one linear layer without bias"
     if config.vision_feature_layer is not None:
-        return "it takes the tower's features from after the final norm: leave vision_feature_layer unset"
+        return "needs the tower's features from after the final norm: leave vision_feature_layer unset"
     if type(config.vision_config) is not SiglipVisionConfig or type(config.text_config) is not LLAMA32Config:
-        return "it is made of SigLIP and LLaMA"
+        return "needs SigLIP and LLaMA"
     parts = (check(part) for check, part in (
         (vlm_misfit, config), (vision_misfit, config.vision_config), (llama_misfit, config.text_config),
         (idefics3_position_misfit, config.vision_config),
