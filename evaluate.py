@@ -112,20 +112,24 @@ def load_twin(folder: Path, device, settings: dict):
 
 
 def llava_items(data: str, images: str | None, count: int | None, skip: bool, isolated=False) -> tuple[list[Item], int]:
-    """The questions of a file of rows, and how many of its rows are unusable. Raises ValueError for such rows, unless they
-    are to be skipped. isolated: each question without those before it, as the run was trained."""
-    from data.llava import LlavaRows
+    """The questions of a file of rows, and how many of its rows are unusable, those of images that cannot be decoded included.
+    Raises ValueError for such rows, unless they are to be skipped, and where none is left. isolated: each question without
+    those before it, as the run was trained."""
+    from data.llava import LlavaRows, decoding_problem, with_whole_images
     from data.rows import naming
 
+    progress = sys.stderr.isatty()
     with naming("--data", data):
-        rows = LlavaRows.read(data, images, progress=sys.stderr.isatty())
-    if rows.problems and not skip:
-        number, field, what = rows.problems[0]
+        rows = LlavaRows.read(data, images, progress)
+    asked, damaged = with_whole_images(rows[:count], rows.folder, progress, decoding_problem)
+    problems = rows.problems + damaged
+    if problems and not (skip and asked):
+        number, field, what = problems[0]
         raise ValueError(
-            f"--data {data}: {len(rows.problems)} of {rows.total} rows are unusable, the first row {number}, {field}: {what}; "
-            "fix them, or pass --skip-unusable"
+            f"--data {data}: {len(problems)} of {rows.total} rows are unusable, the first row {number}, {field}: {what}; "
+            + ("fix them, or pass --skip-unusable" if asked else "none is left")
         )
-    return row_items(rows[:count], isolated), len(rows.problems)
+    return row_items(asked, isolated), len(problems)
 
 
 def find_items(args, settings: dict) -> tuple[dict[str, list[Item]], dict]:

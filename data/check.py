@@ -22,7 +22,7 @@ from data.images import decode_image
 from data.llava import LlavaRow, LlavaRows, header_problem, noted, problem_lines
 from data.packing import encode_sample
 from data.row_files import is_streamed
-from data.rows import open_streamed
+from data.rows import naming, open_streamed
 from lib.cli import HelpFormatter, positive_int, run_cli
 from processing_mllama import IMAGE_TOKEN, MllamaImageProcessor
 
@@ -142,7 +142,8 @@ def main(argv=None) -> None:
     print("\n".join(lines))
     print(tally)
     if args.sheet:
-        print(draw_sheet(tally.drawn, args.sheet))
+        with naming("--sheet", args.sheet):
+            print(draw_sheet(tally.drawn, args.sheet))
     found = {"rows_usable": tally.usable, "rows_with_images": tally.with_images, "questions": tally.questions}
     print(json.dumps({"rows": total, **found, "images": tally.images, "longest_row_tokens": tally.longest[0]}))
     sys.exit(1 if problems else 0)

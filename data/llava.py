@@ -24,7 +24,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from data.images import FORMATS, decoding_threads
+from data.images import FORMATS, decode_image, decoding_threads
 from data.row_files import RowFile, is_streamed, keep_image, read_file
 from data.row_values import RowError
 from data.spellings import Row, read_row
@@ -153,6 +153,15 @@ def header_problem(image: Path | bytes) -> str | None:
     return size_problem(width, height)
 
 
+def decoding_problem(image: Path) -> str | None:
+    """Why an image file cannot be decoded to its end."""
+    try:
+        decode_image(image, at_least=32)
+    except (ValueError, OSError) as error:
+        return one_line(error)
+    return None
+
+
 def size_problem(width: int, height: int) -> str | None:
     if min(width, height) < 1:
         return f"of {width}x{height} pixels is empty"
@@ -187,11 +196,11 @@ def kept(image: str | bytes, k: int, row: Row) -> str | Path:
     return keep_image(image) if isinstance(image, bytes) else image
 
 
-def with_whole_images(rows: Sequence[LlavaRow], folder: Path, progress: bool):
-    """(the rows whose images' headers are whole, the problems of the others)."""
+def with_whole_images(rows: Sequence[LlavaRow], folder: Path, progress: bool, problem_of=None):
+    """(the rows whose images are whole, the problems of the others); by their headers alone, unless problem_of is another."""
     paths = list(dict.fromkeys(path for row in rows for path in row.images))
     with decoding_threads(16) as pool:
-        found = pool.map(header_problem, paths)
+        found = pool.map(problem_of or header_problem, paths)
         found = list(tqdm(found, "checking", len(paths), unit=" images", disable=not progress))
     bad, usable, problems = {path: what for path, what in zip(paths, found, strict=True) if what}, [], []
     for row in rows:

@@ -243,5 +243,6 @@ def test_an_answer_sheet_marks_right_and_wrong_by_sign_and_colour(tmp_path):
     assert [text[:1] for text, _ in said if not text.startswith(("How", "truth"))] == ["✗", "✓", "✗", "a", "✗"]
     assert [text for text, _ in said if text.startswith("truth")] == ["truth: 2", "truth: blue", "truth:"]
     assert max(len(line) for text, _ in said for line in text.split("\n")) <= 34 and any("..." in text for text, _ in said)
-    judged = figures.answer_sheet(images[:1], ["?"], ["Two"], ["2"], good=[True])
+    judged = figures.answer_sheet(images[:1], ["?"], ["Two"], ["2"], good=[True], title="what it saw, what it was asked")
     assert texts(judged) == ["?", "✓ Two"]
+    assert judged.get_suptitle().count("\n") == 1, "over a single image a title has two lines; it was cut off at both ends"

@@ -18,6 +18,7 @@ from lib.scores import score, wilson
 from lib.tokenizer import BPETokenizer
 from model import MLLAMAConfig, MllamaForConditionalGeneration
 from processing_mllama import MllamaImageProcessor
+from samples import image_bytes
 
 VISION = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
 VISION |= {"image_size": 64, "patch_size": 16}
@@ -273,6 +274,31 @@ def test_unusable_rows_are_skipped_when_asked(runs, llava, capsys, tmp_path):
     )
     assert "data: 3 questions about 2 images" in printed
     assert json.loads((tmp_path / "eval.json").read_text())["data"]["unusable_rows"] == 1
+
+
+def test_an_image_that_is_damaged_behind_its_header_costs_its_row_alone(llava, tmp_path):
+    """It ended the evaluation, --skip-unusable or not, after the model had answered others."""
+    rows = [{"image": f"{name}.png", "question": "?", "answer": "x"} for name in "ab"]
+    (tmp_path / "a.png").write_bytes(image_bytes())
+    (tmp_path / "b.png").write_bytes(image_bytes(1, (90, 90))[:2000])
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    items, lost = evaluate.llava_items(tmp_path / "rows.json", None, None, skip=True)
+    assert [item.images[0].name for item in items] == ["a.png"] and lost == 1
+    with pytest.raises(ValueError, match="--data .*: 1 of 2 rows are unusable, the first row 2, image: 'b.png' .*--skip"):
+        evaluate.llava_items(tmp_path / "rows.json", None, None, skip=False)
+    (tmp_path / "a.png").write_bytes(image_bytes(1, (90, 90))[:2000])
+    with pytest.raises(ValueError, match="2 of 2 rows are unusable, .* none is left"):
+        evaluate.llava_items(tmp_path / "rows.json", None, None, skip=True)
+
+
+def test_of_thousands_of_kinds_the_most_frequent_are_drawn(tmp_path):
+    """A file whose "category" is another one in each row made a figure too high to be written, after all was measured."""
+    row = {"n": 1, "right": 1, "exact_match": 1.0, "low": 0.2, "high": 1.0}
+    by_kind = {f"costs ${k} and $x_{{": {**row, "n": 1 + (k == 2000)} for k in range(3000)}
+    (axes,) = evaluate.draw_bars({"test": {"model": {**row, "by_kind": by_kind}}}, tmp_path / "eval.png").axes
+    names = [label.get_text() for label in axes.get_yticklabels()]
+    assert len(names) == evaluate.MOST_BARS + 1 and "costs $2000 and $x_{" in names
+    assert max(Image.open(tmp_path / "eval.png").size) < 3000
 
 
 def test_bars_reach_from_0_to_their_share_and_whiskers_over_the_interval():

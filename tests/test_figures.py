@@ -214,3 +214,16 @@ def test_pca_gif_moves_from_layer_to_layer(tmp_path):
             shades.append(gif.convert("L").getpixel((30, 50)))
             assert gif.convert("L").crop((0, 0, 60, 28)).getextrema()[0] < 100  # the layer's name
     assert shades[0] < 5 and shades[4] > 250 and shades[:5] == sorted(shades[:5]) and shades[4:] == sorted(shades[4:])[::-1]
+
+
+def test_curves_of_a_short_run_have_whole_steps_and_shares_from_0_to_1():
+    """One evaluation at step 12 stood at 11.75 to 12.25, between -0.04 and 0.04."""
+    loss, share = figures.curves([{"step": 12, "loss": 5.0, "test_exact_match": 0.0}]).axes
+    assert all(float(tick).is_integer() for tick in loss.get_xticks()) and share.get_ylim() == (-0.03, 1.03)
+
+
+def test_dollars_in_captions_and_class_names_are_no_formula(tmp_path):
+    """ "$5 and $x_{" is a caption; it ended the drawing of a run that had been trained."""
+    images = torch.zeros(1, 3, 8, 8, dtype=torch.uint8)
+    figures.sheet(images, ["$5 and $x_{"], tmp_path / "a.png", "$a$ $_{")
+    figures.confusion(torch.eye(2, dtype=torch.long), ["$5 and $x_{", "b"], tmp_path / "b.png")

@@ -9,7 +9,7 @@ from lib.figures.common import BLUE, RED, finish, new_figure, show_image, wrappe
 
 
 def curves(rows: list[dict], path=None):
-    """rows: metrics.jsonl. One panel for each figure in it, over the steps."""
+    """rows: metrics.jsonl. One panel for each figure in it, over the steps from 0 on."""
     panels = [key for key in dict.fromkeys(key for row in rows for key in row) if key not in ("step", "seconds", "epoch")]
     columns = min(4, max(1, len(panels)))
     lines = max(1, math.ceil(len(panels) / columns))
@@ -20,6 +20,10 @@ def curves(rows: list[dict], path=None):
         axes.plot(*zip(*points, strict=True), color=BLUE, marker="." if len(points) < 30 else None)
         axes.set_title(key.replace("_", " "))
         axes.set_xlabel("step")
+        axes.set_xlim(0, 1.03 * max(1, rows[-1]["step"]))
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        if key.endswith(("exact_match", "accuracy")):
+            axes.set_ylim(-0.03, 1.03)
         axes.grid(alpha=0.3)
     return finish(figure, path)
 
@@ -106,7 +110,9 @@ def answer_sheet(
     columns = max(1, min(columns, len(captions)))
     rows = [captions[i : i + columns] for i in range(0, len(captions), columns)] or [[]]
     text = [max((sum(1 + t.count("\n") for t, _ in caption) for caption in row), default=0) * 0.15 + 0.1 for row in rows]
-    figure = new_figure(figsize=(2.5 * columns, sum(text) + 1.9 * len(rows) + 0.4), layout="constrained")
+    title = wrapped(title, 24 * columns, 3)
+    height = sum(text) + 1.9 * len(rows) + 0.2 * (1 + title.count("\n")) + 0.2
+    figure = new_figure(figsize=(2.5 * columns, height), layout="constrained")
     figure.suptitle(title, parse_math=False)
     grid = figure.add_gridspec(2 * len(rows), columns, height_ratios=[h for below in text for h in (1.9, below)])
     for i, (image, caption) in enumerate(zip(images, captions, strict=True)):
