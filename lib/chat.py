@@ -78,6 +78,11 @@ def message_form(template: str, tokens: tuple[tuple[str, str], ...], image_token
     return "list"
 
 
+def takes_parts(tokenizer, image_token: str) -> bool:
+    """Whether its template takes a message's content as a list of images and texts."""
+    return message_form(template_of(tokenizer), tuple(named_tokens(tokenizer).items()), image_token) == "images"
+
+
 def shape(messages: list[dict], form: str, image_token: str | None) -> list[dict]:
     """The messages as a template of this form takes them."""
     if form == "text":

@@ -74,6 +74,8 @@ def read_json(path: Path | str) -> dict:
         value = json.loads(read_text(path))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not valid JSON ({error}): it may be damaged, get it again") from None
+    except RecursionError:
+        raise ValueError(f"{path} is nested too deep: it may be damaged, get it again") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds a JSON {type(value).__name__}, an object was expected")
     return value

@@ -16,6 +16,7 @@ from pathlib import Path
 from data.images import height_width
 from data.tiles import RESAMPLE, ImageSettings
 from lib.files import find_source, read_json, write_json
+from lib.layouts.settings import say_once
 from processing_mllama import IDEFICS3_AROUND, IMAGE_TOKEN, IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD
 
 # ---- what the published processors are ---------------------------------------------------------------------------------
@@ -57,6 +58,8 @@ CHANGE_NOTHING = {  # of an RGB image's pixels, whatever they say
     *("video_sampling", "_valid_processor_keys", "image_token"),
 }
 
+MOST_PIXELS = 8192  # of a side that an image is resized to: twice what Idefics3 lets one have
+
 # ---- reading -----------------------------------------------------------------------------------------------------------
 
 
@@ -70,6 +73,8 @@ def read_image_settings(folder: str | Path) -> dict:
         path = folder / "preprocessor_config.json"
         published = read_if_there(path)
     if not published:
+        if (folder / "config.json").is_file():
+            say_once(f"{folder} does not say how its images are prepared: they are squeezed, and scaled to -1..1")
         return {}
     if not isinstance(published, dict):
         raise ValueError(f"{path} has image_processor {published!r:.80}: it must be an object")
@@ -179,8 +184,8 @@ def read_size(given: dict, key: str, square: bool) -> dict[str, int]:
         size = {"height": size[0], "width": size[1]}
     if not isinstance(size, dict) or set(size) not in ({"height", "width"}, {"shortest_edge"}, {"longest_edge"}):
         raise ValueError(f"{key} is {size!r:.80}: it must have height and width, or shortest_edge or longest_edge alone")
-    if not all(isinstance(side, int) and not isinstance(side, bool) and side > 0 for side in size.values()):
-        raise ValueError(f"{key} is {size!r:.80}: sides must be numbers from 1")
+    if not all(isinstance(side, int) and not isinstance(side, bool) and 0 < side <= MOST_PIXELS for side in size.values()):
+        raise ValueError(f"{key} is {size!r:.80}: sides must be numbers from 1 to {MOST_PIXELS}")
     return dict(size)
 
 
@@ -245,12 +250,15 @@ def around_image(config) -> tuple[str, str]:
 
 
 def count_image_tokens(config, image_size: tuple[int, int]) -> int:
-    """Placeholders per image of so many pixels: of the config of a vision-language model, or of a tower alone."""
-    if hasattr(config, "vision_config") and hasattr(config, "pixel_shuffle"):
-        config = replace(config, vision_config=replace(config.vision_config, image_size=image_size))
-        return config.text_config.num_image_tokens
-    rows, columns = replace(getattr(config, "vision_config", config), image_size=image_size).grid
-    return rows * columns
+    """Placeholders per image of so many pixels: of the config of a vision-language model, or of a tower alone. Raises
+    ValueError for a size that cannot be cut into patches."""
+    try:
+        if hasattr(config, "vision_config") and hasattr(config, "pixel_shuffle"):
+            config = replace(config, vision_config=replace(config.vision_config, image_size=image_size))
+            return config.text_config.num_image_tokens
+        return math.prod(replace(getattr(config, "vision_config", config), image_size=image_size).grid)
+    except AssertionError as error:
+        raise ValueError(str(error)) from None
 
 
 # ---- writing -----------------------------------------------------------------------------------------------------------

@@ -12,10 +12,12 @@ import math
 import re
 from pathlib import Path
 
+from lib.chat import takes_parts
 from lib.checkpoint import choose_layout, from_pretrained, is_published, open_source, understand
 from lib.convert import companions
 from lib.files import one_line, read_json, read_text, write_atomic
 from lib.weights import empty_model, list_safetensors, safetensors_files
+from processing_mllama import MllamaImageProcessor
 
 TASKS = {  # what the hub calls what a model does, by model_type
     **dict.fromkeys(("gpt2", "llama", "mistral", "qwen2", "qwen3"), "text-generation"),
@@ -29,9 +31,12 @@ NOT_TOLD = ("out", "run", "device", "workers", "resume", "dry_run", "max_seconds
 CHAT = """pipe = pipeline("{task}", model="{name}")
 content = [{{"type": "image", "url": "photo.jpg"}}, {{"type": "text", "text": "What is this?"}}]
 print(pipe(text=[{{"role": "user", "content": content}}], max_new_tokens=40))"""
+ASK = """pipe = pipeline("{task}", model="{name}")
+chat = [{{"role": "user", "content": "<image>\\nWhat is this?"}}]
+prompt = pipe.processor.apply_chat_template(chat, add_generation_prompt=True)
+print(pipe(images="photo.jpg", text=prompt, max_new_tokens=40))"""  # where the template takes texts, not lists
 CALLS = {
     "text-generation": 'print(pipeline("{task}", model="{name}")("The dog jumped over the", max_new_tokens=20))',
-    "image-text-to-text": CHAT,
     "zero-shot-image-classification": 'pipe = pipeline("{task}", model="{name}")\n'
     'print(pipe("photo.jpg", candidate_labels=["a dog", "a cat"]))',
 }
@@ -77,7 +82,7 @@ def model_card(folder: Path, name: str, kind: str) -> str:
     task, title = TASKS.get(kind, TOWER_TASK), name.split("/")[-1]
     tensors = list_safetensors(folder)
     parameters = sum(math.prod(shape) for _, shape, _ in tensors)
-    call = CALLS.get(task, CALL).format(task=task, name=name)
+    call = (question(folder) if task == "image-text-to-text" else CALLS.get(task, CALL)).format(task=task, name=name)
     parts = [
         f"---\nlibrary_name: transformers\npipeline_tag: {task}\n---",
         MARK,
@@ -92,6 +97,15 @@ def model_card(folder: Path, name: str, kind: str) -> str:
         if facts := told(folder / file):
             parts.append(f"## {words}\n\n{table(head, facts)}")
     return "\n\n".join(parts) + "\n"
+
+
+def question(folder: Path) -> str:
+    """The call that asks about an image, in the form that the folder's chat template takes."""
+    if not (folder / "tokenizer_config.json").is_file():
+        return CHAT
+    processor = MllamaImageProcessor.from_pretrained(folder)
+    parts = not processor.tokenizer.chat_template or takes_parts(processor.tokenizer, processor.image_token)
+    return CHAT if parts else ASK.replace("<image>", processor.image_token)
 
 
 def push(folder: Path, name: str, private: bool = False, dry_run: bool = False) -> list[str]:

@@ -186,7 +186,7 @@ def special_tokens(config: dict, source) -> tuple[dict[str, str], list[str]]:
     """The special tokens that a tokenizer_config.json names: by name ("bos_token", ..., "image_token"), and the others."""
 
     def text(token):
-        token = token["content"] if isinstance(token, dict) else token
+        token = token.get("content", token) if isinstance(token, dict) else token
         need(token is None or isinstance(token, str), source, f"{token!r:.80} is named as a special token, and is no text")
         return token
 
@@ -198,6 +198,7 @@ def special_tokens(config: dict, source) -> tuple[dict[str, str], list[str]]:
         if isinstance(tokens, dict):  # by name, too
             named |= {name: text(token) for name, token in tokens.items()}
         else:
+            need(isinstance(tokens, list), source, f"{key} is {tokens!r:.80}: it must be a list or a table of tokens")
             more += map(text, tokens)
     order = dict.fromkeys((*NUMBERED_FIRST, *named))
     return {name: named[name] for name in order if named.get(name)}, more

@@ -136,6 +136,7 @@ SIGLIP = {"image_processor_type": "SiglipImageProcessor"}
         (SIGLIP | {"size": {"shortest_edge": 512, "longest_edge": 900}}, "alone"),
         (SIGLIP | {"size": {"height": 0, "width": 5}}, "numbers from 1"),
         (SIGLIP | {"size": {"height": True, "width": 5}}, "numbers from 1"),
+        (SIGLIP | {"size": {"height": 10**12, "width": 5}}, "numbers from 1 to 8192"),
         (SIGLIP | {"image_std": [0, 1, 1]}, "above 0"),
         (SIGLIP | {"size": "big"}, "'big'"),
         (SIGLIP | {"do_center_crop": True}, "crop_size is None"),
@@ -176,6 +177,13 @@ def test_both_files_are_read(tmp_path):
     assert read_image_settings(tmp_path)["image_size"] == (32, 16), "config.json says whose settings they are"
 
 
+def test_a_folder_that_does_not_say_how_images_are_prepared_is_named(tmp_path, capsys):
+    """Where its preprocessor_config.json was lost, SigLIP's settings stood for CLIP's without a word."""
+    (tmp_path / "config.json").write_text("{}")
+    assert read_image_settings(tmp_path) == {}
+    assert f"{tmp_path} does not say how its images are prepared" in capsys.readouterr().err
+
+
 def test_placeholders_per_image():
     """Patches, over pixel shuffle's factor squared; one where the decoder looks at images by cross-attention."""
     config = make_vlm().config
@@ -185,6 +193,8 @@ def test_placeholders_per_image():
     assert count_image_tokens(make_vlm(cross=True).config, (16, 16)) == 1
     assert count_image_tokens(SiglipVisionConfig(image_size=224, patch_size=14), (384, 384)) == 27**2
     assert count_image_tokens(ViTConfig(image_size=32, patch_size=8), (32, 64)) == 32
+    with pytest.raises(ValueError, match="cannot be cut into"):  # it was a traceback
+        count_image_tokens(ViTConfig(image_size=32, patch_size=8), (33, 33))
 
 
 def test_opening_folders(tokenizer, tmp_path):

@@ -12,6 +12,7 @@ from calls import refused
 from lib import convert
 from lib.checkpoint import save_pretrained
 from lib.files import write_json
+from lib.tokenizer import BPETokenizer
 from toys import make, make_vlm
 from vit_scratch import ViTConfig, ViTModel
 
@@ -83,6 +84,20 @@ def test_the_card_says_what_the_run_says_and_no_path_of_this_disk(run, monkeypat
     for row in ("| exact_match | 0.75 |", '| by_kind | {"colour": 0.5} |', "| steps | 12 |", '| freeze | ["vision"] |'):
         assert row in card
     assert "| data | train.json |" in card and "/home/me" not in card and "workers" not in card and "lora" not in card
+
+
+@pytest.mark.parametrize("template, call", [
+    ("chatml", '{"role": "user", "content": "<image>\\nWhat is this?"}'),
+    ("{% for m in messages %}{% for part in m.content %}{{ part.text or '<image>' }}{% endfor %}<|im_end|>{% endfor %}",
+     '{"type": "image", "url": "photo.jpg"}'),
+])  # fmt: skip
+def test_the_card_asks_as_the_template_takes_it(run, monkeypatch, template, call):
+    """A template of texts, such as ours, fails on the list of images and texts that each card had."""
+    tokenizer = BPETokenizer.train("a b", 259, ["<|im_start|>", "<|im_end|>", "<image>"])
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(run)
+    push(monkeypatch, run, "me/m", "--dry-run")
+    assert call in (run / "README.md").read_text()
 
 
 def test_a_card_that_somebody_wrote_stays_and_our_own_is_written_anew(run, monkeypatch, capsys):

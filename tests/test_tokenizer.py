@@ -855,6 +855,18 @@ def test_special_tokens_that_are_to_be_cut_up_are_refused(tmp_path):
         load_tokenizer(tmp_path)
 
 
+@pytest.mark.parametrize("config, message", [
+    ({"bos_token": {}}, "is named as a special token, and is no text"),
+    ({"extra_special_tokens": 7}, "extra_special_tokens is 7: it must be a list or a table"),
+])  # fmt: skip
+def test_special_tokens_that_make_no_sense_are_one_line(tmp_path, config, message):
+    """Each was a traceback."""
+    BPETokenizer.train("a b", 258, ["<x>"]).save_pretrained(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=message):
+        load_tokenizer(tmp_path)
+
+
 # ---- SentencePiece's own file, without a tokenizer.json ------------------------------------------------------------------
 
 SLOW = {
