@@ -223,7 +223,14 @@ def test_curves_of_a_short_run_have_whole_steps_and_shares_from_0_to_1():
 
 
 def test_dollars_in_captions_and_class_names_are_no_formula(tmp_path):
-    """ "$5 and $x_{" is a caption; it ended the drawing of a run that had been trained."""
+    """ "$x_{ and $5" is a caption; it ended the drawing of a run that had been trained."""
     images = torch.zeros(1, 3, 8, 8, dtype=torch.uint8)
-    figures.sheet(images, ["$5 and $x_{"], tmp_path / "a.png", "$a$ $_{")
-    figures.confusion(torch.eye(2, dtype=torch.long), ["$5 and $x_{", "b"], tmp_path / "b.png")
+    figures.sheet(images, ["$x_{ and $5"], tmp_path / "a.png", "$a$ $_{")
+    figures.confusion(torch.eye(2, dtype=torch.long), ["$x_{ and $5", "b"], tmp_path / "b.png")
+
+
+def test_letters_that_the_font_lacks_are_drawn_without_a_warning_for_each(tmp_path, recwarn):
+    """Captions in Chinese filled the terminal of a run with two lines a letter."""
+    images = torch.zeros(1, 3, 8, 8, dtype=torch.uint8)
+    figures.answer_sheet(images, ["\u65e5\u672c"], ["\u7b54\u3048"], [None], tmp_path / "a.png")
+    assert not list(recwarn)

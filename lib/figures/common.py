@@ -1,6 +1,7 @@
 """What all figures share: colours that the colour-blind tell apart, and matplotlib, imported when something is drawn."""
 
 import textwrap
+import warnings
 from pathlib import Path
 
 import torch
@@ -19,9 +20,11 @@ def new_figure(**options):
 
 
 def finish(figure, path: Path | str | None):
-    """The figure; written as a PNG unless path is None."""
+    """The figure; written as a PNG unless path is None. Letters that the font lacks, such as Chinese ones, are boxes in it."""
     if path is not None:
-        write_atomic(path, lambda tmp: figure.savefig(tmp, dpi=120, format="png"))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Glyph .* missing from")  # a line for each letter
+            write_atomic(path, lambda tmp: figure.savefig(tmp, dpi=120, format="png"))
     return figure
 
 
