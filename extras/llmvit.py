@@ -6,7 +6,7 @@ vit_scratch.py and model.py first. `python -m extras.train_llmvit` trains one, a
 
     model = LLMVIT(AutoModelForSequenceClassification.from_pretrained("bert-base-uncased", num_labels=10),
                    EncoderConfig(img_size=28, patch_size=7, in_channels=1), EmbedderConfig("knn", k=4))
-    model = LLMVIT(LanguageClassifier(checkpoint.from_pretrained("model.gguf"), num_labels=10))         # or one of our own
+    model = LLMVIT(llmvit_backbones.LanguageClassifier(checkpoint.from_pretrained("model.gguf"), num_labels=10))  # or our own
     model(images, labels)                                # {"logits": [B, K], "loss"}; without labels the logits alone
     model.words(images, tokenizer)["words"]              # for each image, row and column of the grid: the nearest words
 
@@ -23,9 +23,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from extras.bert import Bert
-from gpt import GPT, Output
-from model import Llama3ForCausalLM, Llama3Model
+from gpt import Output
 from vit_scratch import ViTConfig, ViTModel, pair, sincos_positions
 
 # ---- configuration ---------------------------------------------------------------------------------------------------
@@ -232,52 +230,7 @@ def gaussian_kl(mean: torch.Tensor, var: torch.Tensor, target_mean: torch.Tensor
     return 0.5 * ((var + (mean - target_mean).square()) / target_var - 1 - (var / target_var).log()).mean()
 
 
-# ---- backbones of our own --------------------------------------------------------------------------------------------
-
-
-class LanguageClassifier(nn.Module):
-    """A decoder of gpt.py or model.py, or a Bert, with a linear layer over classes in place of its word head, which it loses.
-
-    pooling: what that layer reads, the "last" position (which alone has seen all others) or the "mean" of all.
-    """
-
-    def __init__(self, model: GPT | Llama3ForCausalLM | Bert, num_labels: int, pooling: str = "last"):
-        super().__init__()
-        if not isinstance(model, GPT | Llama3ForCausalLM | Bert):
-            raise ValueError(f"a {type(model).__name__} is no language model here: it must be a GPT, Llama3ForCausalLM or Bert")
-        if pooling not in ("last", "mean"):
-            raise ValueError(f"pooling is {pooling!r}: it must be last or mean")
-        self.config, self.pooling = model.config, pooling
-        self.decoder = model.model if isinstance(model, Llama3ForCausalLM) else model
-        if isinstance(model, GPT):
-            model.lm_head = None  # the word embedding again
-        self.score = nn.Linear(model.config.hidden_size, num_labels)
-        nn.init.normal_(self.score.weight, std=0.02)
-        nn.init.zeros_(self.score.bias)
-
-    def get_input_embeddings(self) -> nn.Embedding:
-        return self.decoder.embed_tokens if isinstance(self.decoder, Llama3Model) else self.decoder.token_embedding
-
-    def forward(self, inputs_embeds: torch.Tensor) -> dict[str, torch.Tensor]:
-        """[B, N, D] -> {"logits": [B, K]}."""
-        llama = isinstance(self.decoder, Llama3Model)
-        x = self.decoder(inputs_embeds) if llama else self.decoder.hidden_states(inputs_embeds)
-        return {"logits": self.score(x[:, -1] if self.pooling == "last" else x.mean(dim=1))}
-
-
-class NoLanguageModel(nn.Module):
-    """What is left without one: a linear layer over the mean of the patches. The baseline, for a direct embedder."""
-
-    def __init__(self, width: int, num_labels: int):
-        super().__init__()
-        self.score = nn.Linear(width, num_labels)
-
-    def get_input_embeddings(self) -> None:
-        return None
-
-    def forward(self, inputs_embeds: torch.Tensor) -> dict[str, torch.Tensor]:
-        return {"logits": self.score(inputs_embeds.mean(dim=1))}
-
+# ---- all together ----------------------------------------------------------------------------------------------------
 
 HEAD = re.compile(r"(^|\.)(score|classifier|pre_classifier|classification_head|logits_proj)(\.|$)")
 
@@ -290,9 +243,6 @@ def longest_input(model: nn.Module) -> float:
             offset = config.pad_token_id + 1 if "roberta" in getattr(config, "model_type", "") else 0  # its first position
             return getattr(config, name) - offset
     return math.inf
-
-
-# ---- all together ----------------------------------------------------------------------------------------------------
 
 
 class LLMVIT(nn.Module):

@@ -15,14 +15,14 @@ import torch
 import torch.nn as nn
 
 from extras.bert import Bert, BertConfig
-from extras.llmvit import LLMVIT, EmbedderConfig, EncoderConfig, LanguageClassifier, NoLanguageModel
+from extras.llmvit import LLMVIT, EmbedderConfig, EncoderConfig
 from gpt import GPT, GPTConfig
 from lib.checkpoint import from_pretrained
 from lib.files import one_line, read_json, write_json
 from lib.image_settings import write_classifier_settings
 from lib.tokenizer import load_tokenizer
 from lib.weights import read_safetensors, write_tensors
-from model import Llama3ForCausalLM, LLAMA32Config, convert_linears_to_lora
+from model import Llama3ForCausalLM, Llama3Model, LLAMA32Config, convert_linears_to_lora
 from vit_scratch import pair
 
 MODEL_TYPE = "llmvit_scratch"
@@ -98,6 +98,50 @@ def load_language_model(
 
 
 # ---- as a classifier -----------------------------------------------------------------------------------------------------
+
+
+class LanguageClassifier(nn.Module):
+    """A decoder of gpt.py or model.py, or a Bert, with a linear layer over classes in place of its word head, which it loses.
+
+    pooling: what that layer reads, the "last" position (which alone has seen all others) or the "mean" of all.
+    """
+
+    def __init__(self, model: GPT | Llama3ForCausalLM | Bert, num_labels: int, pooling: str = "last"):
+        super().__init__()
+        if not isinstance(model, GPT | Llama3ForCausalLM | Bert):
+            raise ValueError(f"a {type(model).__name__} is no language model here: it must be a GPT, Llama3ForCausalLM or Bert")
+        if pooling not in ("last", "mean"):
+            raise ValueError(f"pooling is {pooling!r}: it must be last or mean")
+        self.config, self.pooling = model.config, pooling
+        self.decoder = model.model if isinstance(model, Llama3ForCausalLM) else model
+        if isinstance(model, GPT):
+            model.lm_head = None  # the word embedding again
+        self.score = nn.Linear(model.config.hidden_size, num_labels)
+        nn.init.normal_(self.score.weight, std=0.02)
+        nn.init.zeros_(self.score.bias)
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.decoder.embed_tokens if isinstance(self.decoder, Llama3Model) else self.decoder.token_embedding
+
+    def forward(self, inputs_embeds: torch.Tensor) -> dict[str, torch.Tensor]:
+        """[B, N, D] -> {"logits": [B, K]}."""
+        llama = isinstance(self.decoder, Llama3Model)
+        x = self.decoder(inputs_embeds) if llama else self.decoder.hidden_states(inputs_embeds)
+        return {"logits": self.score(x[:, -1] if self.pooling == "last" else x.mean(dim=1))}
+
+
+class NoLanguageModel(nn.Module):
+    """What is left without one: a linear layer over the mean of the patches. The baseline, for a direct embedder."""
+
+    def __init__(self, width: int, num_labels: int):
+        super().__init__()
+        self.score = nn.Linear(width, num_labels)
+
+    def get_input_embeddings(self) -> None:
+        return None
+
+    def forward(self, inputs_embeds: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"logits": self.score(inputs_embeds.mean(dim=1))}
 
 
 def get_classification_model(

@@ -16,14 +16,12 @@ from extras.llmvit import (
     EmbedderConfig,
     EncoderConfig,
     KNNEmbedder,
-    LanguageClassifier,
-    NoLanguageModel,
     PatchEncoder,
     ViTEncoder,
     gaussian_kl,
     nearest_words,
 )
-from extras.llmvit_backbones import get_classification_model
+from extras.llmvit_backbones import LanguageClassifier, NoLanguageModel, get_classification_model
 from gpt import GPT, GPTConfig
 from lib.checkpoint import from_pretrained
 from lib.files import read_json, write_json

@@ -15,8 +15,7 @@ from data import augment
 from data.augment import mix, normalize_images
 from data.datasets import load_images
 from extras import train_llmvit
-from extras.llmvit import LanguageClassifier
-from extras.llmvit_backbones import from_run, load_language_model, word_matrix
+from extras.llmvit_backbones import LanguageClassifier, from_run, load_language_model, word_matrix
 from gpt import GPT, GPTConfig
 from lib import figures
 from lib.checkpoint import from_pretrained, save_pretrained
