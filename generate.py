@@ -152,9 +152,9 @@ def load(args) -> tuple[torch.nn.Module, BPETokenizer, MllamaImageProcessor | No
         processor = load_processor(args.source, model, args.split_images)
         tokenizer = processor.tokenizer
     else:
-        if args.image or args.attention:
+        if about_images := [flag for flag in args.given if flag in ("--image", "--attention", "--split-images")]:
             name = type(model).__name__
-            raise ValueError(f"{args.source} holds a {name}, which reads no images: leave out --image, --attention")
+            raise ValueError(f"{args.source} holds a {name}, which reads no images: leave out {', '.join(about_images)}")
         processor, tokenizer = None, load_tokenizer(args.source)
     if not args.temperature:
         say_unlike(model, tokenizer)

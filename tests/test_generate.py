@@ -388,7 +388,8 @@ def test_files_after_an_image_are_images_and_what_is_no_file_is_the_prompt(photo
     "argv, message",
     [
         (["RUN", "x", "--image", "PHOTO"], "holds a GPT, which reads no images"),
-        (["RUN", "--attention", "FOLDER/a.png"], "holds a GPT, which reads no images"),
+        (["RUN", "--attention", "FOLDER/a.png"], "holds a GPT, which reads no images: leave out --attention"),
+        (["RUN", "x", "--no-split-images"], "holds a GPT, which reads no images: leave out --split-images"),
         (["VLM", "x", "--image", "FOLDER/no.png"], "--image: there is no file"),
         (["VLM", "x", "--image", "PHOTO", "FOLDER/no.png"], "no.png (if it is the PROMPT, put it before --image)"),
         (["VLM", "x", "--image", "VLM/config.json"], "config.json): not an image"),
