@@ -544,4 +544,4 @@ def test_what_does_not_fit_is_one_line_and_exit_code_2(tmp_path, wrong, capsys, 
 
 
 def test_own_data_are_needed(capsys):
-    assert "--data FILE.json is missing" in calls.refused(capsys, finetune_vlm.main, *FLAGS)
+    assert "--data FILE is missing" in calls.refused(capsys, finetune_vlm.main, *FLAGS)
