@@ -24,6 +24,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -109,7 +110,7 @@ def one_image_a_flag(parser: argparse.ArgumentParser, argv: list[str]) -> list[s
     """`--image a.png b.png` as `--image a.png --image b.png`. What stands after an image is one more if it is a file; if it is
     not but is called like one, nobody knows whether it is mistyped or the PROMPT: an error."""
     spread, after = [], False  # after: an image, with nothing else between
-    for last, word in zip(["", *argv], argv, strict=False):
+    for last, word in pairwise(["", *argv]):
         if last == "--image":
             after = True
         elif after and not word.startswith("-"):

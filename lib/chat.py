@@ -176,8 +176,8 @@ def write(
     if template in OURS.values():  # they write each turn by itself, so that many turns cost no more than their number
         ends = [0, *itertools.accumulate(len(render(template, [turn])) for turn in turns)]
         opening = len(render(template, [], True))
-        spans = zip(safe, ends, ends[1:], strict=False)
-        return Written(whole, [(start + opening, stop) for m, start, stop in spans if m["role"] == "assistant"], hidden)
+        spans = zip(safe, itertools.pairwise(ends), strict=True)
+        return Written(whole, [(start + opening, stop) for m, (start, stop) in spans if m["role"] == "assistant"], hidden)
     found = answers_in(whole, safe, turns, partial(render, template, **tokens), image_token, answers == "last")
     return Written(whole, found, hidden)
 
@@ -229,7 +229,7 @@ def put_images(written: Written, image_token: str, images: Sequence[str]) -> Wri
     if len(pieces) - 1 != len(images):
         raise ValueError(f"the chat template writes {image_token} {len(pieces) - 1} times for {len(images)} images")
     places, at = [], 0
-    for piece, image in zip(pieces, images, strict=False):
+    for piece, image in zip(pieces[:-1], images, strict=True):
         at += len(piece) + len(image_token)
         places.append((at, len(image) - len(image_token)))
     text = pieces[0] + "".join(image + piece for image, piece in zip(images, pieces[1:], strict=True))
