@@ -38,6 +38,7 @@ from lib.answers import Item, prompt_ids, row_items
 from lib.checks import checked_flags
 from lib.cli import argument_parser, fraction, not_negative_float, not_negative_int, positive_float, positive_int, run_cli
 from lib.distributed import all_gather
+from lib.lora import lora_parameters
 from lib.loss import chunked_cross_entropy
 from lib.optim import cosine_schedule, make_optimizers, parameter_groups, set_learning_rate
 from lib.quant import Linear4bit, quantize_
@@ -268,8 +269,9 @@ def train_only(learner: Learner, stage: Stage, args) -> list[dict]:
             for unused in parts_after(module, learner.vlm.config.vision_feature_layer):
                 unused.requires_grad_(False)
         if part == PARTS["language"] and args.lora:
+            lora = {name for name, _ in lora_parameters(module)}
             for name, parameter in module.named_parameters():
-                parameter.requires_grad_(name.endswith(("lora_a", "lora_b")) or "cross_layers" in name)
+                parameter.requires_grad_(name in lora or "cross_layers" in name)
             groups += parameter_groups(module, args.weight_decay, args.lr or 1e-3)
         elif not trained_before.get(part):
             groups += parameter_groups(module, args.weight_decay, args.lr or 2e-3, muon_lr)

@@ -172,7 +172,7 @@ class GGUFFile:
         """The parameters under their published names, in dtype (fp32 unless given)."""
         is_gpt2, parts, found = self.kind == "gpt2", PARTS[self.kind], {}
         whole = {**(GPT2_WHOLE if is_gpt2 else LLAMA_WHOLE), "output.weight": "lm_head.weight"}
-        rows = dict(zip(("attn_q", "attn_k"), self._heads(), strict=False)) if self.kind == "llama" else {}
+        rows = dict(zip(("attn_q", "attn_k"), self._heads()[:2], strict=True)) if self.kind == "llama" else {}
         for name in self.stored:
             if name == "rope_freqs.weight" and not is_gpt2:
                 continue
