@@ -81,6 +81,7 @@ def parse_args(argv=None):
     add("--test-data", metavar="FILE", help="held-out rows; default: --test-part of --data, split by image")
     add("--test-part", type=fraction, default=0.1, help="held out, where there is no --test-data; 0: train on all rows")
     add("--size", choices=list(SIZES), default="small", help="of what is not taken from --vision or --lm; tiny: for tests")
+    add("--dropout", type=fraction, default=0.0, help="in the language model that starts untrained, or in its LoRA")
     add("--model", metavar="SOURCE", help="go on from a whole vision-language model, its projector too: a run, a LLaVA or "
         "Idefics3 folder or hub name")  # fmt: skip
     add("--vision", metavar="SOURCE", help="take the vision tower of a run (train_vit.py's, too), or of a folder or hub name: "
@@ -88,6 +89,7 @@ def parse_args(argv=None):
     add("--lm", metavar="SOURCE", help="take language model and tokenizer of a run, a .gguf file, or a folder or hub name: "
         "LLaMA, Mistral, Qwen2, Qwen3, GPT-2")  # fmt: skip
     add("--image-size", type=positive_int, help="pixels; default: the tower's, whose positions are resized to it")
+    add("--vision-layers", type=positive_int, help="take only the first so many blocks of --vision, and its last norm")
     add("--patch-size", type=positive_int, help="pixels; default --size's")
     add("--projector", choices=["linear", "mlp"], default="linear", help="linear: Idefics3's; mlp: LLaVA's two layers, which "
         "read the tower before its last norm (on scenes they learn far more slowly)")  # fmt: skip
@@ -132,11 +134,13 @@ def settle(args, parser: argparse.ArgumentParser) -> None:
         parser.error("--lora and --qlora: choose one")
     args.lora = args.lora or args.qlora
     if args.model:
-        settled = ("projector", "pixel_shuffle", "fusion", "vision", "lm", "image_size", "patch_size")
+        settled = ("projector", "pixel_shuffle", "fusion", "vision", "lm", "image_size", "vision_layers", "patch_size")
         chosen = [f"--{name.replace('_', '-')}" for name in settled if getattr(args, name) != parser.get_default(name)]
         if chosen:
             parser.error(f"--model {args.model} brings its own: leave out {', '.join(chosen)}")
         args.vision = args.lm = args.model
+    if args.vision_layers and not args.vision:
+        parser.error("--vision-layers is of --vision, a tower that comes trained: name one")
     if args.vision and args.patch_size:
         parser.error("--patch-size cannot be chosen with --vision: the tower has its own")
     if args.projector == "mlp" and args.pixel_shuffle > 1:
@@ -161,7 +165,7 @@ def build(args, texts: list[str]):
     vision = checked_flags(args, SiglipVisionConfig, **{**vision_settings, **changes})
     image_settings = {"image_mean": IMAGENET_STANDARD_MEAN, "image_std": IMAGENET_STANDARD_STD}
     if args.vision:
-        vision, image_settings = find_part(args.vision, "vision", args.image_size), tower_image_settings(args.vision)
+        vision, image_settings = find_part(args.vision, "vision", args.image_size, args.vision_layers), tower_image_settings(args.vision)
     if args.lm:
         text, tokenizer = find_part(args.lm, "lm"), load_tokenizer(args.lm)
         if tokenizer.plain_size > text.config.vocab_size:
@@ -171,7 +175,7 @@ def build(args, texts: list[str]):
             )
         with_chat_template(tokenizer, args.lm)
     else:
-        text, tokenizer = LLAMA32Config(**text_settings), train_tokenizer(texts, vocabulary)
+        text, tokenizer = LLAMA32Config(**text_settings, dropout=args.dropout), train_tokenizer(texts, vocabulary)
     join = {"projector_type": args.projector, "vision_feature_layer": -1 if args.projector == "mlp" else None}
     join |= {"pixel_shuffle": args.pixel_shuffle}
     configs = {"vision_config": getattr(vision, "config", vision), "text_config": getattr(text, "config", text)}
@@ -185,7 +189,7 @@ def add_lora(args, model) -> None:
         quantize_(model.language_model, KEPT_IN_BITS)
     if args.lora:
         alpha, classes = args.lora_alpha or 2 * args.lora, (nn.Linear, Linear4bit)
-        convert_linears_to_lora(model.language_model, args.lora, alpha, 0.0, classes, LORA_TARGETS)
+        convert_linears_to_lora(model.language_model, args.lora, alpha, args.dropout, classes, LORA_TARGETS)
 
 
 class Learner(nn.Module):

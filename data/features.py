@@ -11,6 +11,7 @@ import hashlib
 import itertools
 import math
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +38,9 @@ class FrozenFeatures:
         self._kept: dict[Path, torch.Tensor] = {}
 
     def __getitem__(self, path: Path) -> torch.Tensor | None:
-        """None for an image that cannot be read."""
+        """None for an image that cannot be read. Blind, all images are one: it is encoded once."""
+        if self.blind:
+            return None if self.images[path] is None else self._nothing
         if path in self._places:
             return torch.from_numpy(self._table[self._places[path]].copy())
         if path not in self._kept and (pixels := self.images[path]) is not None:
@@ -48,14 +51,20 @@ class FrozenFeatures:
             self._kept[path] = features
         return self._kept.get(path)
 
+    @cached_property
+    def _nothing(self) -> torch.Tensor:
+        return self.encode(blind_pixels(torch.empty(1, 3, *self.images.settings.image_size)))
+
     @torch.no_grad()
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
-        """[n, 3, S, S] -> [n, N, Dv], in host memory; blind: of one tile of nothing."""
-        pixels = blind_pixels(pixels[-1:]) if self.blind else pixels
+        """[n, 3, S, S] -> [n, N, Dv], in host memory."""
         return self.model.vision_features(pixels.to(self.device)).cpu()
 
     def keep(self, file: Path, paths: Sequence[Path], workers: int = 1, progress: bool = False) -> None:
-        """Read the features of all these images from the file, or make it; it appears whole or not at all."""
+        """Read the features of all these images from the file, or make it; it appears whole or not at all. Blind, there is
+        nothing to keep."""
+        if self.blind:
+            return
         paths, facts = sorted(set(paths)), Path(f"{file}.json")
         made_by = self._fingerprint(paths)
         known = read_json(facts) if file.exists() and facts.exists() else {}
@@ -70,7 +79,7 @@ class FrozenFeatures:
 
     def count(self, path: Path) -> int:
         """Tiles of an image that can be read."""
-        return 1 if self.blind else tile_count(self.images.tiling(path))
+        return tile_count(self.images.tiling(path))
 
     def _fill(self, file: Path, paths: Sequence[Path], workers: int, progress: bool) -> None:
         config = self.model.config.vision_config
@@ -88,7 +97,7 @@ class FrozenFeatures:
             out.truncate(end)  # zeros in place of images that cannot be read
 
     def _fingerprint(self, paths: Sequence[Path]) -> str:
-        digest = hashlib.sha256(repr((self.blind, self.images.settings, self.model.config.vision_feature_layer)).encode())
+        digest = hashlib.sha256(repr((self.images.settings, self.model.config.vision_feature_layer)).encode())
         for name, tensor in self.model.vision_tower.state_dict().items():
             digest.update(name.encode() + tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
         for path in paths:

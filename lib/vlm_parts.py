@@ -39,6 +39,12 @@ SIZES = {
          "max_position_embeddings": 512, "tie_word_embeddings": True},
         450,
     ),
+    "medium": (  # for captions of photos by a tower that comes trained
+        {"image_size": 128, "patch_size": 16, "hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 6},
+        {"hidden_size": 256, "n_heads": 4, "n_kv_groups": 4, "n_layers": 4, "hidden_dim": 704, "rope_base": 10000.0,
+         "max_position_embeddings": 1024, "tie_word_embeddings": True},
+        4096,
+    ),
     "smol": (SiglipVisionConfig.PRESETS["base-p16-224"], LLAMA32Config.PRESETS["smollm2-135m"], 8192),
 }  # fmt: skip
 
@@ -61,9 +67,10 @@ def with_chat_template(tokenizer, source: str):
     return tokenizer
 
 
-def find_part(source: str, part: str, image_size: int | None = None) -> nn.Module:
+def find_part(source: str, part: str, image_size: int | None = None, layers: int | None = None) -> nn.Module:
     """The vision tower ("vision") or the language model ("lm") of any checkpoint that has one. image_size: pixels that the
-    tower is to read; its positions are resized. Raises ValueError for other checkpoints."""
+    tower is to read; its positions are resized. layers: of its blocks, the first so many. Raises ValueError for other
+    checkpoints."""
     from lib.checkpoint import from_pretrained
 
     found = from_pretrained(source)
@@ -80,6 +87,8 @@ def find_part(source: str, part: str, image_size: int | None = None) -> nn.Modul
         raise ValueError(f"--{part} {source} holds a {type(found).__name__}: it must be {wanted}, or a model that has one")
     if part == "vision" and found.config.num_channels != 3:
         raise ValueError(f"--vision {source} reads images of {found.config.num_channels} channels: it must be 3, RGB")
+    if layers:
+        found = first_blocks(found, layers)
     if not image_size:
         return found
     try:
@@ -99,6 +108,17 @@ def as_tower(vit: ViTModel) -> ViTModel:
         config = replace(config, num_channels=3)
     tower = ViTModel(config).eval()
     tower.load_state_dict(state)
+    return tower
+
+
+def first_blocks(tower: SiglipModel | ViTModel, count: int) -> SiglipModel | ViTModel:
+    """The tower without its later blocks, its last norm after those that stay. The last blocks of a tower are bent to what it
+    was trained for last. Raises ValueError unless it has so many."""
+    depth = tower.config.num_hidden_layers
+    if count > depth:
+        raise ValueError(f"--vision-layers {count}: the tower has {depth}")
+    del (tower.blocks if isinstance(tower, ViTModel) else tower.vision_model.encoder.layers)[count:]
+    tower.config = replace(tower.config, num_hidden_layers=count)
     return tower
 
 

@@ -53,6 +53,22 @@ def test_a_tower_reads_images_of_another_size(tmp_path):
         find_part(tmp_path, "vision", 18)
 
 
+@pytest.mark.parametrize("siglip", [False, True])
+def test_a_tower_of_its_first_blocks(tmp_path, siglip):
+    """What --vision-layers takes: the output of so many blocks, and the last norm after it."""
+    size = {key: value for key, value in VIT.items() if key != "num_labels"}
+    whole = SiglipModel(SiglipVisionConfig(**size, intermediate_size=64)) if siglip else vit()
+    save_pretrained(whole, tmp_path)
+    tower, x, depth = find_part(tmp_path, "vision", None, 1), torch.rand(2, 3, 16, 16), whole.config.num_hidden_layers
+    norm = whole.vision_model.post_layernorm if siglip else whole.norm
+    close(tower.features(x), norm(whole.features(x, 1)))
+    assert tower.config.num_hidden_layers == 1 < depth
+    save_pretrained(tower, tmp_path / "first")
+    close(find_part(tmp_path / "first", "vision").features(x), tower.features(x))
+    with pytest.raises(ValueError, match=f"--vision-layers {depth + 1}: the tower has {depth}"):
+        find_part(tmp_path, "vision", None, depth + 1)
+
+
 @pytest.mark.parametrize("channels, siglip", [(4, False), (1, True)])
 def test_images_of_other_channels_are_refused(tmp_path, channels, siglip):
     size = {key: value for key, value in VIT.items() if key != "num_labels"}
