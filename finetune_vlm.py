@@ -165,7 +165,8 @@ def build(args, texts: list[str]):
     vision = checked_flags(args, SiglipVisionConfig, **{**vision_settings, **changes})
     image_settings = {"image_mean": IMAGENET_STANDARD_MEAN, "image_std": IMAGENET_STANDARD_STD}
     if args.vision:
-        vision, image_settings = find_part(args.vision, "vision", args.image_size, args.vision_layers), tower_image_settings(args.vision)
+        vision = find_part(args.vision, "vision", args.image_size, args.vision_layers)
+        image_settings = tower_image_settings(args.vision)
     if args.lm:
         text, tokenizer = find_part(args.lm, "lm"), load_tokenizer(args.lm)
         if tokenizer.plain_size > text.config.vocab_size:

@@ -110,7 +110,7 @@ def test_answers_end_with_a_turn_or_at_their_own_limit():
 def start(model, processor, items):
     rows = answers.prompt_rows(processor, items, False, False)
     with torch.no_grad():
-        cache, prefixes = answers.prefill(model, processor, items, rows, False, 8)
+        cache, prefixes = answers.prefill(model, processor, items, rows, False, 8, {})
         cache = cache.select(prefixes)
         out = model.language_model(**answers.own_parts(rows, cache), cache=cache, logits_to_keep=1)
     return out["logits"][:, -1], cache
@@ -121,8 +121,14 @@ def test_the_vision_tower_sees_each_image_once(monkeypatch):
     seen, features = [], model.image_features
     monkeypatch.setattr(model, "image_features", lambda pixels: seen.append(len(pixels)) or features(pixels))
     items = scene_items("test", 5, seed=1)
-    answer(model, processor, items, None, 2)
+    known = {}
+    said = answer(model, processor, items, None, 2, seen=known)
     assert len(items) > 30 and seen == [5]
+    losses = answers.answer_losses(model, processor, items, seen=known)
+    assert seen == [5]
+    for one, other in zip(losses, answers.answer_losses(model, processor, items), strict=True):
+        assert one == pytest.approx(other, abs=1e-4)
+    assert said == answer(model, processor, items, None, 2, seen=known)
     mean_answer_loss(model, processor, items)
     answer(model, processor, items, None, 2, blind=True)  # where all are the same image
     assert seen == [5, 5, 1]

@@ -301,7 +301,7 @@ def test_a_file_made_by_others_is_made_anew(tmp_path, processor, image_files, lo
 
 
 def test_a_blind_model_encodes_nothing_once(tmp_path, processor, image_files, looks):
-    """It sent the same blank image through the tower for every photo of the data, and kept each: 2.4 GB of one row for 6,000."""
+    """It sent the same blank image through the tower for every photo of the data, and kept each: 2.4 GB for 6,000."""
     image_files[3].unlink()
     features = FrozenFeatures(make_model(processor), ImageCache(32), blind=True)
     features.keep(tmp_path / "f.npy", image_files)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
-from lib.figures.common import BLUE, GREY, RED, finish, new_figure, wrapped
+from lib.figures.common import BLUE, GREY, RED, finish, new_figure, show_image, wrapped
 
 
 def heat_over(image: torch.Tensor, heat: torch.Tensor) -> torch.Tensor:
@@ -65,6 +65,24 @@ def attention_overlay(
             axes = panel(line, i, column + 1, heat_over(image, maps[k, i] / hottest).numpy())
             if i == 0:
                 axes.set_title(f"{wrapped(words[k], 16, 2)}\n{float(maps[k].sum()):.0%}", fontsize=9, parse_math=False)
+    return finish(figure, path)
+
+
+def caption_sheet(images, captions: Sequence[str], words: Sequence[Sequence[str]], maps, path=None, columns: int = 3):
+    """Images uint8 [3, h, w] with their captions, and beside each where the model looked for some words of it: maps
+    [words, gh, gw] of each image, or None without words. A word's hottest place is white-yellow."""
+    lines, most = max(1, math.ceil(len(images) / columns)), max(1, *map(len, words))
+    figure = new_figure(figsize=(columns * (2.3 + 0.9), 2.9 * lines), layout="constrained")
+    cells = figure.subfigures(lines, columns, squeeze=False).flatten()
+    for cell, image, caption, looked_up, heat in zip(cells, images, captions, words, maps, strict=False):
+        cell.suptitle(wrapped(caption, 42, 3), fontsize=9, parse_math=False)
+        grid = cell.add_gridspec(most, 2, width_ratios=(most, 1))
+        show_image(cell.add_subplot(grid[:, 0]), image)
+        for k, word in enumerate(looked_up):
+            axes = cell.add_subplot(grid[k, 1])
+            axes.imshow(heat_over(image, heat[k] / heat[k].max().clamp(min=1e-12)).numpy(), interpolation="nearest")
+            axes.set_axis_off()
+            axes.set_title(wrapped(word, 14, 1), fontsize=7, pad=2, parse_math=False)
     return finish(figure, path)
 
 
