@@ -2,6 +2,7 @@
 rate; parts are taken over exactly; the run folder answers in transformers as here; what does not fit is one line."""
 
 import json
+import math
 import re
 import shutil
 from pathlib import Path
@@ -12,14 +13,17 @@ import torch
 from PIL import Image
 
 import calls
+import evaluate
 import finetune_vlm
-from data import scenes
+from data import convert, scenes
 from data.convert import convert_scenes
 from data.features import FrozenFeatures
+from data.spellings import DESCRIBE
+from extras import caption_sheet
 from finetune_vlm import Learner, Stage, build, parse_args, stages, train_only
 from gpt import GPT, GPTConfig
 from lib import vlm_report
-from lib.answers import answer, scene_items
+from lib.answers import Item, answer, scene_items
 from lib.checkpoint import from_pretrained, load_vlm, save_pretrained
 from lib.quant import Linear4bit, quantize_nf4
 from lib.tokenizer import BPETokenizer
@@ -380,6 +384,43 @@ def test_a_run_continues_from_a_text_model_and_its_folder_opens(runs, text_model
     _, learner = initial("--lm", runs / "from text", "--vision", runs / "from text")
     for name, tensor in learner.vlm.language_model.state_dict().items():
         assert torch.equal(tensor[: len(given[name])], given[name]), name  # new tokens come last
+
+
+# ---- the recipe for photos -----------------------------------------------------------------------------------------------
+
+COCO = Path(__file__).resolve().parents[2] / "shared" / "data" / "coco_captions_permissive.tar"
+
+
+@pytest.mark.skipif(not COCO.exists(), reason="the shared data folder with coco_captions_permissive.tar is absent")
+def test_ten_steps_of_the_command_for_photos_with_captions(tmp_path):
+    """docs/finetuning.md's own command but for the size of its decoder, on real photos and a DINOv2 of random weights: the loss
+    falls, and evaluate.py compares what it leaves with its blind twin."""
+    tf = pytest.importorskip("transformers")
+    tower = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "image_size": 70, "patch_size": 14}
+    tf.Dinov2Model(tf.Dinov2Config(**tower)).save_pretrained(tmp_path / "dinov2")
+    convert.main(["captions", str(COCO), str(tmp_path / "coco")])
+    rows = json.loads((tmp_path / "coco" / "annotations.json").read_text())
+    for name, part in {"train": rows[:67], "test": rows[67:]}.items():
+        (tmp_path / "coco" / f"{name}.json").write_text(json.dumps(part))
+    recipe = f"--data {tmp_path}/coco/train.json --images {tmp_path}/coco/images --test-data {tmp_path}/coco/test.json "
+    recipe += f"--vision {tmp_path}/dinov2 --vision-layers 2 --image-size 224 --pixel-shuffle 2 --size tiny --dropout 0.1 "
+    recipe += "--projector-steps 0 --batch-size 8 --steps 10 --eval-count 1 --device cpu --workers 1"
+    losses = {}
+    for name, flags in {"sees": ["--cache-features"], "blind": ["--blind"]}.items():
+        said = calls.printed(finetune_vlm.main, *recipe.split(), *flags, "--out", tmp_path / name)
+        losses[name] = json.loads(said[-1])["answer_loss"]
+    assert max(losses.values()) < math.log(from_pretrained(tmp_path / "sees").config.text_config.vocab_size) - 0.2
+    asked = ["--data", tmp_path / "coco" / "test.json", "--count", 3, "--beams", 2]
+    asked += ["--swapped", "--blind-run", tmp_path / "blind"]
+    found = json.loads(calls.printed(evaluate.main, tmp_path / "sees", *asked, "--max-new-tokens", 8)[-1])
+    assert found["n"] == 15 and {"bleu4", "cider_d", "swapped_gain", "blind_gain", "blind_better"} <= found.keys()
+    photos = [str(tmp_path / "coco" / "images" / row["image"]) for row in rows[67:69]]
+    shown = ["--images", *photos, "--beams", "2", "--max-new-tokens", "8", "--out", tmp_path / "sheet.png"]
+    said = calls.printed(caption_sheet.main, tmp_path / "sees", *shown)
+    model, processor = load_vlm(tmp_path / "sees")
+    items = [Item(photo, [{"role": "user", "content": DESCRIBE}], "") for photo in photos]
+    wanted = answer(model, processor, items, None, 8, beams=2)
+    assert said[:-1] == [f"{photo}: {text}" for photo, text in zip(photos, wanted, strict=True)]
 
 
 # ---- blind, kept features ------------------------------------------------------------------------------------------------
