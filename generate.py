@@ -314,7 +314,7 @@ def zero_shot(args) -> list[list[float]]:
     captions = tokenizer(args.zero_shot, return_tensors="pt", **length)["input_ids"]  # [captions, T]
     check_rows(tokenizer, captions.flatten().tolist(), text.vocab_size)
     processor = MllamaImageProcessor.from_pretrained(find_source(args.source), tokenizer, num_image_token=1)
-    check_image_size(args.source, processor.image_size, model.vision_model.embeddings.image_size)
+    check_image_size(args.source, processor.image_size, pair(model.config.vision_config.image_size))
     return model.logits(processor.pixel_values(args.image).to(device), captions.to(device)).float().sigmoid().tolist()
 
 

@@ -373,10 +373,12 @@ def sigmoid_loss(image_emb: torch.Tensor, text_emb: torch.Tensor, scale, bias) -
 
 
 class SiglipTwoTower(nn.Module):
+    vision_class = SiglipVisionTransformer
+
     def __init__(self, config: SiglipConfig):
         super().__init__()
         self.config = config
-        self.vision_model = SiglipVisionTransformer(config.vision_config)
+        self.vision_model = self.vision_class(config.vision_config)
         self.text_model = SiglipTextTransformer(config.text_config)
         # Nearly all pairs are wrong ones: a bias that says so from the start (Zhai et al. 2023, section 3.2).
         self.logit_scale = nn.Parameter(torch.full((1,), math.log(10.0)))

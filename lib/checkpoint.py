@@ -71,7 +71,7 @@ def resize_images(model: nn.Module, image_size: int | tuple[int, int]) -> nn.Mod
 
     if hasattr(model.config, "image_size"):  # it is a tower
         return resized_tower(model, image_size)
-    part = "vision_tower" if hasattr(model, "vision_tower") else "vision_model"
+    part = "vision_model" if hasattr(model, "vision_model") else "vision_tower"
     if not hasattr(model, part):
         raise ValueError(f"a {type(model).__name__} reads no images: leave out image_size")
     setattr(model, part, resized_tower(getattr(model, part), image_size))

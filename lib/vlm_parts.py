@@ -77,6 +77,8 @@ def find_part(source: str, part: str, image_size: int | None = None, layers: int
     if isinstance(found, MllamaForConditionalGeneration):
         found.language_model.generation_config = found.generation_config
         found = found.vision_tower if part == "vision" else found.language_model
+    elif part == "vision" and hasattr(found, "vision_tower"):  # extras/tower_pairs.py
+        found = found.vision_tower
     elif part == "vision" and isinstance(found, SiglipTwoTower):
         towers, found = found, SiglipModel(found.config.vision_config)
         found.vision_model = towers.vision_model

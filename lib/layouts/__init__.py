@@ -20,6 +20,7 @@ FAMILIES = {  # model_type: the module of this package that knows it; of several
     **dict.fromkeys(
         ("siglip", "siglip_scratch", "siglip_vision_model", "siglip_vision_scratch", "siglip_text_model"), "siglip"
     ),
+    "tower_pair_scratch": "tower_pairs",
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "llama_scratch"), "llama"),
     **dict.fromkeys(("llava", "idefics3", "smolvlm", "mllama_scratch"), "vlm"),
 }
@@ -47,6 +48,7 @@ CLASSES = {  # model class: its family
     "GPT": "gpt2",
     "ViTModel": "vit",
     **dict.fromkeys(("SiglipTwoTower", "SiglipModel", "SiglipTextTransformer"), "siglip"),
+    "TowerPair": "tower_pairs",
     "Llama3ForCausalLM": "llama",
     "MllamaForConditionalGeneration": "vlm",
 }

@@ -1,7 +1,7 @@
 """What a layout of a published checkpoint is, and the tools that the readers of all model families share."""
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 
@@ -118,6 +118,16 @@ def own_settings(published: dict, config_class: type, harmless: str = "") -> dic
         return {key: tuples(inner) for key, inner in value.items()} if isinstance(value, dict) else size_from_json(value)
 
     return {f.name: tuples(published[f.name]) for f in fields(config_class) if f.name in published}
+
+
+def part_class(published: dict, part: str, classes: Sequence[type]) -> type:
+    """Of these classes of config the one that a part of config.json says it is; the first where it does not say. Raises
+    ValueError for another."""
+    kind = published[part].get("class", classes[0].__name__)
+    found = next((each for each in classes if each.__name__ == kind), None)
+    if found is None:
+        raise ValueError(f"{part} has class {kind!r:.80}: known are {', '.join(each.__name__ for each in classes)}")
+    return found
 
 
 def own_layout(model: type[nn.Module], config_class: type) -> Layout:

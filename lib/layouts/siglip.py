@@ -1,5 +1,6 @@
 """SigLIP: one tower or both. siglip.py carries the published names, so prefixes say it all."""
 
+from dataclasses import replace
 from functools import partial
 
 from lib.checks import checked
@@ -65,11 +66,17 @@ def write_siglip(config: SiglipConfig) -> dict:
     return {**towers, "architectures": ["SiglipModel"]}
 
 
+def other_towers(config: SiglipConfig) -> str:
+    """Of a subclass of SiglipTwoTower, which no layout here can hold."""
+    return "" if type(config) is SiglipConfig else "needs SigLIP's own image tower and head"
+
+
 LAYOUTS = {
     "siglip": prefix_layout(
-        SiglipTwoTower, read_siglip, write_siglip, misfit=lambda config: vision_misfit(config.vision_config)
+        SiglipTwoTower, read_siglip, write_siglip,
+        misfit=lambda config: other_towers(config) or vision_misfit(config.vision_config),
     ),
-    "siglip_scratch": own_layout(SiglipTwoTower, SiglipConfig),
+    "siglip_scratch": replace(own_layout(SiglipTwoTower, SiglipConfig), misfit=other_towers),
     "siglip_vision_model": prefix_layout(
         SiglipModel, read_vision, write_vision, spellings={r"^(?!vision_model\.)": "vision_model."}, misfit=vision_misfit
     ),
@@ -77,4 +84,4 @@ LAYOUTS = {
     "siglip_text_model": prefix_layout(
         SiglipTextTransformer, read_siglip_text, write_siglip_text, {"": "text_model."}, {r"^(?!text_model\.)": "text_model."}
     ),
-}
+}  # fmt: skip

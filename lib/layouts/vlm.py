@@ -10,7 +10,17 @@ import torch
 
 from gpt import GPT, GPTConfig
 from lib.checks import checked
-from lib.layouts.common import NO_PARAMETER, Layout, Name, own_settings, prefix_layout, respell, unusual, with_defaults
+from lib.layouts.common import (
+    NO_PARAMETER,
+    Layout,
+    Name,
+    own_settings,
+    part_class,
+    prefix_layout,
+    respell,
+    unusual,
+    with_defaults,
+)
 from lib.layouts.gpt2 import GPT2_BLOCK
 from lib.layouts.gpt2 import LAYOUTS as GPT2_LAYOUTS
 from lib.layouts.llama import DEFAULTS as LLAMA_KINDS
@@ -290,10 +300,7 @@ def read_own(published: dict) -> MLLAMAConfig:
     for name, classes in PART_CLASSES.items():  # what a part is stands beside its settings; older files have SigLIP and LLaMA
         part = dict(settings[name])
         settings[name] = part = {key: value for key, value in part.items() if key not in ("class", "cross_every")}
-        kind = published[name].get("class", classes[0].__name__)
-        config_class = next((each for each in classes if each.__name__ == kind), None)
-        if config_class is None:
-            raise ValueError(f"{name} has class {kind!r:.80}: known are {', '.join(each.__name__ for each in classes)}")
+        config_class = part_class(published, name, classes)
         if config_class is not classes[0]:
             settings[name] = checked(config_class, **part)
     if published.get("fusion", "early") == "early":
