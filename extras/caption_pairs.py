@@ -1,14 +1,15 @@
 """Images and captions that are true of them, for train_siglip.py: drawn for a batch, and to test with.
 
 Of scenes of digits, which never end; of images with classes, whose caption names the class; of rows of LLaVA-style JSON, whose
-caption is the first answer; of shards of such rows. Each has draw, tests, texts and what run.steps asks of batches.
+captions are their own or the first answer; of shards of such rows. Each has draw, tests, texts, settings (of its images) and
+what run.steps asks of batches.
 Axes: B images of the batch; N of a test; M captions; S the image's side.
 """
 
 import hashlib
 import itertools
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,16 +20,18 @@ import torch
 from data.augment import PRESETS as AUGMENTATIONS
 from data.augment import Augment
 from data.batches import Batches, InOrder, fit_batch_size
+from data.features import FrozenFeatures
 from data.image_cache import ImageCache
 from data.llava import LlavaRow
 from data.rows import FIRST_ROWS, load_rows
 from data.scenes import COLOURS, PLACES, SLOTS, SceneConfig, Scenes, SceneStream, corpus, make_scenes, with_article
 from data.shard_stream import ShardStream
 from data.shards import ShardImages
+from data.tiles import ImageSettings
 from lib.classification import load_data
-from processing_mllama import denormalize, normalize, rescale
+from processing_mllama import denormalize, rescale, scale_pixels
 
-GALLERY = 200  # test images that a caption has to be found among
+GALLERY = 200  # test images that a caption has to be found among; of rows only until the last evaluation, which takes them all
 ALONE = 0.5  # of a run on scenes, the part with one digit an image
 SINGLES = 3  # captions of a single digit that come with each scene
 
@@ -36,24 +39,38 @@ SINGLES = 3  # captions of a single digit that come with each scene
 class Pairs(NamedTuple):
     """Images, captions drawn for them, as many for each, and of each image all the captions that are true."""
 
-    pixels: torch.Tensor  # float32 [B, 3, S, S], normalised
+    pixels: torch.Tensor  # float32 [B, 3, S, S], normalised, or features of a frozen tower [B, patches, D]
     captions: list[str]  # M
     true: list[frozenset[str]]  # B
 
 
 @dataclass(frozen=True)
 class Test:
-    """Images, and captions to choose from: one each, or, with `classes`, a few for all of them."""
+    """Images, and captions to choose from: one or more of each image, or, with `classes`, a few for all of them."""
 
     images: torch.Tensor  # uint8 [N, 1 or 3, h, w]
     captions: list[str]  # M
     true: list[frozenset[str]]  # N
     classes: bool = False
     words: tuple[str, ...] = ()  # what the words of a class's caption stand for, from the second on
+    starts: Sequence[int] = ()  # where the captions of each image begin; (): it has one
+    paths: Sequence[Path] = ()
+    features: FrozenFeatures | None = None  # of the images at `paths`, in place of pixels
+
+    @property
+    def first(self) -> list[int]:
+        """Where the first caption of each image stands."""
+        return list(self.starts or range(len(self.true)))
 
     def own(self, i: int) -> str:
-        """The caption of image i."""
-        return next(c for c in self.captions if c in self.true[i]) if self.classes else self.captions[i]
+        """The caption of image i; of several the first."""
+        return next(c for c in self.captions if c in self.true[i]) if self.classes else self.captions[self.first[i]]
+
+    def inputs(self, part: slice, settings: ImageSettings) -> torch.Tensor:
+        """What the image tower gets of these images, as in Pairs."""
+        if self.features is not None:
+            return torch.cat([self.features[path] for path in self.paths[part]])
+        return scale_pixels(self.images[part].expand(-1, 3, -1, -1), settings)
 
 
 def true_pairs(true: Sequence[frozenset[str]], captions: Sequence[str]) -> torch.Tensor:
@@ -97,8 +114,8 @@ class ScenePairs:
         size = args.batch_size // run.world_size
         self.streams = [SceneStream("train", size, args.seed, c, run.rank, run.world_size) for c in (alone, several)]
         pixels = rescale(make_scenes("train", 500, args.seed, several).images)
-        self.mean, self.std = (tuple(f(pixels, dim=(0, 2, 3)).tolist()) for f in (torch.mean, torch.std))
-        self.image_size = self.size, self.size
+        mean, std = (tuple(f(pixels, dim=(0, 2, 3)).tolist()) for f in (torch.mean, torch.std))
+        self.settings = ImageSettings(self.size, image_mean=mean, image_std=std)
         self.steps = 10_000 // args.batch_size
 
     def __len__(self) -> int:
@@ -129,7 +146,7 @@ class ScenePairs:
             pick = random.Random(f"{self.seed}/{number}/caption")
             captions.append((placed, things)[int(2 * pick.random())])
             captions += [single[int(len(single) * pick.random())] for _ in range(SINGLES)]
-        return Pairs(normalize(rescale(scenes.images), self.mean, self.std), captions, [true for *_, true in found])
+        return Pairs(scale_pixels(scenes.images, self.settings), captions, [true for *_, true in found])
 
     def tests(self, quick: bool = False) -> dict[str, Test]:
         """A gallery of whole captions; single digits with the 80 prompts "a COLOUR DIGIT", the pairs of colour and digit that
@@ -151,11 +168,11 @@ class ClassPairs(InOrder):
     def __init__(self, args, run):
         self.train, self.test = load_data(args, run)
         fit_batch_size(run, len(self.train), "images")
-        self.mean, self.std = (values * (3 // len(values)) for values in self.train.mean_std())  # grey becomes RGB
+        mean, std = (tuple(values) * (3 // len(values)) for values in self.train.mean_std())  # grey becomes RGB
+        self.settings = ImageSettings(tuple(self.train.images.shape[-2:]), image_mean=mean, image_std=std)
         self.captions = [args.caption.format(name.replace("_", " ")) for name in self.train.classes]
-        self.image_size = tuple(self.train.images.shape[-2:])
         self.order = Batches(len(self.train), args.batch_size // run.world_size, args.seed, True, run.rank, run.world_size)
-        self.augment = Augment(AUGMENTATIONS[args.augment], self.mean, self.std)
+        self.augment = Augment(AUGMENTATIONS[args.augment], mean, std)
 
     def texts(self) -> list[str]:
         return self.captions
@@ -173,15 +190,16 @@ class ClassPairs(InOrder):
 
 
 class RowPairs(InOrder):
-    """Rows of LLaVA-style JSON with one image each; the caption is the first answer, and true of the image wherever that
-    comes again."""
+    """Rows of LLaVA-style JSON with one image each; all captions of a row (see captions_of) are true of its image wherever that
+    comes again. settings: of the images; default: squeezed to --image-size."""
 
-    def __init__(self, args, run):
+    def __init__(self, args, run, settings: ImageSettings | None = None):
         rows, test = load_rows(args, run)
         self.run, self.workers = run, args.workers
-        self.image_size = args.image_size, args.image_size
-        self.images = ImageCache(self.image_size)
-        self.mean, self.std = self.images.settings.image_mean, self.images.settings.image_std
+        self.images = ImageCache(settings or args.image_size)
+        self.settings = self.images.settings
+        self.features: FrozenFeatures | None = None  # what draw takes of images in place of pixels
+        self.test_features: FrozenFeatures | None = None
         self.true: dict[Path, frozenset[str]] = {}
         self.test = self.checked(test)
         self.open(rows, args.seed)
@@ -193,8 +211,8 @@ class RowPairs(InOrder):
             raise ValueError(f"{rows.source}: none of {len(rows)} rows has exactly one image")
         if left_out := len(rows) - len(found):
             self.run.print(f"{left_out} rows are left out: a pair is one image and its caption")
-        for row in found:
-            self.true[row.images[0]] = self.true.get(row.images[0], frozenset()) | {first_answer(row)}
+        for path, captions in captions_by_image(found).items():
+            self.true[path] = self.true.get(path, frozenset()) | {*captions}
         return found
 
     def open(self, rows, seed: int) -> None:
@@ -208,39 +226,50 @@ class RowPairs(InOrder):
         return self.run.args.batch_size // self.run.world_size
 
     def texts(self) -> list[str]:
-        return [first_answer(row) for row in self.rows]
+        return [caption for row in self.rows for caption in captions_of(row)]
 
     def next_rows(self) -> list[tuple[LlavaRow, torch.Tensor]]:
         """The readable ones of the next batch."""
         rows = [self.rows[i] for i in next(self.order).tolist()]
-        self.images.load([row.images[0] for row in rows], self.workers)
-        return [(row, pixels) for row in rows if (pixels := self.images[row.images[0]]) is not None]
+        if self.features is None:
+            self.images.load([row.images[0] for row in rows], self.workers)
+        seen = self.images if self.features is None else self.features
+        return [(row, image) for row in rows if (image := seen[row.images[0]]) is not None]
 
     def draw(self, generator: torch.Generator, progress: float) -> Pairs:
-        """An image that cannot be read is replaced by another one of the batch: so batches keep their size. Raises ValueError
-        where none can be read in a whole epoch."""
+        """Each image with one of its row's captions, whose choice depends on the generator's seed. An image that cannot be read
+        is replaced by another one of the batch: so batches keep their size. Raises ValueError where none can be read in a
+        whole epoch."""
+        pick = random.Random(generator.initial_seed())
         for _ in range(len(self) + 1):
             good = self.next_rows()
             if self.run.all(bool(good)):  # to stay together
                 chosen = [good[k % len(good)] for k in range(self.size)]
-                captions = [first_answer(row) for row, _ in chosen]
-                true = [self.true.get(row.images[0], frozenset([first_answer(row)])) for row, _ in chosen]
-                return Pairs(torch.cat([pixels for _, pixels in chosen]), captions, true)
+                said = [captions_of(row) for row, _ in chosen]
+                captions = [own[int(len(own) * pick.random())] for own in said]
+                true = [self.true.get(row.images[0], frozenset(own)) for (row, _), own in zip(chosen, said, strict=True)]
+                return Pairs(torch.cat([image for _, image in chosen]), captions, true)
         raise ValueError(f"{self.rows.source}: none of its images can be read")
 
     def tests(self, quick: bool = False) -> dict[str, Test]:
-        """A gallery of test images, each with the caption of its first row."""
-        first = {row.images[0]: row for row in reversed(self.test) if self.images[row.images[0]] is not None}
-        if not first:
+        """A gallery of all test images with all their captions; quick: of the first GALLERY, which its name says, since among
+        fewer more is found."""
+        captions = captions_by_image(self.test)
+        count = min(GALLERY, len(captions)) if quick else len(captions)
+        self.images.load(itertools.islice(captions, count), self.workers)
+        paths = list(itertools.islice((path for path in captions if self.images[path] is not None), count))
+        if not paths:
             raise ValueError(f"{self.test.source}: none of the test images can be read")
-        rows = list(reversed(first.values()))
-        rows = rows[:: -(-len(rows) // GALLERY)]
-        images = denormalize(torch.cat([self.images[row.images[0]] for row in rows]), self.images.settings)
-        return {"": Test(images, [first_answer(row) for row in rows], [self.true[row.images[0]] for row in rows])}
+        said = [caption for path in paths for caption in captions[path]]
+        starts = list(itertools.accumulate((len(captions[path]) for path in paths), initial=0))[:-1]
+        images = torch.cat([denormalize(self.images[path], self.settings) for path in paths])
+        more = {"starts": starts, "paths": paths, "features": self.test_features}
+        name = f"first_{len(paths)}_" if count < len(captions) else ""
+        return {name: Test(images, said, [self.true[path] for path in paths], **more)}
 
     @cached_property
     def _rows_hash(self) -> str:
-        rows = [(row.images[0].name, first_answer(row)) for row in self.rows]
+        rows = [(row.images[0].name, captions_of(row)) for row in self.rows]
         return hashlib.sha256(repr(rows).encode()).hexdigest()
 
     def state_dict(self) -> dict:
@@ -261,15 +290,26 @@ class ShardPairs(RowPairs):
     def open(self, rows, seed: int) -> None:
         self.rows, ranks = rows, (self.run.rank, self.run.world_size, self.workers)
         self.size = self.fitting_size()
-        self.order = ShardStream(rows, ShardImages(self.image_size), self.size, seed, *ranks)
+        self.order = ShardStream(rows, ShardImages(self.settings), self.size, seed, *ranks)
 
     def texts(self) -> list[str]:
-        return [first_answer(row) for row in self.rows.head(FIRST_ROWS)]
+        return [caption for row in self.rows.head(FIRST_ROWS) for caption in captions_of(row)]
 
     def next_rows(self) -> list[tuple[LlavaRow, torch.Tensor]]:
         rows = [row for row in next(self.order) if len(row.images) == 1]
         return [(row, pixels) for row in rows if (pixels := self.order.images[row.images[0]]) is not None]
 
 
-def first_answer(row) -> str:
-    return " ".join(next(message["content"] for message in row.messages if message["role"] == "assistant").split())
+def captions_of(row: LlavaRow) -> list[str]:
+    """The different answers that the row calls captions, as it does with {"image", "captions"}; else its first answer."""
+    answers = [" ".join(message["content"].split()) for message in row.messages if message["role"] == "assistant"]
+    captions = [answer for answer, kind in zip(answers, row.kinds or (), strict=False) if kind == "caption"]
+    return list(dict.fromkeys(captions)) or answers[:1]
+
+
+def captions_by_image(rows: Iterable[LlavaRow]) -> dict[Path, list[str]]:
+    """Of rows with one image each: all that is said of it, each once."""
+    found: dict[Path, dict[str, None]] = {}
+    for row in rows:
+        found.setdefault(row.images[0], {}).update(dict.fromkeys(captions_of(row)))
+    return {path: list(captions) for path, captions in found.items()}

@@ -10,7 +10,8 @@
     python train_siglip.py --out runs/siglip-scenes --resume  go on after Ctrl-C, exactly
 
 Mirrors: "Sigmoid Loss for Language Image Pre-Training" (Zhai et al. 2023), with gradient caching (Gao et al. 2021). A pair
-counts as right wherever the caption is true of the image, and not only where the two were drawn together.
+counts as right wherever the caption is true of the image, and not only where the two were drawn together. Of a row with several
+captions each step draws one.
 
 Writes runs/siglip-DATASET/, which transformers opens as a SiglipModel: config.json, model.safetensors, the tokenizer,
 preprocessor_config.json; metrics.jsonl, curves.png, samples.png, result.json. The last line printed is JSON. Then
@@ -31,7 +32,6 @@ from torch.utils.checkpoint import checkpoint
 from data.augment import PRESETS as AUGMENTATIONS
 from data.datasets import evenly
 from data.rows import streams
-from data.tiles import ImageSettings
 from extras.caption_pairs import ClassPairs, RowPairs, ScenePairs, ShardPairs, Test, true_pairs
 from lib import figures
 from lib.checkpoint import from_pretrained, save_pretrained
@@ -44,7 +44,6 @@ from lib.image_settings import write_image_settings
 from lib.optim import cosine_schedule, make_optimizers, parameter_groups, set_learning_rate
 from lib.run import Run
 from lib.tokenizer import BPETokenizer
-from processing_mllama import normalize, rescale
 from siglip import SiglipConfig, SiglipTextConfig, SiglipTwoTower, SiglipVisionConfig
 from vit_scratch import sincos_positions
 
@@ -87,6 +86,7 @@ RECIPES = {
     "folder": {"image_size": None, "patch_size": None, "epochs": 30, "batch_size": 128},
 }
 CHOICES = 100  # captions that one is chosen from, the true one among them
+RECALLS = (1, 5, 10)  # of so many that are ranked first, whether one is true
 MOST_TOKENS = 64  # the length of all texts of the published models
 END = "<|endoftext|>"  # fills every text up to the text tower's length, as in the published models
 
@@ -140,9 +140,9 @@ def build(args, pairs) -> tuple[SiglipTwoTower, BPETokenizer]:
     tokenizer = BPETokenizer.train(texts, vocabulary, (END,), at_most=True)
     longest = 1 + max(map(len, tokenizer.encode_batch(texts)))  # and the token that ends it
     tokenizer.model_max_length = args.tokens or min(MOST_TOKENS, longest)
-    height, width = pairs.image_size
-    vision = vision | {"image_size": height if height == width else (height, width), "attention_dropout": args.dropout}
-    vision = checked_flags(args, SiglipVisionConfig, **vision, patch_size=args.patch_size or default_patch(pairs.image_size))
+    height, width = size = pairs.settings.image_size
+    vision = vision | {"image_size": height if height == width else size, "attention_dropout": args.dropout}
+    vision = checked_flags(args, SiglipVisionConfig, **vision, patch_size=args.patch_size or default_patch(size))
     text = text | {"max_position_embeddings": tokenizer.model_max_length, "attention_dropout": args.dropout}
     text = checked_flags(args, SiglipTextConfig, **text, vocab_size=len(tokenizer), projection_size=vision.hidden_size)
     torch.manual_seed(args.seed)
@@ -172,7 +172,7 @@ def pair_loss(images, texts, scale, bias, true: torch.Tensor, chunk_size: int | 
 
 def part_losses(run: Run, pixels, ids, true) -> Callable[[int], torch.Tensor]:
     """A function that computes the loss of the batch of all processes from one of its --grad-accum parts: each has the value of
-    the whole, and the mean of their gradients is its gradient. pixels [B, 3, S, S], ids [M, T]: of this process; true: of all.
+    the whole, and the mean of their gradients is its gradient. pixels (as in Pairs), ids [M, T]: of this process; true: of all.
 
     The loss of any pair needs all embeddings and nothing else: they are computed without a graph, then the gradients of the
     loss with respect to them; and a part at a time, computed once more, takes its own of these through its tower (GradCache,
@@ -216,29 +216,41 @@ def logits_of(model: SiglipTwoTower, tokenizer: BPETokenizer, test: Test, pairs,
     """[N images, M captions], on the CPU."""
     images, texts, some = [], [], 250  # at a time
     with run.autocast():
-        for part in test.images.split(some):
-            pixels = normalize(rescale(part.to(run.device).expand(-1, 3, -1, -1)).cpu(), pairs.mean, pairs.std)
-            images.append(model.image_embeddings(pixels.to(run.device)).float())
+        for start in range(0, len(test.images), some):
+            inputs = test.inputs(slice(start, start + some), pairs.settings)
+            images.append(model.image_embeddings(inputs.to(run.device)).float())
             run.stop_if_asked()
         for part in caption_ids(tokenizer, test.captions, model.config.text_config).split(some):
             texts.append(model.text_embeddings(part.to(run.device)).float())
     return (torch.cat(images) @ torch.cat(texts).T * model.logit_scale.exp() + model.logit_bias).cpu()
 
 
+def best_ranks(logits: torch.Tensor, true: torch.Tensor) -> torch.Tensor:
+    """Of each row of logits [N, M], the rank of the best true one, int64 [N], from 1 on. A tie counts against it: what is not
+    true and has the same logit stands before it."""
+    best = logits.masked_fill(~true, -torch.inf).amax(dim=1, keepdim=True)
+    return 1 + (~(logits < best) & ~true).sum(dim=1)
+
+
 def measure(test: Test, logits: torch.Tensor) -> dict[str, float]:
-    """Classes: how often the likeliest caption is true. A gallery: recall@1 both ways, what guessing would give, and how often
-    an image's own caption is chosen among CHOICES, the others of which are not true of it (chance: one in CHOICES)."""
+    """Figures of logits [N, M]. Classes: how often the likeliest caption is true. A gallery: recall at 1, 5 and 10 and the
+    median rank, of all captions that are ranked for each image and all images for each caption; what guessing would give at 1;
+    and how often an image's first caption is chosen among CHOICES of as many images, the others of which are not true of it
+    (chance: one in CHOICES)."""
     true, N = true_pairs(test.true, test.captions), len(test.true)
-    said, every = logits.argmax(dim=1), torch.arange(N)
-    found = {("zero_shot_accuracy" if test.classes else "image_to_text_recall"): true[every, said]}
-    for k, word in enumerate(test.words, start=1):
-        same = [test.captions[choice].split()[k] == test.own(i).split()[k] for i, choice in enumerate(said.tolist())]
-        found[f"zero_shot_{word}"] = torch.tensor(same)
-    if not test.classes:
-        found["text_to_image_recall"] = true[logits.argmax(dim=0), every]
+    if test.classes:
+        said, found = logits.argmax(dim=1), {}
+        found["zero_shot_accuracy"] = true[torch.arange(N), said]
+        for k, word in enumerate(test.words, start=1):
+            same = [test.captions[choice].split()[k] == test.own(i).split()[k] for i, choice in enumerate(said.tolist())]
+            found[f"zero_shot_{word}"] = torch.tensor(same)
+    else:
+        ranks = {"image_to_text": best_ranks(logits, true), "text_to_image": best_ranks(logits.T, true.T)}
+        found = {f"{way}_recall_at_{k}": rank <= k for way, rank in ranks.items() for k in RECALLS}
+        found |= {f"{way}_median_rank": rank.float().quantile(0.5) for way, rank in ranks.items()}
         found["recall_by_chance"] = true
-        others = logits.masked_fill(true & ~torch.eye(N, dtype=torch.bool), -torch.inf)
-        choices = (every[:, None] + torch.arange(min(CHOICES, N))) % N
+        others = logits[:, test.first].masked_fill(true[:, test.first] & ~torch.eye(N, dtype=torch.bool), -torch.inf)
+        choices = (torch.arange(N)[:, None] + torch.arange(min(CHOICES, N))) % N
         found[f"caption_among_{choices.shape[1]}"] = others.gather(1, choices).argmax(dim=1) == 0
     return {name: values.float().mean().item() for name, values in found.items()}
 
@@ -277,7 +289,7 @@ def save_run(folder: Path, model: SiglipTwoTower, tokenizer: BPETokenizer, pairs
     save_pretrained(model, folder)
     tokenizer.model_input_names = ["input_ids"]  # padding is read, not masked
     tokenizer.save_pretrained(folder)
-    write_image_settings(folder, ImageSettings(pairs.image_size, image_mean=tuple(pairs.mean), image_std=tuple(pairs.std)))
+    write_image_settings(folder, pairs.settings)
     write_json(folder / "settings.json", vars(args))
     from_pretrained(folder)  # what was written can be read
 
@@ -301,9 +313,9 @@ def main(argv=None) -> None:
     total_steps = args.steps or max(1, round(args.epochs * len(pairs)))
     count = {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()}
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    config = model.config
+    config, size = model.config, pairs.settings.image_size
     run.print(
-        f"{args.dataset}: images of {'x'.join(map(str, pairs.image_size))} in {'x'.join(map(str, config.vision_config.grid))}"
+        f"{args.dataset}: images of {'x'.join(map(str, size))} in {'x'.join(map(str, config.vision_config.grid))}"
         f" patches, captions of {config.text_config.max_position_embeddings} tokens out of {len(tokenizer)}\n"
         f"towers: vision {count['vision_model']:,}, text {count['text_model']:,} parameters, {trained:,} trained in all\n"
         f"{total_steps:,} steps of {args.batch_size} pairs in parts of {args.batch_size // args.grad_accum}, {run}"

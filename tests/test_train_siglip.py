@@ -212,8 +212,10 @@ def test_the_figures_of_a_gallery():
     logits = torch.tensor([[5.0, 0, 1, 0], [0, 1, 0, 2], [3, 0, 2, 0], [0, 0, 0, 4]])
     found = measure(Test(torch.zeros(4, 1, 2, 2), ["a", "b", "c", "d"], names), logits)
     assert found == {
-        "image_to_text_recall": 0.75,
-        "text_to_image_recall": 1.0,
+        "image_to_text_recall_at_1": 0.75,
+        "text_to_image_recall_at_1": 1.0,
+        **{f"{way}_recall_at_{k}": 1.0 for way in ("image_to_text", "text_to_image") for k in (5, 10)},
+        **{f"{way}_median_rank": 1.0 for way in ("image_to_text", "text_to_image")},
         "recall_by_chance": 5 / 16,
         "caption_among_4": 0.75,
     }
@@ -278,7 +280,7 @@ def test_a_finished_run_leaves_what_is_promised(runs):
     assert {"config.json", "model.safetensors", "tokenizer.json", "preprocessor_config.json", "state.pt"} <= left
     assert {"metrics.jsonl", "result.json", "curves.png", "samples.png"} <= left and not [n for n in left if n[0] == "."]
     assert json.loads((run / "result.json").read_text()) == last
-    assert {"text_to_image_recall", "image_to_text_recall", "recall_by_chance", "caption_among_6"} <= last.keys()
+    assert {"text_to_image_recall_at_1", "image_to_text_median_rank", "recall_by_chance", "caption_among_6"} <= last.keys()
     assert {"test_zero_shot_accuracy", "compositional_zero_shot_digit", "parameters", "seed"} <= last.keys()
 
 
@@ -320,8 +322,9 @@ def test_the_tower_is_train_vlms_with_its_pixels(finished):
     towers, pixels = from_pretrained(run), torch.randn(2, 3, 64, 64)
     torch.testing.assert_close(model.vision_features(pixels), towers.vision_model(pixels))
     pairs = ScenePairs(parse_args([]), SimpleNamespace(rank=0, world_size=1))
-    assert processor.image_size == (64, 64) and processor.image_settings.image_mean == pytest.approx(pairs.mean)
-    assert processor.image_settings.image_std == pytest.approx(pairs.std)
+    assert processor.image_size == (64, 64)
+    assert processor.image_settings.image_mean == pytest.approx(pairs.settings.image_mean)
+    assert processor.image_settings.image_std == pytest.approx(pairs.settings.image_std)
 
 
 # ---- your own images -----------------------------------------------------------------------------------------------
