@@ -3,6 +3,7 @@
     python train_siglip.py                                    scenes of handwritten digits and their captions, in five minutes
     python train_siglip.py --dataset llava --data train.json --images DIR            captions: each row's first answer
     python train_siglip.py --dataset llava --data 'OUT/shard-*.tar' --test-data test.json            see shards.py
+    python train_siglip.py --dataset llava --data train.json --vision DINOV2 --image-size 224        a tower that comes trained
     python train_siglip.py --dataset cifar10 --size small     "a photo of a {class}": a classifier made of captions
     python train_siglip.py --dataset folder --data photos.tar.gz
     python train_siglip.py --batch-size 2048 --chunk 128      a large batch in little memory, with the same gradients
@@ -11,17 +12,20 @@
 
 Mirrors: "Sigmoid Loss for Language Image Pre-Training" (Zhai et al. 2023), with gradient caching (Gao et al. 2021). A pair
 counts as right wherever the caption is true of the image, and not only where the two were drawn together. Of a row with several
-captions each step draws one.
+captions each step draws one. --vision: extras/tower_pairs.py.
 
-Writes runs/siglip-DATASET/, which transformers opens as a SiglipModel: config.json, model.safetensors, the tokenizer,
-preprocessor_config.json; metrics.jsonl, curves.png, samples.png, result.json. The last line printed is JSON. Then
+Writes runs/siglip-DATASET/, which transformers opens as a SiglipModel (with --vision it is in our own layout): config.json,
+model.safetensors, the tokenizer, preprocessor_config.json; metrics.jsonl, curves.png, samples.png, result.json. The last line
+printed is JSON. Then
 `python generate.py RUN --image x.png --zero-shot "a red 3" "a blue 7"`, and `python train_vlm.py --vision RUN`.
 Axes: B images of the batch, of all processes; N of a test; M captions; P width of the shared space.
 """
 
+import argparse
 import json
 import math
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -31,19 +35,24 @@ from torch.utils.checkpoint import checkpoint
 
 from data.augment import PRESETS as AUGMENTATIONS
 from data.datasets import evenly
+from data.features import FrozenFeatures
+from data.images import height_width
 from data.rows import streams
+from data.tiles import ImageSettings
 from extras.caption_pairs import ClassPairs, RowPairs, ScenePairs, ShardPairs, Test, true_pairs
+from extras.tower_pairs import tower_pair
 from lib import figures
 from lib.checkpoint import from_pretrained, save_pretrained
 from lib.checks import checked_flags
 from lib.classification import default_patch
-from lib.cli import argument_parser, fraction, not_negative_float, not_negative_int, positive_int, run_cli
+from lib.cli import argument_parser, fraction, not_negative_float, not_negative_int, positive_float, positive_int, run_cli
 from lib.distributed import all_gather
 from lib.files import write_json
-from lib.image_settings import write_image_settings
+from lib.image_settings import for_size, write_image_settings
 from lib.optim import cosine_schedule, make_optimizers, parameter_groups, set_learning_rate
 from lib.run import Run
 from lib.tokenizer import BPETokenizer
+from lib.vlm_parts import find_part, tower_image_settings
 from siglip import SiglipConfig, SiglipTextConfig, SiglipTwoTower, SiglipVisionConfig
 from vit_scratch import sincos_positions
 
@@ -100,21 +109,35 @@ def parse_args(argv=None):
     add("--test-part", type=fraction, default=0.1, help="held out, where there is no --test-data; 0: train on all rows")
     add("--split-seed", type=not_negative_int, default=0, help="another test part, where a folder or digits come without")
     add("--size", choices=list(SIZES), default="mini", help="width and depth of both towers; tiny: for tests")
-    add("--image-size", type=positive_int, help="pixels; default depends on the data set")
+    add("--vision", metavar="SOURCE", help="take the vision tower of a run, or of a folder or hub name: SigLIP, ViT, CLIP, "
+        "DINOv2, LLaVA, Idefics3; the head on top of it starts untrained")  # fmt: skip
+    add("--vision-layers", type=positive_int, help="take only the first so many blocks of --vision, and its last norm")
+    add("--freeze", choices=["vision", "none"], help="what never trains; default: the tower of --vision")
+    add("--lr-pretrained", type=positive_float, help="peak learning rate of a tower of --vision that trains; default: 1e-4")
+    add("--cache-features", nargs="?", const="", metavar="FILE", help="keep a frozen tower's features; default in --out; the "
+        "file may be one that finetune_vlm.py made of the same rows")  # fmt: skip
+    add("--image-size", type=positive_int, help="pixels; default depends on the data set, with --vision the tower's")
     add("--patch-size", type=positive_int, help="pixels; default depends on the data set")
     add("--tokens", type=positive_int, help="to which every caption is filled up or cut; default: what the longest needs, at "
         f"most {MOST_TOKENS}; transformers' zero-shot pipeline wants {MOST_TOKENS}")  # fmt: skip
     add("--caption", default="a photo of a {}", help="what is said of an image of a class, {} being the class")
     add("--augment", choices=list(AUGMENTATIONS), help="of images with classes; default: made for the data set")
-    add("--dropout", type=fraction, default=0.0, help="of attention weights, in both towers")
+    add("--dropout", type=fraction, default=0.0, help="of attention weights, in both towers; with --vision in that of texts")
     add("--muon-lr", type=not_negative_float, help="Muon's: default 0.03, scenes 0.01; 0: AdamW for all (far slower)")
     add("--steps", type=positive_int, help="in place of --epochs")
     add("--chunk", type=positive_int, metavar="N", help="hold the activations of N pairs at a time (of each process); same "
         "gradients, half as much time again")  # fmt: skip
     add("--eval-count", type=positive_int, default=500, help="test scenes of one digit, with the 80 prompts")
     args = parser.parse_args(argv)
+    settle(args, parser)
+    return args
+
+
+def settle(args, parser: argparse.ArgumentParser) -> None:
+    """Fill in what flags say of others; end with a line where they contradict each other."""
+    settle_vision(args, parser)
     for key, value in {"muon_lr": 0.03, **RECIPES[args.dataset]}.items():
-        if getattr(args, key) is None:
+        if getattr(args, key) is None and not (args.vision and key in ("image_size", "patch_size")):
             setattr(args, key, value)
     if args.dataset == "llava" and not args.data:
         parser.error("--dataset llava needs --data FILE.json, or shards: 'DIR/shard-*.tar'")
@@ -127,30 +150,74 @@ def parse_args(argv=None):
         args.grad_accum = args.batch_size // size
     args.augment = args.augment or (args.dataset if args.dataset in AUGMENTATIONS else None)
     args.out = args.out or f"runs/siglip-{args.dataset}"
-    return args
+
+
+def settle_vision(args, parser: argparse.ArgumentParser) -> None:
+    """The flags about --vision."""
+    trained = {"vision_layers": args.vision_layers, "freeze": args.freeze == "vision", "lr_pretrained": args.lr_pretrained}
+    trained["cache_features"] = args.cache_features is not None
+    if not args.vision and (given := [f"--{name.replace('_', '-')}" for name, value in trained.items() if value]):
+        parser.error(f"{given[0]} is of --vision, a tower that comes trained: name one")
+    if args.vision and args.dataset != "llava":
+        parser.error(f"--vision goes with --dataset llava, images of your own; --dataset is {args.dataset}")
+    if args.vision and args.patch_size:
+        parser.error("--patch-size cannot be chosen with --vision: the tower has its own")
+    args.freeze = args.freeze or ("vision" if args.vision else "none")
+    if args.freeze == "vision" and args.lr_pretrained:
+        parser.error("--lr-pretrained is of a tower that trains: add --freeze none")
+    args.lr_pretrained = args.lr_pretrained or 1e-4
+    if args.cache_features is not None:
+        if args.freeze == "none":
+            parser.error("--cache-features: the vision tower is trained, so its features change: leave out --freeze none")
+        if streams(args):
+            parser.error(f"--data {args.data} with --test-data is read from front to back: leave out --cache-features")
+        if args.fsdp:
+            parser.error("--cache-features needs a whole vision tower in each process: leave out --fsdp")
 
 
 # ---- model and loss --------------------------------------------------------------------------------------------------
 
 
-def build(args, pairs) -> tuple[SiglipTwoTower, BPETokenizer]:
-    """The towers, and the tokenizer, whose model_max_length is that of all texts."""
+def trained_tower(args) -> tuple[torch.nn.Module, ImageSettings]:
+    """That of --vision, and how it wants its images."""
+    tower = find_part(args.vision, "vision", args.image_size, args.vision_layers)
+    size = height_width(tower.config.image_size)
+    return tower, ImageSettings(**for_size(tower_image_settings(args.vision), size))
+
+
+def build(args, pairs, tower: torch.nn.Module | None = None) -> tuple[SiglipTwoTower, BPETokenizer]:
+    """The towers, and the tokenizer, whose model_max_length is that of all texts. tower: of --vision."""
     vision, text, vocabulary = SIZES[args.size]
     texts = pairs.texts()
     tokenizer = BPETokenizer.train(texts, vocabulary, (END,), at_most=True)
     longest = 1 + max(map(len, tokenizer.encode_batch(texts)))  # and the token that ends it
     tokenizer.model_max_length = args.tokens or min(MOST_TOKENS, longest)
-    height, width = size = pairs.settings.image_size
-    vision = vision | {"image_size": height if height == width else size, "attention_dropout": args.dropout}
-    vision = checked_flags(args, SiglipVisionConfig, **vision, patch_size=args.patch_size or default_patch(size))
+    if tower is None:
+        height, width = size = pairs.settings.image_size
+        vision = vision | {"image_size": height if height == width else size, "attention_dropout": args.dropout}
+        vision = checked_flags(args, SiglipVisionConfig, **vision, patch_size=args.patch_size or default_patch(size))
+    else:
+        vision = tower.config
     text = text | {"max_position_embeddings": tokenizer.model_max_length, "attention_dropout": args.dropout}
     text = checked_flags(args, SiglipTextConfig, **text, vocab_size=len(tokenizer), projection_size=vision.hidden_size)
     torch.manual_seed(args.seed)
-    model = SiglipTwoTower(SiglipConfig(vision, text))
-    with torch.no_grad():  # positions that say from the first step what is near what
-        model.vision_model.embeddings.position_embedding.weight.copy_(sincos_positions(vision.grid, vision.hidden_size))
+    model = tower_pair(tower, text) if tower else SiglipTwoTower(SiglipConfig(vision, text))
+    with torch.no_grad():
+        if tower is None:  # positions that say from the first step what is near what
+            model.vision_model.embeddings.position_embedding.weight.copy_(sincos_positions(vision.grid, vision.hidden_size))
         model.logit_bias.fill_(-math.log(args.batch_size))  # one caption in so many is true; SigLIP's -10 is for 32,768
+    if args.freeze == "vision":
+        model.vision_tower.requires_grad_(False)
     return model, tokenizer
+
+
+def groups_of(model: SiglipTwoTower, args) -> list[dict]:
+    """What trains, for the optimizers. A tower that comes trained has a learning rate of its own, and no Muon."""
+    if not args.vision or args.freeze == "vision":
+        return parameter_groups(model, args.weight_decay, args.lr, args.muon_lr)
+    tower = model.vision_tower.requires_grad_(False)
+    groups = parameter_groups(model, args.weight_decay, args.lr, args.muon_lr)
+    return groups + parameter_groups(tower.requires_grad_(True), args.weight_decay, args.lr_pretrained)
 
 
 def pair_loss(images, texts, scale, bias, true: torch.Tensor, chunk_size: int | None = None) -> torch.Tensor:
@@ -284,6 +351,18 @@ def caption_ids(tokenizer, captions: list[str], config) -> torch.Tensor:
     return tokenizer(captions, padding="max_length", return_tensors="pt", **length)["input_ids"]
 
 
+def use_features(model: SiglipTwoTower, pairs: RowPairs, args, run: Run) -> None:
+    """Let images come as features of the frozen tower: those of test images made once, and those of training images where that
+    is asked for, or the tower is what takes the time."""
+    pairs.test_features = FrozenFeatures(model, pairs.images, most_bytes=sys.maxsize)
+    if not streams(args) and (run.device.type == "cpu" or args.cache_features is not None):
+        pairs.features = FrozenFeatures(model, pairs.images)
+    if args.cache_features is not None and not args.dry_run:
+        file = Path(args.cache_features or run.folder / "features.npy")
+        with run.main_first():
+            pairs.features.keep(file, [row.images[0] for row in pairs.rows], args.workers, run.is_main)
+
+
 def save_run(folder: Path, model: SiglipTwoTower, tokenizer: BPETokenizer, pairs, args) -> None:
     """A published checkpoint folder, with what transformers' tokenizer and image processor need to know."""
     save_pretrained(model, folder)
@@ -302,14 +381,19 @@ def main(argv=None) -> None:
     run = Run(args)
 
     # ---- data ----
-    rows = ShardPairs if args.dataset == "llava" and streams(args) else RowPairs
-    pairs = {"scenes": ScenePairs, "llava": rows}.get(args.dataset, ClassPairs)(args, run)
-    quick = pairs.tests(quick=True)
+    tower, settings = trained_tower(args) if args.vision else (None, None)
+    if args.dataset == "llava":
+        pairs = (ShardPairs if streams(args) else RowPairs)(args, run, settings)
+    else:
+        pairs = (ScenePairs if args.dataset == "scenes" else ClassPairs)(args, run)
 
     # ---- model and optimiser ----
-    model, tokenizer = build(args, pairs)
+    model, tokenizer = build(args, pairs, tower)
     model = run.place(model)
-    optimizers = make_optimizers(parameter_groups(model, args.weight_decay, args.lr, args.muon_lr))
+    if args.freeze == "vision" and not args.fsdp:
+        use_features(model, pairs, args, run)
+    quick = pairs.tests(quick=True)
+    optimizers = make_optimizers(groups_of(model, args))
     total_steps = args.steps or max(1, round(args.epochs * len(pairs)))
     count = {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()}
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
