@@ -10,7 +10,7 @@ Axes: n tiles of an image (data/tiles.py), 1 unless images are cut; N patches, D
 import hashlib
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -59,6 +59,11 @@ class FrozenFeatures:
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
         """[n, 3, S, S] -> [n, N, Dv], in host memory."""
         return self.model.vision_features(pixels.to(self.device)).cpu()
+
+    def bytes_of(self, paths: Collection[Path]) -> int:
+        """What the features of so many images take, of images that are not cut into tiles."""
+        config = self.model.config.vision_config
+        return (1 if self.blind else len(paths)) * math.prod(config.grid) * config.hidden_size * 4
 
     def keep(self, file: Path, paths: Sequence[Path], workers: int = 1, progress: bool = False) -> None:
         """Read the features of all these images from the file, or make it; it appears whole or not at all. Blind, there is

