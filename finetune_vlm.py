@@ -143,6 +143,8 @@ def settle(args, parser: argparse.ArgumentParser) -> None:
         parser.error("--vision-layers is of --vision, a tower that comes trained: name one")
     if args.vision and args.patch_size:
         parser.error("--patch-size cannot be chosen with --vision: the tower has its own")
+    if args.dropout and args.lm and not args.lora:
+        parser.error(f"--dropout {args.dropout:g} is of a language model that starts untrained, or of LoRA: add --lora")
     if args.projector == "mlp" and args.pixel_shuffle > 1:
         parser.error("--pixel-shuffle goes with --projector linear: no published layout has it with an mlp")
     if args.fsdp and args.cache_features is not None:
