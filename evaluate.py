@@ -183,7 +183,7 @@ def caption_figures(items: list[Item], said: list[str]) -> dict | None:
     return counts | dict(zip(BLEU, bleu(candidates, references), strict=True)) | {"cider_d": cider_d(candidates, references)}
 
 
-def measure(model, processor, items: list[Item], who: str, args, dataset: str, seen: dict) -> dict:
+def measure(model, processor, items: list[Item], who: str, args, dataset: str, seen: dict | None = None) -> dict:
     """Everything about one model's answers to the items of one split, with "said", its words, and "losses" by photo. who: of
     ASKED. seen: see answer."""
     start, blind = time.perf_counter(), who in ("blanked", "blind")
