@@ -50,8 +50,8 @@ def caption(model, processor, image: str, args) -> tuple:
     text = "".join(talk.ask(args.prompt)).strip()
     if not talk.answer_ids:
         return talk.images[0], text, [], None
-    maps = attention_over_image_tokens(model, talk.answer_ids, [talk.prompt_ids], image_features=talk.features[-1:])
-    words, maps = group_into_words(talk.answer_ids, maps[:, 0], processor.decode)
+    maps = attention_over_image_tokens(model, talk.answer_ids, [talk.prompt_ids], image_features=talk.features)
+    words, maps = group_into_words(talk.answer_ids, maps[:, -1], processor.decode)  # of tiles the last is the whole image
     wanted = {bare(word) for word in args.words} if args.words else None
     places = {}  # a word that comes again is looked up once
     for k, word in enumerate(map(bare, words)):
