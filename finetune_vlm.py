@@ -17,7 +17,6 @@ result.json. The last line printed is JSON.
 """
 
 import argparse
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -26,7 +25,7 @@ import torch.nn.functional as F
 
 from data.batches import IGNORE, fit_batch_size, with_shares
 from data.common import CommonAnswers, common_questions
-from data.features import FrozenFeatures
+from data.features import FrozenFeatures, keep_for_run
 from data.image_cache import ImageCache
 from data.llava import LlavaRows
 from data.llava_batches import LlavaBatches, ShardBatches
@@ -328,14 +327,6 @@ def conversations(args, run: Run, rows, model, processor, common: dict) -> Llava
     )  # fmt: skip
 
 
-def keep_features(args, run: Run, rows: LlavaRows, batches: LlavaBatches) -> None:
-    """--cache-features, of a tower that does not train any more."""
-    if args.cache_features is not None and not args.dry_run:
-        file = Path(args.cache_features or run.folder / "features.npy")
-        with run.main_first():
-            batches.features.keep(file, [path for row in rows for path in row.images], args.workers, run.is_main)
-
-
 def test_questions(args, run: Run, rows: LlavaRows, model, processor) -> list[Item]:
     """Questions about --eval-count test rows, without those that cannot be asked."""
     items = row_items(some(rows, args.eval_count), args.isolated)
@@ -394,7 +385,7 @@ def main(argv=None) -> None:
             batches, size = common_answers(args, run, rows, common, packed.images)
         else:
             batches, size = packed, args.batch_size
-            keep_features(args, run, rows, packed)
+            keep_for_run(packed.features, rows, args, run)
         seconds = args.max_seconds and args.max_seconds * SECONDS[stage.name] / sum(SECONDS[each.name] for each in plan)
         trained = sum(p.numel() for p in learner.parameters() if p.requires_grad)
         run.print(f"stage {stage.name}: {stage.why}\n  {trained:,} parameters, {stage.steps:,} steps of {size}")

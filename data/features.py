@@ -24,6 +24,15 @@ from data.tiles import tile_count
 from lib.files import read_json, write_atomic, write_json
 
 
+def keep_for_run(features: "FrozenFeatures | None", rows, args, run) -> None:
+    """--cache-features: keep those of the rows' images, in that file or in the run's folder. The first process makes it, the
+    others read it."""
+    if args.cache_features is not None and not args.dry_run:
+        file = Path(args.cache_features or run.folder / "features.npy")
+        with run.main_first():
+            features.keep(file, [path for row in rows for path in row.images], args.workers, run.is_main)
+
+
 class FrozenFeatures:
     """Images go through the tower one by one, since matrix products round differently in batches of other sizes: so training
     with the file and without it is the same to the last bit. The file is a numpy array [tiles, N, Dv], with a .json beside it

@@ -1,7 +1,7 @@
 """Train two towers (siglip.py) to tell which caption belongs to which image: sight that is learned from words alone.
 
     python train_siglip.py                                    scenes of handwritten digits and their captions, in five minutes
-    python train_siglip.py --dataset llava --data train.json --images DIR            captions: each row's first answer
+    python train_siglip.py --dataset llava --data train.json --images DIR            captions, or each row's first answer
     python train_siglip.py --dataset llava --data 'OUT/shard-*.tar' --test-data test.json            see shards.py
     python train_siglip.py --dataset llava --data train.json --vision DINOV2 --image-size 224        a tower that comes trained
     python train_siglip.py --dataset cifar10 --size small     "a photo of a {class}": a classifier made of captions
@@ -35,7 +35,7 @@ from torch.utils.checkpoint import checkpoint
 
 from data.augment import PRESETS as AUGMENTATIONS
 from data.datasets import evenly
-from data.features import FrozenFeatures
+from data.features import FrozenFeatures, keep_for_run
 from data.images import height_width
 from data.rows import streams
 from data.tiles import ImageSettings
@@ -357,10 +357,7 @@ def use_features(model: SiglipTwoTower, pairs: RowPairs, args, run: Run) -> None
     pairs.test_features = FrozenFeatures(model, pairs.images, most_bytes=sys.maxsize)
     if not streams(args) and (run.device.type == "cpu" or args.cache_features is not None):
         pairs.features = FrozenFeatures(model, pairs.images)
-    if args.cache_features is not None and not args.dry_run:
-        file = Path(args.cache_features or run.folder / "features.npy")
-        with run.main_first():
-            pairs.features.keep(file, [row.images[0] for row in pairs.rows], args.workers, run.is_main)
+    keep_for_run(pairs.features, pairs.rows, args, run)
 
 
 def save_run(folder: Path, model: SiglipTwoTower, tokenizer: BPETokenizer, pairs, args) -> None:

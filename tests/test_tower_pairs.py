@@ -10,7 +10,7 @@ from PIL import Image
 import finetune_vlm
 import generate
 from calls import learned, printed, refused, stop_and_resume, weights
-from data.features import FrozenFeatures
+from data.features import FrozenFeatures, keep_for_run
 from data.llava import LlavaRows
 from data.tiles import ImageSettings
 from extras import caption_pairs, train_siglip
@@ -227,7 +227,7 @@ def test_both_scripts_read_the_same_file_of_features(folders, monkeypatch, tmp_p
     rows, _ = finetune_vlm.load_rows(args, run)
     model, processor = finetune_vlm.build(args, ["a red square"] * 9)
     batches = finetune_vlm.conversations(args, run, rows, model, processor, {})
-    finetune_vlm.keep_features(args, run, rows, batches)
+    keep_for_run(batches.features, rows, args, run)
     path = rows[0].images[0]
     close(batches.features[path], model.vision_features(batches.images[path]))
 
