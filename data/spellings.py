@@ -200,7 +200,7 @@ def answered_question(fields: Fields, question: str) -> Asked:
     field, value = fields.take(*ANSWERS)
     if options:
         letter = LETTERS[chosen_option(field, value, options)]
-        listing = [f"{name}. {option}" for name, option in zip(LETTERS, options, strict=False)]
+        listing = [f"{name}. {option}" for name, option in zip(LETTERS[: len(options)], options, strict=True)]
         question, answers = "\n".join([question, *listing, CHOOSE]), [letter]
         kinds = kinds or ("choice",)
     else:

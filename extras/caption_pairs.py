@@ -22,7 +22,7 @@ from data.augment import Augment
 from data.batches import Batches, InOrder, fit_batch_size
 from data.features import FrozenFeatures
 from data.image_cache import ImageCache
-from data.llava import LlavaRow
+from data.llava import LlavaRow, questions_of_row
 from data.rows import FIRST_ROWS, load_rows
 from data.scenes import COLOURS, PLACES, SLOTS, SceneConfig, Scenes, SceneStream, corpus, make_scenes, with_article
 from data.shard_stream import ShardStream
@@ -302,9 +302,9 @@ class ShardPairs(RowPairs):
 
 def captions_of(row: LlavaRow) -> list[str]:
     """The different answers that the row calls captions, as it does with {"image", "captions"}; else its first answer."""
-    answers = [" ".join(message["content"].split()) for message in row.messages if message["role"] == "assistant"]
-    captions = [answer for answer, kind in zip(answers, row.kinds or (), strict=False) if kind == "caption"]
-    return list(dict.fromkeys(captions)) or answers[:1]
+    answers = [(" ".join(truth.split()), kind) for _, truth, kind in questions_of_row(row)]
+    captions = [answer for answer, kind in answers if kind == "caption"] or [answers[0][0]]
+    return list(dict.fromkeys(captions))
 
 
 def captions_by_image(rows: Iterable[LlavaRow]) -> dict[Path, list[str]]:

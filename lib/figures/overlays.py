@@ -73,8 +73,8 @@ def caption_sheet(images, captions: Sequence[str], words: Sequence[Sequence[str]
     [words, gh, gw] of each image, or None without words. A word's hottest place is white-yellow."""
     lines, most = max(1, math.ceil(len(images) / columns)), max(1, *map(len, words))
     figure = new_figure(figsize=(columns * (2.3 + 0.9), 2.9 * lines), layout="constrained")
-    cells = figure.subfigures(lines, columns, squeeze=False).flatten()
-    for cell, image, caption, looked_up, heat in zip(cells, images, captions, words, maps, strict=False):
+    cells = figure.subfigures(lines, columns, squeeze=False).flatten()[: len(images)]
+    for cell, image, caption, looked_up, heat in zip(cells, images, captions, words, maps, strict=True):
         cell.suptitle(wrapped(caption, 42, 3), fontsize=9, parse_math=False)
         grid = cell.add_gridspec(most, 2, width_ratios=(most, 1))
         show_image(cell.add_subplot(grid[:, 0]), image)
