@@ -200,7 +200,7 @@ def encode_images(model, processor, images: dict, blind: bool, seen: dict) -> di
             pixel_values = processor.pixel_values(list(group.values()))
         found = model.image_features(pixel_values.to(weight.device, weight.dtype))
         features |= zip(group, found.split(len(found) // len(group)), strict=True)
-    if sum(each.nbytes for each in (seen | features).values()) < SEEN_BYTES:
+    if images and sum(each.nbytes for each in (seen | features).values()) < SEEN_BYTES:
         seen |= features
     return features
 
