@@ -10,7 +10,7 @@ Axes: n tiles of an image (data/tiles.py), 1 unless images are cut; N patches, D
 import hashlib
 import itertools
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -23,6 +23,8 @@ from data.image_cache import ImageCache
 from data.tiles import tile_count
 from lib.files import read_json, write_atomic, write_json
 
+AT_ONCE = 64  # images that are decoded ahead of the tower
+
 
 def keep_for_run(features: "FrozenFeatures | None", rows, args, run) -> None:
     """--cache-features: keep those of the rows' images, in that file or in the run's folder. The first process makes it, the
@@ -30,14 +32,15 @@ def keep_for_run(features: "FrozenFeatures | None", rows, args, run) -> None:
     if args.cache_features is not None and not args.dry_run:
         file = Path(args.cache_features or run.folder / "features.npy")
         with run.main_first():
-            features.keep(file, [path for row in rows for path in row.images], args.workers, run.is_main)
+            paths = [path for row in rows for path in row.images]
+            features.keep(file, paths, args.workers, run.is_main, lambda: run.stop_signal is not None)
 
 
 class FrozenFeatures:
     """Images go through the tower one by one, since matrix products round differently in batches of other sizes: so training
     with the file and without it is the same to the last bit. The file is a numpy array [tiles, N, Dv], with a .json beside it
-    that names the images with their numbers of tiles, and says by which weights and settings it was made; one that was made
-    by others is made anew.
+    that says by which weights and settings it was made, and names the images in its order: each with its size and time, by
+    which a changed one is known, and its number of tiles.
     """
 
     def __init__(self, model, images: ImageCache, blind: bool = False, most_bytes: int = 2**30):
@@ -74,47 +77,77 @@ class FrozenFeatures:
         config = self.model.config.vision_config
         return (1 if self.blind else len(paths)) * math.prod(config.grid) * config.hidden_size * 4
 
-    def keep(self, file: Path, paths: Sequence[Path], workers: int = 1, progress: bool = False) -> None:
-        """Read the features of all these images from the file, or make it; it appears whole or not at all. Blind, there is
-        nothing to keep."""
+    def keep(self, file: Path, paths: Sequence[Path], workers: int = 1, progress: bool = False,
+             stopped: Callable[[], bool] = lambda: False) -> None:
+        """Read the features of these images from the file. Those that it lacks, or that are of an image changed since, are made
+        and join the others, which may be of other data; a file by other weights or settings is made anew. Once `stopped` says
+        so the file has what was made until then, and the next call makes the rest. Blind, there is nothing to keep."""
         if self.blind:
             return
-        paths, facts = sorted(set(paths)), Path(f"{file}.json")
-        made_by = self._fingerprint(paths)
-        known = read_json(facts) if file.exists() and facts.exists() else {}
-        if known.get("made_by") != made_by or "images" not in known:
-            facts.unlink(missing_ok=True)  # of the file before: from here on it describes nothing
-            write_atomic(file, lambda tmp: self._fill(tmp, paths, workers, progress))
-            readable = [path for path in paths if path not in self.images.unreadable]
-            write_json(facts, {"made_by": made_by, "images": {str(path): self.count(path) for path in readable}})
-        self._table, images = np.load(file, mmap_mode="r"), read_json(facts)["images"]
-        ends = itertools.accumulate(images.values())
-        self._places = {Path(path): slice(end - n, end) for (path, n), end in zip(images.items(), ends, strict=True)}
+        about, made_by = Path(f"{file}.json"), self._fingerprint()
+        known = read_json(about) if file.exists() and about.exists() else {}
+        held = known["images"] if known.get("made_by") == made_by else {}
+        marks = {str(path): mark(path) for path in sorted(set(paths))}
+        missing = {path: now for path, now in marks.items() if held.get(path, [])[:2] != now}
+        if missing and not stopped():
+            table = np.load(file, mmap_mode="r") if held else None
+            old = [table[place] for path, place in places(held).items() if str(path) not in missing]
+            held = {path: entry for path, entry in held.items() if path not in missing}
+
+            def fill(temporary: Path) -> None:
+                made = self._fill(temporary, old, list(map(Path, missing)), workers, progress, stopped)
+                held.update({str(path): [*missing[str(path)], self.count(path)] for path in made})
+                about.unlink(missing_ok=True)  # of the file before: from here on it describes nothing
+
+            write_atomic(file, fill)
+            write_json(about, {"made_by": made_by, "images": held})
+        if held:
+            self._table, self._places = np.load(file, mmap_mode="r"), places(held)
 
     def count(self, path: Path) -> int:
-        """Tiles of an image that can be read."""
-        return tile_count(self.images.tiling(path))
+        """Tiles of an image; none, of one that cannot be read."""
+        tiling = self.images.tiling(path)
+        return 0 if tiling is None or path in self.images.unreadable else tile_count(tiling)
 
-    def _fill(self, file: Path, paths: Sequence[Path], workers: int, progress: bool) -> None:
+    def _fill(
+        self, file: Path, old: Sequence[np.ndarray], paths: Sequence[Path], workers: int, progress: bool, stopped: Callable
+    ) -> Sequence[Path]:  # fmt: skip
+        """Features [n, N, Dv] that are there already, and behind them those of these images. Returns of which."""
         config = self.model.config.vision_config
-        rows = sum(self.count(path) for path in paths if self.images.tiling(path) is not None)
+        rows = sum(map(len, old)) + sum(map(self.count, paths))
         shape = (rows, math.prod(config.grid), config.hidden_size)
         facts = {"descr": np.lib.format.dtype_to_descr(np.dtype(np.float32)), "fortran_order": False, "shape": shape}
         with file.open("wb") as out:  # not a memory map: a full disk would kill the process, without a word
             np.lib.format.write_array_header_1_0(out, facts)
             end = out.tell() + 4 * math.prod(shape)
-            for start in tqdm(range(0, len(paths), 64), "encoding each image once", disable=not progress):
-                self.images.load(paths[start : start + 64], workers)
-                for path in paths[start : start + 64]:
+            for features in old:
+                out.write(features.tobytes())
+            for start in tqdm(range(0, len(paths), AT_ONCE), "encoding each image once", disable=not progress):
+                if stopped():
+                    paths = paths[:start]
+                    break
+                self.images.load(paths[start : start + AT_ONCE], workers)
+                for path in paths[start : start + AT_ONCE]:
                     if (pixels := self.images[path]) is not None:
                         out.write(self.encode(pixels).float().numpy().tobytes())
-            out.truncate(end)  # zeros in place of images that cannot be read
+            out.truncate(end)  # zeros in place of what cannot be read, or was not made
+        return paths
 
-    def _fingerprint(self, paths: Sequence[Path]) -> str:
+    def _fingerprint(self) -> str:
+        """Of the tower and the settings that its images are read with."""
         digest = hashlib.sha256(repr((self.images.settings, self.model.config.vision_feature_layer)).encode())
         for name, tensor in self.model.vision_tower.state_dict().items():
             digest.update(name.encode() + tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
-        for path in paths:
-            facts = path.stat() if path.exists() else None
-            digest.update(repr((str(path), facts and (facts.st_size, facts.st_mtime_ns))).encode())
         return digest.hexdigest()
+
+
+def mark(path: Path) -> list[int]:
+    """By which a changed file is known: its size and time; of none, zeros."""
+    facts = path.stat() if path.exists() else None
+    return [facts.st_size, facts.st_mtime_ns] if facts else [0, 0]
+
+
+def places(images: dict[str, list[int]]) -> dict[Path, slice]:
+    """Where in the file each image's features are. images: the description's, each with its number of tiles last."""
+    ends = itertools.accumulate(tiles for *_, tiles in images.values())
+    return {Path(path): slice(end - n, end) for (path, (*_, n)), end in zip(images.items(), ends, strict=True) if n}
