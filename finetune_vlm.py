@@ -25,7 +25,7 @@ import torch.nn.functional as F
 
 from data.batches import IGNORE, fit_batch_size, with_shares
 from data.common import CommonAnswers, common_questions
-from data.features import FrozenFeatures, keep_for_run
+from data.features import features_for_run, keep_for_run
 from data.image_cache import ImageCache
 from data.llava import LlavaRows
 from data.llava_batches import LlavaBatches, ShardBatches
@@ -312,11 +312,7 @@ def conversations(args, run: Run, rows, model, processor, common: dict) -> Llava
     if args.cache_features is not None and not frozen:
         raise ValueError("--cache-features: the vision tower is trained, so its features change: add --freeze vision")
     if frozen and not (args.fsdp or sharded) and (run.device.type == "cpu" or args.cache_features is not None):
-        features = FrozenFeatures(model, images, args.blind)
-        needed = features.bytes_of({path for row in rows for path in row.images})
-        if needed > features.room and args.cache_features is None:
-            why = f"the images have {needed / 1e9:.1f} GB of features, more than is kept in memory"
-            run.print(f"{why}: --cache-features keeps them in a file, else some are computed anew in each epoch")
+        features = features_for_run(model, images, rows, args, run)
     if args.shift and features and not args.blind and not has_vision_stage(args, common):
         raise ValueError("--shift: the vision tower is frozen and encodes each image once: add --freeze none")
     return (ShardBatches if sharded else LlavaBatches)(

@@ -26,6 +26,16 @@ from lib.files import read_json, write_atomic, write_json
 AT_ONCE = 64  # images that are decoded ahead of the tower
 
 
+def features_for_run(model, images: ImageCache, rows, args, run) -> "FrozenFeatures":
+    """Of the rows' images, kept in memory; a line where they do not fit in there and no file is to hold them."""
+    features = FrozenFeatures(model, images, getattr(args, "blind", False))
+    needed = features.bytes_of({path for row in rows for path in row.images})
+    if needed > features.room and args.cache_features is None:
+        why = f"the images have {needed / 1e9:.1f} GB of features, more than is kept in memory"
+        run.print(f"{why}: --cache-features keeps them in a file, else some are computed anew in each epoch")
+    return features
+
+
 def keep_for_run(features: "FrozenFeatures | None", rows, args, run) -> None:
     """--cache-features: keep those of the rows' images, in that file or in the run's folder. The first process makes it, the
     others read it."""

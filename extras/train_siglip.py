@@ -35,7 +35,7 @@ from torch.utils.checkpoint import checkpoint
 
 from data.augment import PRESETS as AUGMENTATIONS
 from data.datasets import evenly
-from data.features import FrozenFeatures, keep_for_run
+from data.features import FrozenFeatures, features_for_run, keep_for_run
 from data.images import height_width
 from data.rows import streams
 from data.tiles import ImageSettings
@@ -356,7 +356,7 @@ def use_features(model: SiglipTwoTower, pairs: RowPairs, args, run: Run) -> None
     is asked for, or the tower is what takes the time."""
     pairs.test_features = FrozenFeatures(model, pairs.images, most_bytes=sys.maxsize)
     if not streams(args) and (run.device.type == "cpu" or args.cache_features is not None):
-        pairs.features = FrozenFeatures(model, pairs.images)
+        pairs.features = features_for_run(model, pairs.images, pairs.rows, args, run)
     keep_for_run(pairs.features, pairs.rows, args, run)
 
 

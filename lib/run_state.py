@@ -70,7 +70,7 @@ def check_settings(run: Path, settings: dict, saved: dict | None) -> None:
 def comparable_settings(args: argparse.Namespace) -> dict:
     """The settings that must not change between a run and its resumption: all but those that say where or how often."""
     free = {"resume", "out", "data", "images", "test_data", "device", "workers", "compile", "fsdp", "max_seconds"}
-    free |= {"eval_every", "save_every", "log"}
+    free |= {"eval_every", "eval_count", "save_every", "log"}
     return {key: value for key, value in vars(args).items() if key not in free}
 
 

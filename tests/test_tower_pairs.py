@@ -217,6 +217,19 @@ def test_each_image_goes_through_a_frozen_tower_once(folders, monkeypatch, tmp_p
     assert seen == [1] * 10
 
 
+@pytest.mark.parametrize("flags, said", [((), 1), (("--cache-features",), 0)])
+def test_features_that_memory_cannot_hold_are_said(folders, monkeypatch, tmp_path, flags, said):
+    """finetune_vlm.py said so, this script made most of them anew in each epoch without a word."""
+    inner = FrozenFeatures.__init__
+
+    def small(self, model, images, blind=False, most_bytes=2**10):
+        inner(self, model, images, blind, most_bytes)
+
+    monkeypatch.setattr(FrozenFeatures, "__init__", small)
+    lines = printed(train_siglip.main, *flags_of(folders, "--vision", folders / "vit", *flags, "--out", tmp_path))
+    assert sum("--cache-features keeps them in a file" in line for line in lines) == said
+
+
 def test_both_scripts_read_the_same_file_of_features(folders, monkeypatch, tmp_path):
     file = tmp_path / "features.npy"
     common = ["--vision", folders / "vit", "--vision-layers", 1, "--image-size", 24, "--cache-features", file]
