@@ -7,13 +7,14 @@
     python finetune_vlm.py --data 'OUT/shard-*.tar' --test-data test.json           more than fits in memory (data/shards.py)
     torchrun --nproc-per-node 8 finetune_vlm.py ...      on 8 GPUs; with --fsdp a model that does not fit on one
 
---data is LLaVA-style JSON (data/llava.py; `python -m data.check` says what is wrong with a file). Up to three stages, each said
-before it starts and why: a vision tower that starts untrained learns the answers to common questions, if there are any; the
-projector learns alone; then all that is not frozen learns to answer. Read train_vlm.py first: the loop is the same.
+--data is JSON, JSONL, CSV, Parquet or tar files, whose rows docs/finetuning.md describes; `python -m data.check` says what is
+wrong with them. Up to three stages, each said before it starts and why: a vision tower that starts untrained learns the answers
+to common questions, if there are any; the projector learns alone; then all that is not frozen learns to answer. Read
+train_vlm.py first: the loop is the same.
 
-Writes runs/vlm-own/ (blind: runs/vlm-own-blind/): the model as a folder that transformers opens (Idefics3's layout, or LLaVA's
-with --projector mlp), with --lora the corrections in lora/ as well, metrics.jsonl, curves.png, samples.png, attention.png,
-result.json. The last line printed is JSON.
+Writes runs/vlm-own/ (blind: runs/vlm-own-blind/): the model, with --lora the corrections in lora/ as well, metrics.jsonl,
+curves.png, samples.png, attention.png, result.json. transformers opens it in Idefics3's layout (SigLIP and LLaMA joined by the
+linear projector) or LLaVA's (--projector mlp); of other pairs the run says that it does not. The last line printed is JSON.
 """
 
 import argparse
@@ -95,8 +96,8 @@ def parse_args(argv=None):
     add("--pixel-shuffle", type=positive_int, default=1, help="r x r patches become one token, for --projector linear")
     add("--fusion", choices=["early", "cross"], default="early", help="images among the words, or in layers between the blocks")
     add("--blind", action="store_true", help="train the same model without images: the baseline")
-    add("--freeze", default=None, metavar="vision,lm", help="what never trains; default: a tower that comes trained, and with "
-        "--lora the rest of the language model; none: nothing")  # fmt: skip
+    add("--freeze", default=None, metavar="vision,lm", help="what does not train in the last stages; default: a tower that "
+        "is trained by then, and with --lora the rest of the language model; none: nothing")  # fmt: skip
     add("--lora", type=positive_int, metavar="RANK", help="train low-rank corrections of the language model's matrices")
     add("--qlora", type=positive_int, metavar="RANK", help="the same over matrices of four bits a weight (lib/quant.py)")
     add("--lora-alpha", type=positive_float, help="default: twice the rank")
@@ -104,7 +105,8 @@ def parse_args(argv=None):
     add("--muon-lr", type=not_negative_float, help="Muon's, for matrices that start untrained; 0: AdamW for all; default: "
         "0.02, for stage 3 0.01")  # fmt: skip
     add("--vision-steps", type=not_negative_int, help="of stage 1; default: 400")
-    add("--projector-steps", type=not_negative_int, help="of stage 2; default: 20, or a tenth of stage 3")
+    add("--projector-steps", type=not_negative_int, help="of stage 2; default: 20 after a stage 1, a tenth of "
+        "stage 3 with --vision and --lm, else 0")  # fmt: skip
     add("--steps", type=positive_int, help="of stage 3, in place of --epochs")
     add("--shift", type=not_negative_float, default=0.0, help="move training images by up to this part of their side, with a "
         "tower that trains")  # fmt: skip
@@ -211,11 +213,12 @@ class Learner(nn.Module):
         loss = self.vlm(**batch)["loss"] * share[0]
         if "pixel_values" in batch or "vision_features" in batch:
             return loss
-        return loss + sum(p.sum() for p in self.parameters() if p.requires_grad) * 0  # what encodes images has a gradient: 0
+        return loss + sum(p.sum() for p in self.parameters() if p.requires_grad) * 0  # without an image, 0: every process needs a gradient
 
 
 def common_loss(logits: tuple[torch.Tensor, ...], answers: torch.Tensor) -> torch.Tensor:
-    """Of each question [N, choices] against the answers [N, questions] (see CommonAnswers): the mean over all that is asked."""
+    """Mean cross-entropy over all questions that are asked, from the logits [N, choices] of each and the answers [N, questions]
+    (see CommonAnswers)."""
     each = zip(logits, answers.unbind(dim=1), strict=True)
     losses = [F.cross_entropy(x, y, ignore_index=IGNORE, reduction="sum") for x, y in each]
     return sum(losses) / (answers != IGNORE).sum()
@@ -251,10 +254,10 @@ def stages(args, epoch: int, common: dict) -> list[Stage]:
     if has_vision_stage(args, common):
         why = f"the answers to {len(common)} common questions, by a linear layer: there must be something to talk about"
         plan.append(Stage("vision", why, args.vision_steps or 400, (PARTS["vision"], "probe")))
-    if first is None:  # where both towers come trained, or nearly so, and what is between them does not
+    if first is None:  # where what is on both sides of the projector is trained, or nearly so, and the projector is not
         first = 0 if args.model else 20 if plan else steps // 10 if args.vision and args.lm else 0
     if first and args.fusion == "early":  # the gates of "cross" are closed at first, and let no gradient through to it
-        why = "both towers frozen: a projector that is still random would only disturb them"
+        why = "vision tower and language model frozen: a projector that is still random would only disturb them"
         plan.append(Stage("projector", why, first, (PARTS["projector"],)))
     parts = {"the projector": PARTS["projector"]}
     parts |= {} if "vision" in frozen else {"the vision tower": PARTS["vision"]}
@@ -285,7 +288,7 @@ def train_only(learner: Learner, stage: Stage, args) -> list[dict]:
             between = getattr(getattr(module, "model", module), "cross_layers", None)
             if between is not None and not args.model:  # the layers between start untrained
                 groups += parameter_groups(between, args.weight_decay, args.lr or 2e-3, muon_lr)
-                between.requires_grad_(False)
+                between.requires_grad_(False)  # not again, in the groups of what comes trained
             groups += parameter_groups(module, args.weight_decay, args.lr_pretrained)
             module.requires_grad_(True)
     if not groups:

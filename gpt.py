@@ -326,8 +326,8 @@ class Decoder(nn.Module):
         return Output(loss=loss, logits=lambda: self.lm_head(hidden[:, -logits_to_keep:]))
 
     def loss(self, hidden, labels, attention_mask=None) -> torch.Tensor:
-        """Each hidden state [B, T, D] against the label [B, T] of the next position: the mean over all that count. Those do not
-        that are -100, are padding, or may not attend to the token before them, since that is padding or of another sample.
+        """Each hidden state [B, T, D] against the label [B, T] of the next position: the mean over all that count. Left out are
+        labels of -100, padding, and tokens that may not attend to the one before, which is padding or of another sample.
         (Where the mask is a function, data/packing.py has set such labels to -100 already.)"""
         counts = labels[:, 1:] != -100
         if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:

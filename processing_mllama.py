@@ -102,8 +102,8 @@ def add_image_tokens_to_prompts(prompts: Sequence[str], num_image_token: int, ar
 
 
 def write_image(tiling: tuple[int, int], num_image_token: int, around_image=("", ""), image_token: str = IMAGE_TOKEN) -> str:
-    """What stands in a text for one image: num_image_token placeholders between the two texts of around_image, and for an image
-    that is cut (data/tiles.py) before that as many for each tile, row by row, as Idefics3 and SmolVLM write it."""
+    """What stands in a text for one image: num_image_token placeholders between the two texts of around_image. Where the image
+    is cut (data/tiles.py), as many for each tile come first, row by row, as Idefics3 and SmolVLM write it."""
     (rows, columns), (_, fake), tokens = tiling, around_image, image_token * num_image_token
     lines = ["".join(f"{fake}<row_{r + 1}_col_{c + 1}>{tokens}" for c in range(columns)) + "\n" for r in range(rows)]
     return "".join(lines) + ("\n" if rows else "") + tokens.join(around_image)

@@ -53,7 +53,7 @@ class Stage(NamedTuple):
 STAGES = (
     Stage("vision", "digit, colour and place of each patch, from the generator's labels: there must be something to talk about",
           ("vlm.vision_tower", "probe"), 0.02, 0.4),
-    Stage("projector", "both towers frozen: a projector that is still random would only disturb them",
+    Stage("projector", "vision tower and language model frozen: a projector that is still random would only disturb them",
           ("vlm.multi_modal_projector",), 0.02, 0.02),
     Stage("language", "the projector and the language model learn to answer",
           ("vlm.multi_modal_projector", "vlm.language_model"), 0.01, 0.58),
@@ -76,7 +76,8 @@ def parse_args(argv=None):
     add("--projector-steps", type=not_negative_int, default=20, help="of stage 2")
     add("--steps", type=positive_int, default=1000, help="of stage 3")
     add("--per-scene", type=positive_int, default=12, help="questions about each scene")
-    add("--muon-lr", type=not_negative_float, help="Muon's learning rate, for matrices; 0: AdamW for all; default: STAGES'")
+    add("--muon-lr", type=not_negative_float, help="Muon's learning rate, for matrices; 0: AdamW for all; default: 0.02, for "
+        "stage 3 0.01")  # fmt: skip
     add("--eval-count", type=positive_int, default=300, help="test scenes of each kind, asked at the end")
     args = parser.parse_args(argv)
     if args.data or args.epochs:

@@ -109,17 +109,17 @@ def blind_pixels(pixel_values: torch.Tensor) -> torch.Tensor:
 def with_shares(run, parts: list[dict]) -> list[dict]:
     """The parts of a batch, each with what its losses are to be multiplied by: "share", fp32 [kinds].
 
-    A loss is the mean over the answers of a part, and parts have unequal numbers of them. Multiplied by these shares and added
+    A loss is the mean over the labels of a part, and parts have unequal numbers of them. Multiplied by these shares and added
     up over the parts, then averaged over the processes (as DDP does with gradients), it is the mean over the whole batch. A
-    part has one kind of answers (labels, or answers to common questions), or the three of patch_labels.
+    part has one kind of labels (of tokens, or answers to common questions), or the three of patch_labels.
     """
-    counts = torch.stack([count_answers(**part) for part in parts])  # [parts, kinds]
+    counts = torch.stack([count_labels(**part) for part in parts])  # [parts, kinds]
     shares = counts * run.world_size / run.sum(counts.sum(dim=0)).clamp(min=1)
     return [part | {"share": share} for part, share in zip(parts, shares, strict=True)]
 
 
-def count_answers(labels=None, patch_labels=None, answers=None, **batch) -> torch.Tensor:
-    """How many answers a part of a batch has, int64 [kinds]."""
+def count_labels(labels=None, patch_labels=None, answers=None, **batch) -> torch.Tensor:
+    """How many labels of a part of a batch count, int64 [kinds]."""
     if patch_labels is not None:
         return (patch_labels != IGNORE).sum(dim=(0, 2))
     return ((labels if answers is None else answers) != IGNORE).sum()[None]

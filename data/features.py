@@ -1,6 +1,6 @@
 """What a frozen vision tower makes of each image, [n, N, Dv]: computed once, and kept in memory or in a file.
 
-    features = FrozenFeatures(model, images)           # images: a ImageCache; the tower must not train any more
+    features = FrozenFeatures(model, images)           # images: an ImageCache; the tower must not train any more
     features[path]                                     # [n, N, Dv], or None for an image that cannot be read
     features.keep(Path("features.npy"), paths)         # all of them, in a file that later runs read
 
@@ -27,7 +27,8 @@ AT_ONCE = 64  # images that are decoded ahead of the tower
 
 
 def features_for_run(model, images: ImageCache, rows, args, run) -> "FrozenFeatures":
-    """Of the rows' images, kept in memory; a line where they do not fit in there and no file is to hold them."""
+    """The rows' images as features that are computed when first asked for and kept in memory. Prints a line where they do not
+    fit in there and no file is to hold them."""
     features = FrozenFeatures(model, images, getattr(args, "blind", False))
     needed = features.bytes_of({path for row in rows for path in row.images})
     if needed > features.room and args.cache_features is None:
@@ -115,14 +116,14 @@ class FrozenFeatures:
             self._table, self._places = np.load(file, mmap_mode="r"), places(held)
 
     def count(self, path: Path) -> int:
-        """Tiles of an image; none, of one that cannot be read."""
+        """How many tiles an image has; 0 if it cannot be read."""
         tiling = self.images.tiling(path)
         return 0 if tiling is None or path in self.images.unreadable else tile_count(tiling)
 
     def _fill(
         self, file: Path, old: Sequence[np.ndarray], paths: Sequence[Path], workers: int, progress: bool, stopped: Callable
     ) -> Sequence[Path]:  # fmt: skip
-        """Features [n, N, Dv] that are there already, and behind them those of these images. Returns of which."""
+        """Write the features [n, N, Dv] that are there already, then those of the images; returns which were made."""
         config = self.model.config.vision_config
         rows = sum(map(len, old)) + sum(map(self.count, paths))
         shape = (rows, math.prod(config.grid), config.hidden_size)
@@ -144,7 +145,7 @@ class FrozenFeatures:
         return paths
 
     def _fingerprint(self) -> str:
-        """Of the tower and the settings that its images are read with."""
+        """A hash of the tower's weights and of the settings that its images are read with."""
         digest = hashlib.sha256(repr((self.images.settings, self.model.config.vision_feature_layer)).encode())
         for name, tensor in self.model.vision_tower.state_dict().items():
             digest.update(name.encode() + tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
@@ -152,7 +153,7 @@ class FrozenFeatures:
 
 
 def mark(path: Path) -> list[int]:
-    """By which a changed file is known: its size and time; of none, zeros."""
+    """Size and time of a file, by which a change is noticed; zeros if there is no file."""
     facts = path.stat() if path.exists() else None
     return [facts.st_size, facts.st_mtime_ns] if facts else [0, 0]
 

@@ -63,7 +63,7 @@ class LlavaBatches(InOrder):
         return [self.rows[i] for i in next(self.order).tolist()]
 
     def usable(self, rows: Sequence[LlavaRow]) -> list[tuple[Sample, list[torch.Tensor]]]:
-        """Of those of these rows that can be used, the sample and its images."""
+        """(sample, what the model sees of its images) of each row that can be used."""
         if not self.features:
             self.images.load([path for row in rows for path in row.images], self.workers)
         return [(sample, seen) for row in rows if (sample := self.sample(row)) and (seen := self.vision_input(row)) is not None]

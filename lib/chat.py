@@ -246,7 +246,7 @@ def encode_conversation(
     answers: str = "all",
 ) -> tuple[list[int], list[int]]:  # fmt: skip
     """Ids of a conversation in the tokenizer's chat template, and the mask of its answers; with add_generation_prompt, which
-    asks for one more, and with answers="none" all 0. answers="last": of the last alone, even where no special token ends it.
+    asks for one more, and with answers="none" all 0. answers="last": at least the last, even where no special token ends it.
 
     special_in_content: the tokens that mean something inside a message, with our tokenizer, which alone can tell; none of them
     ends an answer. image_token: stands for an image in messages; images: what each becomes, in their order (else: itself).

@@ -26,7 +26,7 @@ def stream_text(
     """How the model continues ids, as it comes: (text, token), and last (what text is left, None).
 
     max_new_tokens: unless given, what the model's folder says. shown: special tokens that are part of the text, by id; prefix:
-    what is taken from its beginning; beams: of a search for the likeliest text, which comes when it is found
+    is removed from the start of the text; beams: of a search for the likeliest text, which comes when it is found
     (lib/beam_search.py), with its length_penalty; options: of `stream` (temperature, ..., step, image_features). Raises
     ValueError where the model's context has no room, or no row for a token.
     """

@@ -19,8 +19,8 @@ from model import FeedForward, GroupQueryAttention, Llama3ForCausalLM
 
 
 def fast_step(decoder: nn.Module) -> "OneToken | None":
-    """Lay out a decoder's weights in place, and what computes one more token with them. None for a decoder that does not gain:
-    one that is no LLaMA or a variant of it, on a GPU, with biases, with norms of queries and keys, or in explicit form."""
+    """Lay out a decoder's weights anew, in place, and return what computes one more token with them. None for a decoder that
+    does not gain: any but a plain Llama3ForCausalLM on a CPU, without biases or norms of queries and keys."""
     if type(decoder) is not Llama3ForCausalLM or next(decoder.parameters()).device.type != "cpu":
         return None
     if decoder.config.attention != "sdpa" or decoder.config.qk_norm:

@@ -20,9 +20,9 @@ def cosine_schedule(progress: float, warmup: float = 0.05, floor: float = 0.01) 
 
 
 def parameter_groups(model: nn.Module, weight_decay: float, lr: float, muon_lr: float | None = None) -> list[dict]:
-    """What is trained of a model, in groups for make_optimizers. Only matrices decay: norms, biases (both have one axis),
-    tokens and positions keep their size. muon_lr: matrices go to Muon, at this learning rate, except for embeddings and a
-    head, whose rows are words rather than directions."""
+    """What is trained of a model, in groups for make_optimizers. All decay but norms and biases, which have one axis, position
+    embeddings and CLS. muon_lr: matrices go to Muon, at this learning rate, except for embeddings and a head, whose rows are
+    words rather than directions."""
     matrices, decay, keep = [], [], []
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:

@@ -9,9 +9,10 @@ The loop stands in the script, which calls the model, `backward` and the optimiz
             with run.evaluation() as eval_model:
                 run.log(test_accuracy=...)
         set_learning_rate(optimizers, cosine_schedule(run.progress, args.warmup))
-        for batch in run.parts(next(batches)):
+        run.seed_step(step)
+        for batch in run.parts(with_shares(run, next(batches))):
             with run.autocast():
-                loss = run.model(**batch)["loss"] / args.grad_accum
+                loss = run.model(**batch)
             run.scaler.scale(loss).backward()
             run.loss += loss.detach()
         run.clip_and_step(optimizers, args.clip)

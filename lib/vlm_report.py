@@ -27,8 +27,9 @@ from processing_mllama import IMAGE_TOKEN
 
 def ask(model, processor, items: list[Item], blind: bool, between: Callable[[], None] = lambda: None) -> dict:
     """Answers by greedy decoding, scored, with the loss of the true ones. between: called before each batch."""
-    said = answer(model, processor, items, blind=blind, between=between)
-    loss, _ = mean_answer_loss(model, processor, items, blind=blind, between=between)
+    options = {"blind": blind, "between": between, "seen": {}}  # the tower looks once, for answers and losses
+    said = answer(model, processor, items, **options)
+    loss, _ = mean_answer_loss(model, processor, items, **options)
     return {"said": said, "answer_loss": round(loss, 4) if items else None, **score(items, said)}
 
 
