@@ -213,7 +213,8 @@ class Learner(nn.Module):
         loss = self.vlm(**batch)["loss"] * share[0]
         if "pixel_values" in batch or "vision_features" in batch:
             return loss
-        return loss + sum(p.sum() for p in self.parameters() if p.requires_grad) * 0  # without an image, 0: every process needs a gradient
+        # Without an image what encodes images has no gradient, and several processes must all have one: 0.
+        return loss + sum(p.sum() for p in self.parameters() if p.requires_grad) * 0
 
 
 def common_loss(logits: tuple[torch.Tensor, ...], answers: torch.Tensor) -> torch.Tensor:

@@ -15,7 +15,7 @@ The loop stands in the script, which calls the model, `backward` and the optimiz
                 loss = run.model(**batch)
             run.scaler.scale(loss).backward()
             run.loss += loss.detach()
-        run.clip_and_step(optimizers, args.clip)
+        run.clip_and_step(optimizers, args.clip)      # before it, where run.logs(step): run.log_with(grad_norm=...)
 
 Random numbers are a function of (seed, step, rank), set anew at every step: a resumed run draws the same ones as an
 uninterrupted run, on any device, without having saved a generator's state.
