@@ -335,7 +335,7 @@ class Linear_LORA(nn.Module):
     def forward(self, x):
         y = self.linear(x)
         x = F.dropout(x.to(self.lora_a.dtype), self.dropout, self.training)
-        return y + (self.scaling * F.linear(F.linear(x, self.lora_a), self.lora_b)).to(y.dtype)
+        return y + F.linear(self.scaling * F.linear(x, self.lora_a), self.lora_b).to(y.dtype)
 
 
 def convert_linears_to_lora(

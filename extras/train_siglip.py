@@ -191,6 +191,9 @@ def build(args, pairs, tower: torch.nn.Module | None = None) -> tuple[SiglipTwoT
     texts = pairs.texts()
     tokenizer = BPETokenizer.train(texts, vocabulary, (END,), at_most=True)
     longest = 1 + max(map(len, tokenizer.encode_batch(texts)))  # and the token that ends it
+    most = max(MOST_TOKENS, longest)
+    if args.tokens and args.tokens > most:
+        raise ValueError(f"--tokens {args.tokens}: the longest caption has {longest} of them: choose at most {most}")
     tokenizer.model_max_length = args.tokens or min(MOST_TOKENS, longest)
     if tower is None:
         height, width = size = pairs.settings.image_size

@@ -376,6 +376,7 @@ def test_other_rows_than_before_are_refused(photos):
         (["--caption", "a photo"], "must hold {} once"),
         (["--image-size", "64", "--patch-size", "80"], "64x64 image"),
         (["--tokens", "0"], "'0' must be a whole number"),
+        (["--tokens", "100000"], "--tokens 100000: the longest caption has"),  # a step of it would run for a quarter hour
         (["--dropout", "1.5"], "below 1"),
         (["--dtype", "fp16"], "fp16 needs a GPU"),
         (["--resume", "--out", "FOLDER"], "no state.pt to resume from"),
