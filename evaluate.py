@@ -183,14 +183,14 @@ def caption_figures(items: list[Item], said: list[str]) -> dict | None:
     return counts | dict(zip(BLEU, bleu(candidates, references), strict=True)) | {"cider_d": cider_d(candidates, references)}
 
 
-def measure(model, processor, items: list[Item], who: str, args, dataset: str, seen: dict | None = None) -> dict:
+def measure(model, processor, items: list[Item], who: str, args, dataset: str, encoded: dict | None = None) -> dict:
     """Everything about one model's answers to the items of one split, with "said", its words, and "losses" by photo. who: of
-    ASKED. seen: see answer."""
+    ASKED. encoded: see answer."""
     start, blind = time.perf_counter(), who in ("blanked", "blind")
     shown = swapped(items) if who == "swapped" else items
-    said = answer(model, processor, shown, args.batch_size, args.max_new_tokens, blind, beams=args.beams, seen=seen)
+    said = answer(model, processor, shown, args.batch_size, args.max_new_tokens, blind, beams=args.beams, encoded=encoded)
     seconds = time.perf_counter() - start
-    losses = answer_losses(model, processor, shown, args.batch_size, blind, seen=seen)
+    losses = answer_losses(model, processor, shown, args.batch_size, blind, encoded=encoded)
     (loss, _), photos = mean_and_error(losses), by_photo(items, losses)
     found = score(items, said)
     if dataset == "scenes":
@@ -321,9 +321,9 @@ def main(argv=None) -> None:
         counts[split] = {"questions": len(kept), "images": images, "too_long": len(items) - len(kept)}
         left_out = f", {len(items) - len(kept)} left out as too long" if len(items) > len(kept) else ""
         print(f"\n{split}: {len(kept):,} questions about {images:,} images{left_out}", flush=True)
-        seen = {id(model): {} for model, _ in asked.values()}
+        encoded = {id(model): {} for model, _ in asked.values()}
         result[split] = {
-            who: measure(*pair_of, kept, who, args, where["dataset"], seen[id(pair_of[0])]) for who, pair_of in asked.items()
+            who: measure(*pair_of, kept, who, args, where["dataset"], encoded[id(pair_of[0])]) for who, pair_of in asked.items()
         }
         losses = {who: each.pop("losses") for who, each in result[split].items()}
         for who in asked.keys() - {"model"} if len(losses.get("model", ())) > 1 else ():

@@ -286,10 +286,10 @@ def train_only(learner: Learner, stage: Stage, args) -> list[dict]:
         elif not trained_before.get(part):
             groups += parameter_groups(module, args.weight_decay, args.lr or 2e-3, muon_lr)
         else:
-            between = getattr(getattr(module, "model", module), "cross_layers", None)
-            if between is not None and not args.model:  # the layers between start untrained
-                groups += parameter_groups(between, args.weight_decay, args.lr or 2e-3, muon_lr)
-                between.requires_grad_(False)  # not again, in the groups of what comes trained
+            cross_layers = getattr(getattr(module, "model", module), "cross_layers", None)
+            if cross_layers is not None and not args.model:  # they start untrained
+                groups += parameter_groups(cross_layers, args.weight_decay, args.lr or 2e-3, muon_lr)
+                cross_layers.requires_grad_(False)  # not again, in the groups of what comes trained
             groups += parameter_groups(module, args.weight_decay, args.lr_pretrained)
             module.requires_grad_(True)
     if not groups:
@@ -414,8 +414,8 @@ def main(argv=None) -> None:
             asked = {"test": tests}
             if not (streams(args) or test_rows is rows):
                 asked["seen"] = test_questions(args, run, some(rows, SEEN), model, processor)
-            vlm, between = eval_learner.vlm, run.stop_if_asked
-            found = {part: ask(vlm, processor, items, args.blind, between) for part, items in asked.items()}
+            vlm, stop = eval_learner.vlm, run.stop_if_asked
+            found = {part: ask(vlm, processor, items, args.blind, stop) for part, items in asked.items()}
             run.log(**logged(found))
             run.print(memorised(found))
             leave_behind(run, vlm, processor, asked, found, "llava", **lost)

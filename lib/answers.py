@@ -34,7 +34,7 @@ from lib.vocabulary import check_rows
 from processing_mllama import to_messages
 
 MOST_NEW_TOKENS = 64  # of an answer, unless told otherwise
-SEEN_BYTES = 2**30  # of image features that are kept for other questions
+ENCODED_BYTES = 2**30  # of image features that are kept for other questions
 CACHE_BYTES, MOST_ROWS = 2**27, 256  # of a batch, unless told otherwise; with 64 or 512 rows a small model was slower
 LOSS_ROWS = 32  # go through the loss at once
 
@@ -186,11 +186,11 @@ def eval_mode(model) -> Iterator[None]:
             module.training = mode
 
 
-def encode_images(model, processor, images: dict, blind: bool, seen: dict) -> dict:
+def encode_images(model, processor, images: dict, blind: bool, encoded: dict) -> dict:
     """Image features [n, N', D] of images by key: one pass of the vision tower over all of them, or, where they are cut into
-    n tiles, one for each. seen: those of earlier calls, to which these are added while they are few."""
-    weight, features = next(model.vision_tower.parameters()), {key: seen[key] for key in images if key in seen}
-    images = {key: image for key, image in images.items() if key not in seen}
+    n tiles, one for each. encoded: those of earlier calls, to which these are added while they are few."""
+    weight, features = next(model.vision_tower.parameters()), {key: encoded[key] for key in images if key in encoded}
+    images = {key: image for key, image in images.items() if key not in encoded}
     at_once = 1 if processor.image_settings.fit == "tiles" and not blind else max(1, len(images))
     for first in range(0, len(images), at_once):
         group = dict(itertools.islice(images.items(), first, first + at_once))
@@ -200,19 +200,19 @@ def encode_images(model, processor, images: dict, blind: bool, seen: dict) -> di
             pixel_values = processor.pixel_values(list(group.values()))
         found = model.image_features(pixel_values.to(weight.device, weight.dtype))
         features |= zip(group, found.split(len(found) // len(group)), strict=True)
-    if images and sum(each.nbytes for each in (seen | features).values()) < SEEN_BYTES:
-        seen |= features
+    if images and sum(each.nbytes for each in (encoded | features).values()) < ENCODED_BYTES:
+        encoded |= features
     return features
 
 
-def prefill(model, processor, items, batch: list[Row], blind: bool, room: int, seen: dict) -> tuple[KVCache, list[int]]:
+def prefill(model, processor, items, batch: list[Row], blind: bool, room: int, encoded: dict) -> tuple[KVCache, list[int]]:
     """A cache of the P different prefixes in a batch, with room for the rows' own parts and `room` new tokens; and which of
-    the P is that of each row. seen: see encode_images."""
+    the P is that of each row. encoded: see encode_images."""
     places = {}
     for row in batch:
         places.setdefault((row.images, row.prefix), len(places))
     wanted = {key: image for row in batch for key, image in zip(row.images, items[row.items[0]].images, strict=True)}
-    features = encode_images(model, processor, wanted, blind, seen)
+    features = encode_images(model, processor, wanted, blind, encoded)
     input_ids, attention_mask = left_pad([prefix for _, prefix in places], next(model.parameters()).device)
     shown = [features[key] for images, _ in places for key in images]
     cache = model.new_cache(len(places), input_ids.shape[1] + max(len(row.own) for row in batch) + room)
@@ -268,15 +268,15 @@ def longest_row(model, rows: Sequence[Row], room: int) -> int:
 
 def answer(
     model, processor, items: Sequence[Item], batch_size: int | None = None, max_new_tokens: int = MOST_NEW_TOKENS, blind=False,
-    between: Callable[[], None] = lambda: None, beams: int = 1, seen: dict | None = None,
+    before_batch: Callable[[], None] = lambda: None, beams: int = 1, encoded: dict | None = None,
 ) -> list[str]:  # fmt: skip
     """What the model says to each item, by greedy decoding with a KV cache, or by a search with several beams
     (lib/beam_search.py); the items' answers are not used.
 
     batch_size: rows; unless given, what CACHE_BYTES hold. max_new_tokens: of an answer, or less where the context is full
-    before. blind: every image is one of the mean colour (blind_pixels), and the real ones are not even opened. between: called
-    before each batch. seen: a dict that carries what the tower made of images from one call to the next with the same model and
-    items. Works where the model is, and leaves it training or not as it was. Raises ValueError for prompts that
+    before. blind: every image is one of the mean colour (blind_pixels), and the real ones are not even opened.
+    before_batch: called before each batch. encoded: a dict that carries image features from one call to the next with the same
+    model and items. Works where the model is, and leaves it training or not as it was. Raises ValueError for prompts that
     fill the context, for images and <image>s that differ in number, for images that cannot be read.
     """
     if max_new_tokens < 1:
@@ -285,11 +285,11 @@ def answer(
     longest, limit = longest_row(model, rows, 1), model.language_model.config.context_length
     batch_size = batch_size or max(1, fitting_rows(model, longest + max_new_tokens) // beams)
     said, stop = [""] * len(items), stop_tokens(model, processor.tokenizer)
-    rules, seen = LogitRules.of(model, processor.tokenizer), {} if seen is None else seen
+    rules, encoded = LogitRules.of(model, processor.tokenizer), {} if encoded is None else encoded
     with eval_mode(model):
         for batch in row_batches(rows, batch_size):
-            between()
-            cache, prefixes = prefill(model, processor, items, batch, blind, max_new_tokens, seen)
+            before_batch()
+            cache, prefixes = prefill(model, processor, items, batch, blind, max_new_tokens, encoded)
             cache = cache.select(prefixes)
             out = model.language_model(**own_parts(batch, cache), cache=cache, logits_to_keep=1)
             most = [min(max_new_tokens, limit - row.length) for row in batch]
@@ -329,16 +329,16 @@ def mean_answer_loss(*args, **settings) -> tuple[float, int]:
 
 def answer_losses(
     model, processor, items: Sequence[Item], batch_size: int | None = None, blind: bool = False,
-    between: Callable[[], None] = lambda: None, seen: dict | None = None,
+    before_batch: Callable[[], None] = lambda: None, encoded: dict | None = None,
 ) -> list[tuple[float, int]]:  # fmt: skip
     """For each item the negative log-likelihood of its true answer, end of turn included, and how many tokens that has. Other
     arguments and errors as `answer`."""
     rows, found = rows_for(model, processor, items, blind, answered=True), [(0.0, 0)] * len(items)
-    batch_size, seen = batch_size or fitting_rows(model, longest_row(model, rows, 0)), {} if seen is None else seen
+    batch_size, encoded = batch_size or fitting_rows(model, longest_row(model, rows, 0)), {} if encoded is None else encoded
     with eval_mode(model):
         for batch in row_batches(rows, batch_size):
-            between()
-            cache, prefixes = prefill(model, processor, items, batch, blind, 0, seen)
+            before_batch()
+            cache, prefixes = prefill(model, processor, items, batch, blind, 0, encoded)
             order = sorted(range(len(batch)), key=lambda k: len(batch[k].own))  # answers differ in length: little padding
             for part in (order[k : k + LOSS_ROWS] for k in range(0, len(order), LOSS_ROWS)):
                 losses = own_losses(model, [batch[k] for k in part], cache.select([prefixes[k] for k in part]))

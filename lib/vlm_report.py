@@ -25,9 +25,9 @@ from lib.scores import is_right, score
 from processing_mllama import IMAGE_TOKEN
 
 
-def ask(model, processor, items: list[Item], blind: bool, between: Callable[[], None] = lambda: None) -> dict:
-    """Answers by greedy decoding, scored, with the loss of the true ones. between: called before each batch."""
-    options = {"blind": blind, "between": between, "seen": {}}  # the tower looks once, for answers and losses
+def ask(model, processor, items: list[Item], blind: bool, before_batch: Callable[[], None] = lambda: None) -> dict:
+    """Answers by greedy decoding, scored, with the loss of the true ones. before_batch: see lib/answers.py."""
+    options = {"blind": blind, "before_batch": before_batch, "encoded": {}}  # the tower looks once, for answers and losses
     said = answer(model, processor, items, **options)
     loss, _ = mean_answer_loss(model, processor, items, **options)
     return {"said": said, "answer_loss": round(loss, 4) if items else None, **score(items, said)}

@@ -122,10 +122,10 @@ def test_the_vision_tower_sees_each_image_once(monkeypatch):
     monkeypatch.setattr(model, "image_features", lambda pixels: seen.append(len(pixels)) or features(pixels))
     items = scene_items("test", 5, seed=1)
     known = {}
-    said = answer(model, processor, items, None, 2, seen=known)
+    said = answer(model, processor, items, None, 2, encoded=known)
     assert len(items) > 30 and seen == [5]
-    losses = answers.answer_losses(model, processor, items, seen=known)
-    assert said == answer(model, processor, items, None, 2, seen=known) and seen == [5]
+    losses = answers.answer_losses(model, processor, items, encoded=known)
+    assert said == answer(model, processor, items, None, 2, encoded=known) and seen == [5]
     for one, other in zip(losses, answers.answer_losses(model, processor, items), strict=True):
         assert one == pytest.approx(other, abs=1e-4)
     mean_answer_loss(model, processor, items)
