@@ -37,9 +37,9 @@ from lib.answers import (
 )
 from lib.caption_scores import bleu, cider_d
 from lib.checkpoint import load_vlm
-from lib.cli import HelpFormatter, not_negative_int, positive_int, run_cli
+from lib.cli import Parser, not_negative_int, positive_int, run_cli
 from lib.devices import find_device
-from lib.files import find_source, read_json, write_atomic, write_json
+from lib.files import find_source, make_folder, naming, read_json, write_atomic, write_json
 from lib.generation import say_unlike
 from lib.photo_losses import by_photo, compare, mean_and_error, swapped
 from lib.scores import is_right, score
@@ -59,7 +59,7 @@ MOST_BARS = 40  # kinds in a panel, the most frequent: a data set may have thous
 
 
 def parse_args(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("run", metavar="RUN", type=Path, help="the folder of a trained model")
     add("--dataset", choices=["scenes", "llava"], help="default: what RUN was trained on")
@@ -99,7 +99,8 @@ def load_run(
 
 def load_twin(folder: Path, device, settings: dict):
     """The blind twin's model and processor. Raises as load_run, and ValueError for one that has seen, or of other data."""
-    model, processor, theirs = load_run(folder, device)
+    with naming("--blind-run", folder):
+        model, processor, theirs = load_run(folder, device)
     if not theirs.get("blind", True):
         raise ValueError(f"--blind-run {folder} was trained with its images: a blind twin is trained with --blind")
     datasets = settings.get("dataset", "scenes"), theirs.get("dataset", "scenes")
@@ -116,7 +117,6 @@ def llava_items(data: str, images: str | None, count: int | None, skip: bool, is
     Raises ValueError for such rows, unless they are to be skipped, and where none is left. isolated: each question without
     those before it, as the run was trained."""
     from data.llava import LlavaRows, decoding_problem, with_whole_images
-    from data.rows import naming
 
     progress = sys.stderr.isatty()
     with naming("--data", data):
@@ -138,6 +138,8 @@ def find_items(args, settings: dict) -> tuple[dict[str, list[Item]], dict]:
     if dataset not in ("scenes", "llava"):
         raise ValueError(f"{args.run} was trained on {dataset!r}: pass --dataset scenes, or llava with --data")
     if dataset == "scenes":
+        if args.data:
+            raise ValueError(f"--data {args.data}: --dataset scenes makes its own questions")
         count = args.count or 200
         splits = [args.split] if args.split else SCENE_SPLITS
         items = {split: scene_items(split, count, args.seed) for split in splits}
@@ -312,6 +314,8 @@ def main(argv=None) -> None:
     if where.get("trained_on_it"):
         print(f"{where['data']} is what {args.run} was trained on: what it has memorised counts as right here")
 
+    out = args.out or args.run
+    make_folder("--out", out)
     result, counts, answers = {}, {}, []
     for split, items in splits.items():
         kept = without_long(items, asked.values())
@@ -331,8 +335,6 @@ def main(argv=None) -> None:
         answers += [line for who, each in result[split].items() for line in answer_lines(split, who, kept, each.pop("said"))]
         print(results_table(result[split]), flush=True)
 
-    out = args.out or args.run
-    out.mkdir(parents=True, exist_ok=True)
     flags = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
     write_json(out / "eval.json", {"settings": flags, "data": where, "counts": counts, "splits": result})
     write_atomic(out / "answers.jsonl", lambda temporary: temporary.write_text("\n".join(answers) + "\n", encoding="utf-8"))

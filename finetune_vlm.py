@@ -26,7 +26,7 @@ import torch.nn.functional as F
 
 from data.batches import IGNORE, fit_batch_size, with_shares
 from data.common import CommonAnswers, common_questions
-from data.features import features_for_run, keep_for_run
+from data.features import IN_OUT, features_for_run, keep_for_run
 from data.image_cache import ImageCache
 from data.llava import LlavaRows
 from data.llava_batches import LlavaBatches, ShardBatches
@@ -38,7 +38,8 @@ from lib.answers import Item, prompt_ids, row_items
 from lib.checks import checked_flags
 from lib.cli import argument_parser, fraction, not_negative_float, not_negative_int, positive_float, positive_int, run_cli
 from lib.distributed import all_gather
-from lib.lora import lora_parameters
+from lib.files import naming
+from lib.lora import check_rank, lora_parameters
 from lib.loss import chunked_cross_entropy
 from lib.optim import cosine_schedule, make_optimizers, parameter_groups, set_learning_rate
 from lib.quant import Linear4bit, quantize_
@@ -108,13 +109,13 @@ def parse_args(argv=None):
     add("--projector-steps", type=not_negative_int, help="of stage 2; default: 20 after a stage 1, a tenth of "
         "stage 3 with --vision and --lm, else 0")  # fmt: skip
     add("--steps", type=positive_int, help="of stage 3, in place of --epochs")
-    add("--shift", type=not_negative_float, default=0.0, help="move training images by up to this part of their side, with a "
+    add("--shift", type=fraction, default=0.0, help="move training images by up to this part of their side, with a "
         "tower that trains")  # fmt: skip
     add("--isolated", action="store_true", help="each question of a row is asked alone, without those before it")
     add("--split-images", action=argparse.BooleanOptionalAction, help="cut images into tiles, as Idefics3 and SmolVLM do, or "
         "take them whole; default: as --model says, else whole")  # fmt: skip
     add("--max-length", type=positive_int, help="tokens of a packed row; default: 1024, with tiles 2048")
-    add("--cache-features", nargs="?", const="", metavar="FILE", help="keep a frozen tower's features; default in --out")
+    add("--cache-features", nargs="?", const=IN_OUT, metavar="FILE", help="keep a frozen tower's features; default in --out")
     add("--eval-count", type=positive_int, default=300, help="test rows asked at the end")
     args = parser.parse_args(argv)
     settle(args, parser)
@@ -127,13 +128,15 @@ def settle(args, parser: argparse.ArgumentParser) -> None:
         parser.error("--data FILE is missing: a file or folder of rows, or 'DIR/shard-*.tar'")
     if streams(args) and args.cache_features is not None:
         parser.error(f"--data {args.data} with --test-data is read from front to back: leave out --cache-features")
-    args.out = args.out or f"runs/vlm-own{'-blind' if args.blind else ''}"
+    args.out = args.out or f"runs/vlm-own{'-more' if args.model else ''}{'-blind' if args.blind else ''}"
     args.freeze = None if args.freeze is None else sorted(set(args.freeze.split(",")) - {"none", ""})
     if set(args.freeze or ()) - {"vision", "lm"}:
         parser.error(f"--freeze {','.join(args.freeze)}: it takes vision, lm, both with a comma, or none")
     if args.lora and args.qlora:
         parser.error("--lora and --qlora: choose one")
     args.lora = args.lora or args.qlora
+    if args.lora_alpha and not args.lora:
+        parser.error(f"--lora-alpha {args.lora_alpha:g} is of LoRA: add --lora or --qlora")
     if args.model:
         settled = ("projector", "pixel_shuffle", "fusion", "vision", "lm", "image_size", "vision_layers", "patch_size")
         chosen = [f"--{name.replace('_', '-')}" for name in settled if getattr(args, name) != parser.get_default(name)]
@@ -171,7 +174,9 @@ def build(args, texts: list[str]):
         vision = find_part(args.vision, "vision", args.image_size, args.vision_layers)
         image_settings = tower_image_settings(args.vision)
     if args.lm:
-        text, tokenizer = find_part(args.lm, "lm"), load_tokenizer(args.lm)
+        text = find_part(args.lm, "lm")
+        with naming("--lm", args.lm):
+            tokenizer = load_tokenizer(args.lm)
         if tokenizer.plain_size > text.config.vocab_size:
             raise ValueError(
                 f"--lm {args.lm}: its tokenizer has {tokenizer.plain_size} tokens, its model {text.config.vocab_size}: "
@@ -193,6 +198,7 @@ def add_lora(args, model) -> None:
         quantize_(model.language_model, KEPT_IN_BITS)
     if args.lora:
         alpha, classes = args.lora_alpha or 2 * args.lora, (nn.Linear, Linear4bit)
+        check_rank(model.language_model, args.lora, LORA_TARGETS, classes)
         convert_linears_to_lora(model.language_model, args.lora, alpha, args.dropout, classes, LORA_TARGETS)
 
 

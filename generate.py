@@ -25,18 +25,17 @@ import sys
 import time
 from collections.abc import Iterator
 from itertools import pairwise
-from pathlib import Path
 
 import torch
 
 from data.tiles import ImageSettings, global_tiles
 from extras.llmvit import LLMVIT
 from lib.checkpoint import from_pretrained, load_processor
-from lib.cli import finite_float, not_negative_float, not_negative_int, positive_float, positive_int, run_cli
+from lib.cli import Parser, finite_float, not_negative_float, not_negative_int, png_file, positive_float, positive_int, run_cli
 from lib.conversation import Conversation, stream_text
 from lib.devices import DTYPES, find_device
 from lib.fast_decode import fast_step
-from lib.files import find_source
+from lib.files import check_output, find_source, naming
 from lib.generation import say_unlike
 from lib.image_settings import read_image_settings
 from lib.tokenizer import BPETokenizer, load_tokenizer
@@ -54,20 +53,19 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".ti
 
 
 def parse_args(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("source", metavar="SOURCE", help="the checkpoint")
-    add("prompt", nargs="?", help="the text to continue, or the question with --chat")
+    add("prompt", nargs="?", type=str, help="the text to continue, or the question with --chat")
     add("--image", action="append", default=[], metavar="FILE", help="an image to ask about, or several: --image a.png b.png")
-    add("--attention", metavar="FILE.png", help="draw what it attended to in the images for each word of its last answer")
+    add("--attention", type=png_file, metavar="FILE.png", help="draw what it attended to in the images for each "
+        "word of its last answer")  # fmt: skip
     add("--zero-shot", nargs="+", metavar="CAPTION", help="how well each of these captions fits each --image")
     add("--split-images", action=argparse.BooleanOptionalAction, help="cut images into tiles, as Idefics3 and SmolVLM do, or "
         "take them whole; default: as the checkpoint says")  # fmt: skip
     add("--adapter", metavar="FOLDER", help="LoRA to use in place of the run's own, which is in its folder lora/")
     add("--chat", action="store_true", help="PROMPT is a question to answer, not a text to continue")
-    add("--system", help="what a chat begins with; default: the template's own, if it has one")
+    add("--system", type=str, help="what a chat begins with; default: the template's own, if it has one")
     add("--top", type=positive_int, metavar="K", help="show the K likeliest tokens after each prefix of PROMPT")
     add("--max-new-tokens", type=positive_int, help="default: what the folder's generation_config.json says, else 100")
     add("--temperature", type=not_negative_float, default=0.0, help="0: always the likeliest token (the default)")
@@ -101,6 +99,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     for flag, share in (("--top-p", args.top_p), ("--min-p", args.min_p)):
         if share is not None and share > 1:
             parser.error(f"{flag} is {share}: it must be at most 1")
+    if args.length_penalty != 1 and args.beams == 1:
+        parser.error("--length-penalty is of --beams: it chooses between the texts that these find")
     if args.attention and args.prompt is not None and not args.image:
         parser.error("--attention shows what of an image was attended to: give an --image")
     return args
@@ -148,7 +148,8 @@ def load(args) -> tuple[torch.nn.Module, BPETokenizer, MllamaImageProcessor | No
     if args.adapter:
         from lib.adapters import put_adapter
 
-        print(f"[{args.adapter}: {put_adapter(model, args.source, args.adapter)}]", file=sys.stderr)
+        with naming("--adapter", args.adapter):
+            print(f"[{args.adapter}: {put_adapter(model, args.source, args.adapter)}]", file=sys.stderr)
     if isinstance(model, MllamaForConditionalGeneration):
         processor = load_processor(args.source, model, args.split_images)
         tokenizer = processor.tokenizer
@@ -246,13 +247,6 @@ def chat(talk: Conversation, attention: str | None = None) -> None:
             print(f"error: {error}", file=sys.stderr)
 
 
-def check_writable(path: str) -> None:
-    """Raise an OSError now, not after the answer, for a file that cannot be written."""
-    target = Path(path)
-    if target.is_dir() or not os.access(target.parent, os.W_OK):
-        raise OSError(f"--attention {path} cannot be written: give a file in a folder that is there and may be written to")
-
-
 def check_image_size(source, made: tuple[int, int], read: tuple[int, int]) -> None:
     """Raise a ValueError unless the images that a folder's processor makes are those that its model reads."""
     if made != read:
@@ -332,7 +326,7 @@ def print_zero_shot(args) -> None:
 def main(argv=None) -> None:
     args = parse_args(argv)
     if args.attention:
-        check_writable(args.attention)
+        check_output("--attention", args.attention, args.image)
     if args.zero_shot:
         print_zero_shot(args)
         return

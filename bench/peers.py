@@ -29,7 +29,7 @@ from bench.language import bench_decode, bench_loss, bench_quant
 from bench.vit import bench_vit
 from bench.vlm import VLM_SIZES, bench_questions, bench_vlm
 from lib import figures
-from lib.cli import not_negative_int, positive_int, run_cli
+from lib.cli import Parser, not_negative_int, positive_int, run_cli
 from lib.devices import DTYPES, find_device
 from lib.vlm_parts import SIZES
 from vit_scratch import ViTConfig
@@ -66,7 +66,7 @@ def notes(row: dict) -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("work", choices=[*WORK, "all"], help="what to measure")
     sizes = {"vit": list(ViTConfig.PRESETS), "vlm": list(VLM_SIZES), "questions": list(SIZES)}
     choices = "; ".join(f"{work}: {', '.join(names)}" for work, names in sizes.items())

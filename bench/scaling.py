@@ -9,7 +9,6 @@ fit behind the arithmetic, and what the GPU waits for its batch. Bytes over the 
 et al. 2020 (ZeRO); activations: Korthikanti et al. 2022. Axes: T tokens of a sample, N patches, D width, V vocabulary, n GPUs.
 """
 
-import argparse
 import json
 import math
 import os
@@ -22,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from lib.cli import positive_float, positive_int, run_cli
+from lib.cli import Parser, positive_float, positive_int, run_cli
 from model import LLAMA32Config, MLLAMAConfig, MllamaForConditionalGeneration
 from siglip import SiglipVisionConfig
 
@@ -244,7 +243,7 @@ def measure(seconds: float, batch: int) -> str:
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("what", nargs="?", choices=["predict", "measure"], default="predict")
     parser.add_argument("--seconds", type=positive_float, default=60.0, help="of each of the five trial runs")
     parser.add_argument("--batch-size", type=positive_int, default=128, help="of one process")

@@ -22,8 +22,9 @@ from data.images import decode_image
 from data.llava import LlavaRow, LlavaRows, header_problem, noted, problem_lines
 from data.packing import encode_sample
 from data.row_files import is_streamed
-from data.rows import naming, open_streamed
-from lib.cli import HelpFormatter, positive_int, run_cli
+from data.rows import open_streamed
+from lib.cli import Parser, png_file, positive_int, run_cli
+from lib.files import check_output, naming
 from processing_mllama import IMAGE_TOKEN, MllamaImageProcessor
 
 BYTES_A_TOKEN = 4  # of English in the vocabularies of GPT-2, LLaMA and Qwen, roughly
@@ -113,10 +114,10 @@ def find_processor(source: str | None) -> MllamaImageProcessor | None:
 
 
 def parse_args(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)
+    parser = Parser(__doc__)
     parser.add_argument("file", metavar="FILE", help="a file or folder of rows, or shards or tables as 'DIR/x-*.tar'")
     parser.add_argument("--images", metavar="DIR", type=Path, help="default: the file's own folder, or its images/")
-    parser.add_argument("--sheet", metavar="PNG", type=Path, help="draw some rows with images there")
+    parser.add_argument("--sheet", metavar="FILE.png", type=png_file, help="draw some rows with images there")
     parser.add_argument("--samples", type=positive_int, default=10, help="how many")
     parser.add_argument("--model", metavar="SOURCE", help="count tokens as this vision-language model does")
     return parser.parse_args(argv)
@@ -142,6 +143,7 @@ def main(argv=None) -> None:
     print("\n".join(lines))
     print(tally)
     if args.sheet:
+        check_output("--sheet", args.sheet, [image for row in tally.drawn for image in row.images if isinstance(image, Path)])
         with naming("--sheet", args.sheet):
             print(draw_sheet(tally.drawn, args.sheet))
     found = {"rows_usable": tally.usable, "rows_with_images": tally.with_images, "questions": tally.questions}

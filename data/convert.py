@@ -27,7 +27,7 @@ from data.folders import arrange
 from data.row_files import parsed, write_rows
 from data.row_values import kind_of
 from data.scenes import MIX, SPLITS, make_scenes, questions
-from lib.cli import not_negative_int, positive_int, run_cli
+from lib.cli import Parser, not_negative_int, positive_int, run_cli
 from lib.files import new_folder, one_line, write_json
 from processing_mllama import IMAGE_TOKEN
 
@@ -225,20 +225,20 @@ def convert_scenes(
 
 
 def parse_args(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    easy = commands.add_parser("easy-vqa", help="convert easy-VQA", allow_abbrev=False)
-    coco = commands.add_parser("coco-captions", help="convert captioned COCO photos", allow_abbrev=False)
-    captions = commands.add_parser("captions", help="all captions of a photo in one row", allow_abbrev=False)
-    classes = commands.add_parser("classes", help="convert images in class folders", allow_abbrev=False)
+    easy = commands.add_parser("easy-vqa", help="convert easy-VQA")
+    coco = commands.add_parser("coco-captions", help="convert captioned COCO photos")
+    captions = commands.add_parser("captions", help="all captions of a photo in one row")
+    classes = commands.add_parser("classes", help="convert images in class folders")
     for command in (easy, coco, captions, classes):
         sort = "; or a file of captions" if command is captions else ""
         command.add_argument("source", metavar="SOURCE", type=Path, help=f"an archive or a folder{sort}")
         command.add_argument("folder", metavar="FOLDER", type=Path, help="to be made")
-    digits = commands.add_parser("digits", help="handwritten digits as PNGs", allow_abbrev=False)
+    digits = commands.add_parser("digits", help="handwritten digits as PNGs")
     digits.add_argument("folder", metavar="FOLDER", type=Path, help="to be made")
     digits.add_argument("--size", type=positive_int, default=16, help="pixels of a side (default 16, as train_vit.py has them)")
-    scenes = commands.add_parser("scenes", help="generated scenes as PNGs, with their questions", allow_abbrev=False)
+    scenes = commands.add_parser("scenes", help="generated scenes as PNGs, with their questions")
     scenes.add_argument("folder", metavar="FOLDER", type=Path, help="to be made")
     scenes.add_argument("--count", type=positive_int, default=200, help="scenes (default 200)")
     scenes.add_argument("--per-scene", type=positive_int, default=12, help="questions about each, at most (default 12)")

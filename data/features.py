@@ -21,8 +21,9 @@ from tqdm import tqdm
 from data.batches import blind_pixels
 from data.image_cache import ImageCache
 from data.tiles import tile_count
-from lib.files import read_json, write_atomic, write_json
+from lib.files import check_output, naming, read_json, write_atomic, write_json
 
+IN_OUT = "in the run folder"  # --cache-features without a value
 AT_ONCE = 64  # images that are decoded ahead of the tower
 
 
@@ -41,8 +42,8 @@ def keep_for_run(features: "FrozenFeatures | None", rows, args, run) -> None:
     """--cache-features: keep those of the rows' images, in that file or in the run's folder. The first process makes it, the
     others read it."""
     if args.cache_features is not None and not args.dry_run:
-        file = Path(args.cache_features or run.folder / "features.npy")
-        with run.main_first():
+        file = run.folder / "features.npy" if args.cache_features == IN_OUT else Path(args.cache_features)
+        with run.main_first(), naming("--cache-features", file):
             paths = [path for row in rows for path in row.images]
             features.keep(file, paths, args.workers, run.is_main, lambda: run.stop_signal is not None)
 
@@ -92,28 +93,43 @@ class FrozenFeatures:
              stopped: Callable[[], bool] = lambda: False) -> None:
         """Read the features of these images from the file. Those that it lacks, or that are of an image changed since, are made
         and join the others, which may be of other data; a file by other weights or settings is made anew. Once `stopped` says
-        so the file has what was made until then, and the next call makes the rest. Blind, there is nothing to keep."""
+        so the file has what was made until then, and the next call makes the rest. Blind, there is nothing to keep. Raises
+        ValueError or an OSError for files that are damaged, or not of this kind: they are left as they are."""
         if self.blind:
             return
         about, made_by = Path(f"{file}.json"), self._fingerprint()
-        known = read_json(about) if file.exists() and about.exists() else {}
-        held = known["images"] if known.get("made_by") == made_by else {}
+        check_output("--cache-features", file)
+        known = read_description(file, about)
+        held = known["images"] if file.exists() and known["made_by"] == made_by else {}
+        if held:
+            self._open(file, held)
         marks = {str(path): mark(path) for path in sorted(set(paths))}
         missing = {path: now for path, now in marks.items() if held.get(path, [])[:2] != now}
         if missing and not stopped():
-            table = np.load(file, mmap_mode="r") if held else None
-            old = [table[place] for path, place in places(held).items() if str(path) not in missing]
+            old = [self._table[place] for path, place in self._places.items() if str(path) not in missing]
             held = {path: entry for path, entry in held.items() if path not in missing}
 
             def fill(temporary: Path) -> None:
                 made = self._fill(temporary, old, list(map(Path, missing)), workers, progress, stopped)
                 held.update({str(path): [*missing[str(path)], self.count(path)] for path in made})
-                about.unlink(missing_ok=True)  # of the file before: from here on it describes nothing
+                write_json(about, {"made_by": made_by, "images": {}})  # the file before is described no more
 
             write_atomic(file, fill)
             write_json(about, {"made_by": made_by, "images": held})
-        if held:
-            self._table, self._places = np.load(file, mmap_mode="r"), places(held)
+            self._open(file, held)
+
+    def _open(self, file: Path, held: dict[str, list[int]]) -> None:
+        """Raises ValueError for a file that does not hold what its description says."""
+        try:
+            table = np.load(file, mmap_mode="r")
+        except (ValueError, EOFError):  # numpy's own words would advise to unpickle it
+            raise ValueError(f"{file} is damaged: remove it, and it is made again") from None
+        config = self.model.config.vision_config
+        tiles, shape = sum(tiles for *_, tiles in held.values()), (math.prod(config.grid), config.hidden_size)
+        if table.dtype != np.float32 or table.shape[1:] != shape or len(table) < tiles:  # more: of what was not made
+            found = f"{table.dtype} {list(table.shape)}, its .json describes float32 {[tiles, *shape]}"
+            raise ValueError(f"{file} holds {found}: remove it, and it is made again")
+        self._table, self._places = table, places(held)
 
     def count(self, path: Path) -> int:
         """How many tiles an image has; 0 if it cannot be read."""
@@ -150,6 +166,25 @@ class FrozenFeatures:
         for name, tensor in self.model.vision_tower.state_dict().items():
             digest.update(name.encode() + tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
+
+
+def read_description(file: Path, about: Path) -> dict:
+    """What a file's .json says of it; of one that is not there, of nothing. Raises ValueError unless both are of this kind, or
+    absent: they would be written over."""
+    if not about.exists():
+        if file.exists():
+            raise ValueError(f"{file} has no {about.name} beside it, so it is no file of features: name another, or remove it")
+        return {"made_by": None, "images": {}}
+    known = read_json(about)
+    images = known.get("images")
+    if known.keys() != {"made_by", "images"} or not isinstance(images, dict) or not all(map(is_entry, images.values())):
+        raise ValueError(f"{about} does not describe a file of features: name another file, or remove it")
+    return known
+
+
+def is_entry(entry) -> bool:
+    """Whether it is [size, time, tiles] of an image."""
+    return isinstance(entry, list) and [type(n) for n in entry] == [int] * 3 and min(entry) >= 0
 
 
 def mark(path: Path) -> list[int]:

@@ -6,7 +6,6 @@ rows, test_rows = load_rows(args, run)             # --data, --images, --test-da
 import random
 from collections import Counter
 from collections.abc import Callable
-from contextlib import contextmanager
 from pathlib import Path
 
 from data.llava import LlavaRows, image_groups, noted, problem_lines
@@ -14,6 +13,7 @@ from data.row_files import is_streamed
 from data.shards import Shards
 from data.streamed import StreamedRows
 from data.tables import Tables
+from lib.files import naming
 
 FIRST_ROWS = 5000  # of rows that are streamed: what a tokenizer is trained on
 LARGEST_WHOLE = 1 << 32  # bytes of such files that are read whole, for a part of them to be held out
@@ -80,19 +80,6 @@ def check_first(rows: StreamedRows, say: Callable[[str], None], count: int = 100
     usable = f"{len(with_images):,} usable, {sum(with_images):,} of them with images"
     lines = problem_lines("{}: {}", list(lost.items()))
     say("\n".join([f"of its first {count:,} rows {usable}", *lines, *noted(notes)]))
-
-
-@contextmanager
-def naming(flag: str, source):
-    """What is wrong with a source is said with the flag that names it."""
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        words = str(error)
-        if words.startswith("--"):
-            raise
-        words = f"{flag} {words}" if words.startswith(str(source)) else f"{flag} {source}: {words}"
-        raise (FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError)(words) from None
 
 
 def check_size(source: str) -> None:

@@ -12,7 +12,6 @@ common, their key, are a row: KEY.json, one object of LLaVA-style JSON, and its 
 shard_stream.py draws batches from them.
 """
 
-import argparse
 import contextlib
 import io
 import itertools
@@ -39,7 +38,7 @@ from data.row_values import DamagedRow, RowError
 from data.spellings import read_row
 from data.streamed import Lost, ShardImage, StreamedRows
 from data.tiles import find_tiling, to_pixels
-from lib.cli import positive_int, run_cli
+from lib.cli import Parser, positive_int, run_cli
 from lib.files import matching_files, new_folder, one_line, write_atomic, write_json
 from processing_mllama import ROLES, scale_pixels
 
@@ -303,7 +302,7 @@ def check_shards(pattern: str, workers: int) -> tuple[str, bool]:
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     packing = commands.add_parser("pack", help="LLaVA-style JSON and its images into shards")
     packing.add_argument("file", metavar="FILE.json")

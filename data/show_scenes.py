@@ -3,7 +3,6 @@
     python -m data.show_scenes scenes.png --split test
 """
 
-import argparse
 import textwrap
 from pathlib import Path
 
@@ -11,7 +10,7 @@ from matplotlib.figure import Figure
 
 from data.scenes import KINDS, SPLITS, make_scenes, questions
 from lib import figures
-from lib.cli import not_negative_int, run_cli
+from lib.cli import Parser, not_negative_int, png_file, run_cli
 
 
 def show_scenes(path: str | Path, split: str, seed: int = 0, count: int = 12, per_scene: int = 3) -> None:
@@ -32,9 +31,8 @@ def show_scenes(path: str | Path, split: str, seed: int = 0, count: int = 12, pe
 
 
 def main(argv=None) -> None:
-    description, style = __doc__, argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=description, formatter_class=style, allow_abbrev=False)
-    parser.add_argument("file", metavar="FILE.png")
+    parser = Parser(__doc__)
+    parser.add_argument("file", metavar="FILE.png", type=png_file)
     parser.add_argument("--split", choices=SPLITS, default="train")
     parser.add_argument("--seed", type=not_negative_int, default=0)
     args = parser.parse_args(argv)

@@ -12,10 +12,11 @@ from pathlib import Path
 from data.spellings import DESCRIBE
 from extras.attention_maps import attention_over_image_tokens, group_into_words
 from lib.checkpoint import load_vlm
-from lib.cli import HelpFormatter, positive_int, run_cli
+from lib.cli import Parser, png_file, positive_int, run_cli
 from lib.conversation import Conversation
 from lib.devices import find_device
 from lib.figures import caption_sheet
+from lib.files import check_output
 
 COMMON = frozenset(
     "a an the and or but as at by for from in into of off on onto out over to up with while is are be being it its he she his "
@@ -24,7 +25,7 @@ COMMON = frozenset(
 
 
 def parse_args(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("run", metavar="RUN", type=Path, help="the folder of a vision-language model")
     add("--images", metavar="FILE", nargs="+", required=True, help="photos, in this order")
@@ -34,7 +35,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--beams", type=positive_int, default=1, help="search for the likeliest caption with so many beams; 1: greedy")
     add("--max-new-tokens", type=positive_int, default=40)
     add("--device", help="cpu, cuda, mps; default: the best there is")
-    add("--out", metavar="FILE.png", default="captions.png")
+    add("--out", type=png_file, metavar="FILE.png", default="captions.png")
     return parser.parse_args(argv)
 
 
@@ -63,6 +64,7 @@ def caption(model, processor, image: str, args) -> tuple:
 
 def main(argv=None) -> None:
     args = parse_args(argv)
+    check_output("--out", args.out, args.images)
     model, processor = load_vlm(args.run, find_device(args.device))
     found = [caption(model, processor, image, args) for image in args.images]
     for image, (_, text, *_) in zip(args.images, found, strict=True):

@@ -24,7 +24,7 @@ from data.scenes import INKS, PAPERS, SceneConfig
 from extras.attention_maps import attention_over_image_tokens, group_into_words
 from lib import figures
 from lib.checkpoint import load_vlm
-from lib.cli import positive_int, run_cli
+from lib.cli import Parser, positive_int, run_cli
 from lib.conversation import Conversation
 from lib.devices import find_device
 from lib.fast_decode import fast_step
@@ -35,8 +35,7 @@ HOST, LARGEST, SHOWN = "127.0.0.1", 10, 384  # MiB of one upload; pixels a side 
 
 
 def parse_args(argv=None) -> argparse.Namespace:
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form, allow_abbrev=False)
+    parser = Parser(__doc__)
     parser.add_argument("run", metavar="RUN", help="a vision-language model: a run folder, or what else generate.py takes")
     parser.add_argument("--port", type=positive_int, default=7860, help="of 127.0.0.1; default: 7860")
     parser.add_argument("--device", help="cpu, cuda, mps; default: the best there is")

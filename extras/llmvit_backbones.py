@@ -18,8 +18,9 @@ from extras.bert import Bert, BertConfig
 from extras.llmvit import LLMVIT, EmbedderConfig, EncoderConfig
 from gpt import GPT, GPTConfig
 from lib.checkpoint import from_pretrained
-from lib.files import one_line, read_json, write_json
+from lib.files import naming, one_line, read_json, write_json
 from lib.image_settings import write_classifier_settings
+from lib.lora import check_rank
 from lib.tokenizer import load_tokenizer
 from lib.weights import read_safetensors, write_tensors
 from model import Llama3ForCausalLM, Llama3Model, LLAMA32Config, convert_linears_to_lora
@@ -86,7 +87,8 @@ def load_language_model(
 ) -> tuple[nn.Module, list[str] | None]:
     """The first `layers` of a checkpoint (None: all) with the first so many whole words of its vocabulary, and how these are
     spelled. words 0: all tokens; None: all, and no tokenizer is read. Raises ValueError for a model of another kind."""
-    lm = from_pretrained(source)
+    with naming("--lm", source):
+        lm = from_pretrained(source)
     if not isinstance(lm, tuple(model for model, _ in KINDS.values())):
         raise ValueError(f"--lm {source} is a {type(lm).__name__}: it must be a LLaMA, a GPT-2, a BERT or a DistilBERT")
     if words is None:
@@ -164,6 +166,7 @@ def frozen_under_lora(backbone: LanguageClassifier, lora: dict | None, qlora: bo
 
         quantize_(backbone.decoder)
         lora = {**lora, "target_module_classes": (nn.Linear, Linear4bit)}
+    check_rank(backbone.decoder, lora.get("rank", 4), lora.get("targets"), lora.get("target_module_classes", (nn.Linear,)))
     convert_linears_to_lora(backbone.decoder, **lora)
     return backbone
 

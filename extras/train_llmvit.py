@@ -108,6 +108,8 @@ def parse_args(argv=None):
         parser.error("--random-lm needs --lm, whose shape it takes (without --lm the language model is random anyway)")
     if args.no_lm and (args.lora or args.freeze_lm or args.frozen_steps):
         parser.error("--no-lm leaves no language model for --lora, --qlora, --freeze-lm or --frozen-steps")
+    if args.lora_alpha and not args.lora:
+        parser.error(f"--lora-alpha {args.lora_alpha:g} is of LoRA: add --lora or --qlora")
     if args.no_lm and args.embedding_loss:
         parser.error("--no-lm leaves no words for --embedding-loss")
     if args.freeze_lm and args.frozen_steps:

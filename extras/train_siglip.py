@@ -35,7 +35,7 @@ from torch.utils.checkpoint import checkpoint
 
 from data.augment import PRESETS as AUGMENTATIONS
 from data.datasets import evenly
-from data.features import FrozenFeatures, features_for_run, keep_for_run
+from data.features import IN_OUT, FrozenFeatures, features_for_run, keep_for_run
 from data.images import height_width
 from data.rows import streams
 from data.tiles import ImageSettings
@@ -114,8 +114,8 @@ def parse_args(argv=None):
     add("--vision-layers", type=positive_int, help="take only the first so many blocks of --vision, and its last norm")
     add("--freeze", choices=["vision", "none"], help="what never trains; default: the tower of --vision")
     add("--lr-pretrained", type=positive_float, help="peak learning rate of a tower of --vision that trains; default: 1e-4")
-    add("--cache-features", nargs="?", const="", metavar="FILE", help="keep a frozen tower's features; default in --out; the "
-        "file may be one that finetune_vlm.py made of the same rows")  # fmt: skip
+    add("--cache-features", nargs="?", const=IN_OUT, metavar="FILE", help="keep a frozen tower's features; default in --out; "
+        "the file may be one that finetune_vlm.py made of the same rows")  # fmt: skip
     add("--image-size", type=positive_int, help="pixels; default depends on the data set, with --vision the tower's")
     add("--patch-size", type=positive_int, help="pixels; default depends on the data set")
     add("--tokens", type=positive_int, help="to which every caption is filled up or cut; default: what the longest needs, at "

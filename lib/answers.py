@@ -281,8 +281,8 @@ def answer(
     """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens is {max_new_tokens}: it must be at least 1")
-    rows = rows_for(model, processor, items, blind, answered=False)
-    longest, limit = longest_row(model, rows, 1), model.language_model.config.context_length
+    rows, limit = rows_for(model, processor, items, blind, answered=False), model.language_model.config.context_length
+    longest, max_new_tokens = longest_row(model, rows, 1), min(max_new_tokens, limit)
     batch_size = batch_size or max(1, fitting_rows(model, longest + max_new_tokens) // beams)
     said, stop = [""] * len(items), stop_tokens(model, processor.tokenizer)
     rules, encoded = LogitRules.of(model, processor.tokenizer), {} if encoded is None else encoded

@@ -4,6 +4,7 @@ import argparse
 import math
 import os
 import sys
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -15,9 +16,32 @@ from lib.distributed import end_processes
 from lib.loggers import LOGS
 
 
-def argument_parser(doc: str, **defaults) -> argparse.ArgumentParser:
+class Parser(argparse.ArgumentParser):
+    """A script's own words above its flags, as they are written, and no abbreviations of these. An empty value, which a shell
+    makes of a variable that is not set, is an error: most flags would count as left out."""
+
+    def __init__(self, doc: str | None = None, **more):
+        super().__init__(description=doc, formatter_class=HelpFormatter, allow_abbrev=False, **more)
+        self.register("type", None, not_empty)
+        self.register("type", Path, lambda text: Path(not_empty(text)))
+
+
+def not_empty(text: str) -> str:
+    if not text:
+        raise argparse.ArgumentTypeError("it is empty: give it a value, or leave it out")
+    return text
+
+
+def png_file(text: str) -> str:
+    """Where a figure is to be written: no file of another kind is to be lost by it."""
+    if Path(not_empty(text)).suffix.lower() != ".png":
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be written: figures are .png files")
+    return text
+
+
+def argument_parser(doc: str, **defaults) -> Parser:
     """The flags that all training scripts share; `defaults` replaces some of the values below. doc: the script's own."""
-    parser = argparse.ArgumentParser(description=doc, formatter_class=HelpFormatter, allow_abbrev=False)
+    parser = Parser(doc)
     add = parser.add_argument
     add("--data", metavar="PATH", help="where the data are (a file or a folder); without it they are downloaded or built in")
     add("--out", metavar="DIR", help="the run folder; default: runs/ and a name of its own")
@@ -27,7 +51,7 @@ def argument_parser(doc: str, **defaults) -> argparse.ArgumentParser:
     add("--grad-accum", type=positive_int, default=1, help="split each batch into so many parts, to save memory")
     add("--lr", type=positive_float, help="AdamW's peak learning rate; most matrices have Muon's, if there is --muon-lr")
     add("--weight-decay", type=not_negative_float, default=0.05, help="not for norms, biases and positions")
-    add("--warmup", type=not_negative_float, default=0.05, help="part of the run in which the learning rate rises")
+    add("--warmup", type=fraction, default=0.05, help="part of the run in which the learning rate rises")
     add("--clip", type=positive_float, default=1.0, help="largest norm of the gradient")
     add("--ema", type=fraction, default=0.0, help="decay of an averaged copy of the weights, e.g. 0.999; 0: none")
     add("--seed", type=not_negative_int, default=0)
@@ -49,10 +73,11 @@ def argument_parser(doc: str, **defaults) -> argparse.ArgumentParser:
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Keeps the line breaks of the script's own words, and shows defaults where there is one."""
+    """Keeps the line breaks of the script's own words, and shows defaults where there is one and the help does not."""
 
     def _get_help_string(self, action):
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
+        told = action.default in (None, False) or "default" in action.help
+        return action.help if told else super()._get_help_string(action)
 
 
 def number(kind, good, what):
@@ -80,8 +105,8 @@ fraction = number(float, lambda v: 0 <= v < 1, "a number of at least 0 and below
 
 
 OUT_OF_MEMORY = (
-    "out of memory: lower --batch-size, raise --grad-accum (the same step in smaller parts), pass --grad-checkpoint, or train "
-    "less (finetune_vlm.py: --lora or --qlora); --dry-run says what a step takes"
+    "out of memory: lower --batch-size or --image-size, raise --grad-accum (the same step in smaller parts), pass "
+    "--grad-checkpoint, or train less (finetune_vlm.py: --lora or --qlora); --dry-run says what a step takes"
 )
 NO_MEMORY = ("DefaultCPUAllocator", "Storage size calculation overflowed")
 PEER_GONE = ("Connection closed by peer", "Connection reset by peer", "NCCL communicator was aborted", "remote process exited")

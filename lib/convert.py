@@ -6,7 +6,6 @@ python -m lib.checkpoint merge-lora SOURCE FOLDER --adapter DIR   # default: the
 python -m lib.checkpoint push FOLDER user/name --dry-run          # upload it to the hub, with a model card: see push.py
 """
 
-import argparse
 import itertools
 import math
 import shutil
@@ -18,6 +17,7 @@ import torch
 import torch.nn as nn
 
 from lib.checkpoint import from_pretrained, is_published, open_source, save_pretrained
+from lib.cli import Parser
 from lib.devices import DTYPES
 from lib.files import find_source, write_atomic
 from lib.generation import write_generation_config
@@ -145,7 +145,7 @@ def tree_lines(tree: dict, indent: str) -> Iterator[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     source = {"metavar": "SOURCE", "help": "a run folder, a Hugging Face folder, a .gguf file, or a hub name"}
     commands.add_parser("show", help="print the tree of tensors").add_argument("source", **source)

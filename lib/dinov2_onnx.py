@@ -8,7 +8,6 @@ matrix of a linear layer stands transposed and without a name as an input of a M
 has the layer's name. Width, blocks, heads, patches and the norms' epsilon are read from the graph: nothing is assumed.
 """
 
-import argparse
 import math
 import re
 from pathlib import Path
@@ -16,6 +15,7 @@ from pathlib import Path
 import torch
 
 from data.tiles import ImageSettings
+from lib.cli import Parser, run_cli
 from lib.files import need, new_folder, write_json
 from lib.image_settings import write_image_settings
 from lib.layouts import find_layout
@@ -147,7 +147,7 @@ def write_dinov2_folder(file: Path, folder: Path) -> dict:
 
 
 def main(argv=None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("file", type=Path, metavar="FILE.onnx")
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="a new one")
     args = parser.parse_args(argv)
@@ -157,6 +157,4 @@ def main(argv=None) -> None:
 
 
 if __name__ == "__main__":
-    from lib.cli import run_cli
-
     run_cli(main)

@@ -5,7 +5,7 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -32,6 +32,37 @@ def writing(path: Path, temporary: Path | None = None):
         if error.errno is None or error.filename not in (None, str(temporary)):
             raise
         raise OSError(f"{path} cannot be written ({error.strerror})") from None
+
+
+@contextmanager
+def naming(flag: str, source):
+    """What is wrong with a file or folder is said with the flag that names it."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        words = str(error)
+        if words.startswith("--"):
+            raise
+        words = f"{flag} {words}" if words.startswith(str(source)) else f"{flag} {source}: {words}"
+        raise (FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError)(words) from None
+
+
+def make_folder(flag: str, folder: Path) -> None:
+    """Raises an OSError that names the flag where it cannot be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"{flag} {folder} cannot be made a folder ({error.strerror}): name another") from None
+
+
+def check_output(flag: str, path: str | Path, inputs: Iterable = ()) -> None:
+    """Raises an OSError now, not after the work, for a file that cannot be written, and ValueError for one of those that are
+    read, which would be lost."""
+    path = Path(path)
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise OSError(f"{flag} {path} cannot be written: give a file in a folder that is there and may be written to")
+    if path.exists() and any(os.path.exists(file) and os.path.samefile(file, path) for file in inputs):
+        raise ValueError(f"{flag} {path} is one of the files that are read, and would be lost: name another")
 
 
 @contextmanager

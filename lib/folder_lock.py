@@ -10,7 +10,7 @@ import os
 import sys
 from pathlib import Path
 
-from lib.files import sweep, writing
+from lib.files import make_folder, sweep, writing
 
 if sys.platform == "win32":
     import msvcrt
@@ -35,7 +35,7 @@ def take_folder(folder: Path) -> None:
 
     Raises ValueError, naming the other process, where one holds the lock; OSError where the file `lock` cannot be written. A
     file system that knows no locks gives none."""
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder("--out", folder)
     path = folder.resolve() / "lock"
     if path in _open_files:
         _open_files.pop(path).close()

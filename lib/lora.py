@@ -23,6 +23,14 @@ def find_linears(
     return linears
 
 
+def check_rank(module: nn.Module, rank: int, targets: Sequence[str] | str | None = None, classes=(nn.Linear,)) -> None:
+    """Raises ValueError for a rank above that of every matrix it is to correct."""
+    linears = [module.get_submodule(name) for name in linear_names(module, classes, targets)]
+    most = max((min(linear.in_features, linear.out_features) for linear in linears), default=rank)
+    if rank > most:
+        raise ValueError(f"LoRA's rank is {rank}: the matrices that it corrects have {most} at most (--lora, --qlora)")
+
+
 def lora_layers(module: nn.Module) -> dict[str, Linear_LORA]:
     """All Linear_LORA of a model by name."""
     return {name: layer for name, layer in module.named_modules() if isinstance(layer, Linear_LORA)}

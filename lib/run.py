@@ -44,7 +44,7 @@ from lib.loggers import check_installed, open_logs
 from lib.memory import DryRun, mib, recompute_blocks
 from lib.metrics import Metrics
 from lib.optim import EMA
-from lib.run_state import check_settings, comparable_settings, kept_state, load_state, resume_command, save_state
+from lib.run_state import check_folder, check_settings, comparable_settings, kept_state, load_state, resume_command, save_state
 
 LOG_EVERY = 20  # steps: looking at a loss makes a GPU wait, so it is not done more often
 
@@ -83,6 +83,8 @@ class Run:
         self.dry = DryRun(args, self.device) if args.dry_run else None
 
         self.folder = Path(args.out)
+        if not args.dry_run:
+            check_folder(self.folder, args)
         if self.is_main and not args.dry_run:
             take_folder(self.folder)
         self.settings = comparable_settings(args)  # as they were given: a script may fit some to its data

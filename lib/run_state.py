@@ -1,6 +1,7 @@
 """Everything that a training run needs to continue exactly where it stopped, in one file: run/state.pt."""
 
 import argparse
+import os
 import pickle
 import shlex
 import sys
@@ -53,6 +54,16 @@ def load_state(run: str | Path) -> dict:
     if not isinstance(state, dict):
         raise ValueError(f"{path} is no state of a run: start again without --resume")
     return state
+
+
+def check_folder(folder: Path, args: argparse.Namespace) -> None:
+    """Raises ValueError where a run would write over the model that it starts from, or over one that no run has made."""
+    for name in ("model", "vision", "lm"):
+        source = getattr(args, name, None)
+        if source and folder.exists() and os.path.exists(source) and os.path.samefile(source, folder):
+            raise ValueError(f"--out {folder} is what --{name} is read from, and would be lost: choose another --out")
+    if (folder / "config.json").exists() and not any((folder / name).exists() for name in ("settings.json", "state.pt")):
+        raise ValueError(f"--out {folder} holds a model that no run here has made: choose another --out")
 
 
 def check_settings(run: Path, settings: dict, saved: dict | None) -> None:

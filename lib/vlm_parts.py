@@ -15,7 +15,7 @@ from data.images import height_width
 from gpt import GPT, GPTConfig
 from lib.chat import writes_end
 from lib.chat_template import OURS
-from lib.files import find_source
+from lib.files import find_source, naming
 from lib.generation import with_end_of_turn
 from lib.image_settings import around_image, for_size, read_image_settings
 from lib.positions import resized_tower
@@ -73,7 +73,8 @@ def find_part(source: str, part: str, image_size: int | None = None, layers: int
     checkpoints."""
     from lib.checkpoint import from_pretrained
 
-    found = from_pretrained(source)
+    with naming(f"--{part}", source):
+        found = from_pretrained(source)
     if isinstance(found, MllamaForConditionalGeneration):
         found.language_model.generation_config = found.generation_config
         found = found.vision_tower if part == "vision" else found.language_model
@@ -136,7 +137,8 @@ def parts_after(tower: SiglipModel | ViTModel, layer: int | None) -> list[nn.Mod
 def tower_image_settings(source: str) -> dict:
     """How a tower's folder wants images scaled and resized, but for tiles, which are not the tower's: nothing where it says
     nothing."""
-    settings = read_image_settings(find_source(source))
+    with naming("--vision", source):
+        settings = read_image_settings(find_source(source))
     tiled = "longest_edge" in (settings.get("size") or {}) or settings.get("fit") == "tiles"
     return {key: value for key, value in settings.items() if not (tiled and key in ("size", "fit"))}
 
@@ -203,7 +205,8 @@ def whole_model(
     from lib.checkpoint import load_vlm
     from lib.vocabulary import resize_token_embeddings
 
-    model, processor = load_vlm(source, split_images=split_images)
+    with naming("--model", source):
+        model, processor = load_vlm(source, split_images=split_images)
     with_chat_template(processor.tokenizer, source)
     model.generation_config = with_end_of_turn(model.generation_config, processor.tokenizer)
     resize_token_embeddings(model, max(len(processor.tokenizer), model.config.text_config.vocab_size))

@@ -6,6 +6,7 @@ leave_behind(run, model, processor, tests, found, "scenes")       # -> what the 
 """
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -80,6 +81,7 @@ def save_run(folder: Path, model, processor, settings: dict) -> str:
     kind = save_pretrained(model, folder, "mllama_scratch" if misfit else None, **ends)
     write_generation_config(folder, {**ends, **generation})
     processor.save_pretrained(folder, kind if is_published(kind) else None)
+    shutil.rmtree(folder / "lora", ignore_errors=True)  # an earlier run's would be taken for this one's
     if lora_layers(model):
         from lib.adapters import save_lora
 
@@ -116,7 +118,8 @@ def draw_attention(path: Path, model, processor, item: Item) -> None:
 
     batch = processor(None, [item.images], [item.messages], add_generation_prompt=True)
     batch = {key: value.to(next(model.parameters()).device) for key, value in batch.items()}
-    (ids,) = model.generate(**batch, max_new_tokens=MOST_NEW_TOKENS, stop_tokens=stop_tokens(model, processor.tokenizer))
+    most = min(MOST_NEW_TOKENS, model.config.text_config.context_length - batch["input_ids"].shape[1])
+    (ids,) = model.generate(**batch, max_new_tokens=most, stop_tokens=stop_tokens(model, processor.tokenizer))
     if not ids:
         return
     maps = attention_over_image_tokens(model, ids, batch["input_ids"], batch["pixel_values"])

@@ -28,8 +28,9 @@ from PIL import Image
 
 import train_vit
 from calls import refused
-from data import scenes
+from data import check, scenes
 from data.images import decode_image
+from extras import caption_sheet
 from lib import checkpoint, run_state
 from lib.answers import scene_items
 from lib.checkpoint import save_pretrained
@@ -448,6 +449,19 @@ def test_resuming_with_another_number_of_classes_says_so(tmp_path, capsys, monke
             if name == "bee":
                 train_vit.main(list(map(str, flags)))
     assert "the saved run has number of samples 18, this one 27" in refused(capsys, train_vit.main, *flags, "--resume")
+
+
+def test_a_figure_takes_the_place_of_no_other_file(tmp_path, monkeypatch, capsys):
+    """`--sheet train.json`, `--out photo.jpg`: the rows were gone, the photo was a figure."""
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (8, 8)).save("a.png")
+    Path("rows.json").write_text(json.dumps([{"image": "a.png", "captions": ["A dot."]}]))
+    before = Path("a.png").read_bytes(), Path("rows.json").read_bytes()
+    assert "figures are .png files" in refused(capsys, check.main, "rows.json", "--sheet", "rows.json")
+    assert "one of the files that are read" in refused(capsys, check.main, "rows.json", "--sheet", "a.png")
+    assert "cannot be written" in refused(capsys, check.main, "rows.json", "--sheet", "nowhere/b.png")
+    assert "one of the files that are read" in refused(capsys, caption_sheet.main, "RUN", "--images", "a.png", "--out", "a.png")
+    assert before == (Path("a.png").read_bytes(), Path("rows.json").read_bytes())
 
 
 @pytest.mark.parametrize("pattern", ["x*", "(?=x)", "^", r"\b"])

@@ -1,6 +1,7 @@
 """Laws of finetune_vlm.py: stopped and resumed is uninterrupted, in every stage; only what a stage names is trained, at its own
 rate; parts are taken over exactly; the run folder answers in transformers as here; what does not fit is one line."""
 
+import functools
 import json
 import math
 import re
@@ -23,7 +24,7 @@ from extras import caption_sheet
 from finetune_vlm import Learner, Stage, build, parse_args, stages, train_only
 from gpt import GPT, GPTConfig
 from lib import vlm_report
-from lib.answers import Item, answer, scene_items
+from lib.answers import Item, answer, prompt_ids, scene_items
 from lib.checkpoint import from_pretrained, load_vlm, save_pretrained
 from lib.quant import Linear4bit, quantize_nf4
 from lib.tokenizer import BPETokenizer
@@ -264,6 +265,23 @@ def test_lora_trains_its_matrices_and_the_projector(runs, source, photos):
     changed = {name for name, p in after.named_parameters() if not torch.equal(p, before.get_parameter(name))}
     assert len([name for name in changed if "_proj" in name and "projector" not in name]) == 2 * 7
     assert not [name for name in changed if name.startswith("vision_tower")]
+
+
+def test_a_question_that_nearly_fills_the_context_ends_no_run(source, tmp_path):
+    """All was trained and asked; then attention.png wanted room for 64 tokens of answer, and there was no result.json."""
+    model, processor = load_vlm(source)
+    limit, image = model.config.text_config.context_length, torch.zeros(3, 32, 32, dtype=torch.uint8)
+    items = (Item(image, [{"role": "user", "content": "so " * n}], "") for n in range(limit))
+    longest = next(item for item in items if len(prompt_ids(processor, item, True)[0]) > limit - 20)
+    vlm_report.draw_attention(tmp_path / "attention.png", model, processor, longest)
+
+
+def test_an_earlier_run_leaves_no_lora_behind(runs, source, tmp_path):
+    """`generate.py RUN --adapter OTHER` takes the run's own corrections out of its weights: they were an earlier run's."""
+    model, processor = load_vlm(source)
+    (tmp_path / "lora").mkdir()
+    vlm_report.save_run(tmp_path, model, processor, {})
+    assert not (tmp_path / "lora").exists()
 
 
 @pytest.mark.parametrize("fusion", ["early", "cross"])
@@ -573,6 +591,12 @@ REFUSED = [
     ("--model LM --pixel-shuffle 1", "holds a Llama3ForCausalLM, which does not answer questions about"),
     ("--lora 0", "argument --lora"),
     ("--lora 2 --qlora 2", "--lora and --qlora: choose one"),
+    ("--lora 100000000", r"LoRA's rank is 100000000: the matrices that it corrects have \d+ at most"),  # it took all memory
+    ("--lora-alpha 4", "--lora-alpha 4 is of LoRA: add --lora"),
+    ("--warmup 2", "argument --warmup: '2' must be a number of at least 0 and below 1"),
+    ("--vision=", "argument --vision: it is empty"),  # of an unset variable: the tower was trained from nothing
+    ("--vision DATA", "--vision .*scenes.json is a file"),
+    ("--vision VIT --freeze vision --cache-features DATA", "--cache-features .*scenes.json has no scenes.json.json beside it"),
     ("--freeze vision --shift 0.1", "--shift: the vision tower is frozen"),
     ("--fusion cross --freeze lm", "--fusion cross --freeze lm: .* add --lora"),
     ("--data /nowhere.json", "--data /nowhere.json does not exist"),
@@ -595,6 +619,20 @@ def test_what_does_not_fit_is_one_line_and_exit_code_2(tmp_path, wrong, capsys, 
     assert re.search(message, error), error
     left = [path.name for path in (tmp_path / "run").glob("*")] if (tmp_path / "run").exists() else []
     assert not set(left) - {"metrics.jsonl", "lock"}, "no half of a run is left"
+
+
+def test_a_run_does_not_write_over_a_model_that_is_not_its_own(wrong, tmp_path, capsys):
+    """`--model RUN --lora 8 --out RUN`, and without --out where RUN was runs/vlm-own, replaced what it had started from; and
+    into any folder went a config.json and weights."""
+    run, folder = wrong["RUN"], shutil.copytree(wrong["LM"], tmp_path / "lm")
+    refused = functools.partial(calls.refused, capsys, finetune_vlm.main, *FLAGS, "--data", wrong["DATA"])
+    before = calls.weights(run), calls.weights(folder)
+    assert "is what --vision is read from" in refused("--vision", run, "--pixel-shuffle", 1, "--out", run)
+    assert "is what --lm is read from" in refused("--lm", folder, "--out", folder)
+    assert "holds a model that no run here has made" in refused("--out", folder)
+    assert "cannot be made a folder" in refused("--out", folder / "config.json")
+    assert before == (calls.weights(run), calls.weights(folder))
+    assert finetune_vlm.parse_args(["--data", "x.json", "--model", "runs/vlm-own"]).out == "runs/vlm-own-more"
 
 
 def test_own_data_are_needed(capsys):

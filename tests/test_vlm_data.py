@@ -6,6 +6,7 @@ import resource
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -327,6 +328,40 @@ def test_a_stop_keeps_what_was_made(tmp_path, processor, image_files, looks, mon
     again = kept(model, file, image_files)
     assert len(looks) == 6
     assert_as_fresh(again, model, image_files)
+
+
+BESIDE = {"made_by": "?", "images": {"x.png": [1, 2, 1]}}
+
+
+@pytest.mark.parametrize(
+    "held, about, words",
+    [
+        (b"[1, 2]", None, "has no f.npy.json beside it"),  # --cache-features train.json put features in its place
+        (None, [1], "holds a JSON list"),
+        (None, {}, "does not describe a file of features"),
+        (b"", {"made_by": "?"}, "does not describe"),
+        (b"", {**BESIDE, "images": [1]}, "does not describe"),
+        (b"", {**BESIDE, "images": {"x.png": [1]}}, "does not describe"),
+        (b"", {**BESIDE, "images": {"x.png": [1, 2, "1"]}}, "does not describe"),
+        (b"", "WHOLE", "is damaged"),  # an EOFError's traceback
+        (b"\0" * 3000, "WHOLE", "is damaged: remove it"),  # numpy advised to unpickle it
+        (np.zeros((2, 3)), "WHOLE", "holds float64"),  # another file with that description was read as it stood
+    ],
+)
+def test_what_is_no_file_of_features_is_left_as_it_is(tmp_path, processor, image_files, held, about, words):
+    model, file = make_model(processor), tmp_path / "f.npy"
+    if about == "WHOLE":
+        kept(model, file, image_files)
+    elif about is not None:
+        Path(f"{file}.json").write_text(json.dumps(about))
+    if isinstance(held, bytes):
+        file.write_bytes(held)
+    elif held is not None:
+        np.save(file, held)
+    before = {path.name: path.read_bytes() for path in tmp_path.glob("f.npy*")}
+    with pytest.raises(ValueError, match=words):
+        kept(model, file, image_files)
+    assert {path.name: path.read_bytes() for path in tmp_path.glob("f.npy*")} == before
 
 
 def test_a_blind_model_encodes_nothing_once(tmp_path, processor, image_files, looks):
