@@ -45,6 +45,8 @@ def captions(rows: Iterable[Mapping]) -> int:
 
 def write_parts(folder: Path, parts: Mapping[str, list[dict]]) -> None:
     for name, rows in parts.items():
+        if not rows:
+            raise ValueError(f"{name}.json would have no photo in it: {DESCRIPTION}")
         write_rows(folder / f"{name}.json", rows)
 
 
@@ -124,12 +126,13 @@ def copy_photos(source: Path, folder: Path) -> dict[str, list[dict]]:
         depth = min((name.count("/") for name in files), default=0)
         files = [name for name in files if name.count("/") == depth]
         if not files:
-            raise ValueError(f"{source} holds no .json with rows of image and captions")
+            raise ValueError(f"{source} holds no .json with rows of image and captions: unpack it, and name a file of captions")
         content = reader(source, sizes, read)
         parts = {}
         for name in files:
             about = parsed_file(f"{source}: {name}", decoded(content(name))[0])
-            parts |= {Path(name).stem: rows for rows in parts_of_json(name, about).values()}
+            found = parts_of_json(name, about)
+            parts |= {Path(name).stem: rows for rows in found.values()} if len(found) == 1 else found
         prefix = files[0].rpartition("/")[0]
         for image in dict.fromkeys(row["image"] for rows in parts.values() for row in rows):
             place = whole / "images" / image

@@ -332,7 +332,17 @@ def test_captioned_photos_become_rows_that_are_looked_at_once(tmp_path, pack, pr
     assert contents(tmp_path / "out")["images/a.jpg"] == files["images/a.jpg"]
 
 
+def test_the_splits_of_an_archive_are_all_written(tmp_path):
+    """Karpathy's JSON beside its photos became one dataset.json, of the last split alone."""
+    text, wanted = CAPTION_FILES["dataset_flickr8k.json"]
+    photos = {f"images/{name}": image_bytes(0, kind="JPEG") for rows in wanted.values() for name in rows}
+    source = as_tar(tmp_path / "source.tar", {"dataset_flickr8k.json": text.encode(), **photos})
+    main(["captions", str(source), str(tmp_path / "out")])
+    assert {part: [*rows] for part, rows in written_captions(tmp_path / "out").items()} == {k: [*v] for k, v in wanted.items()}
+
+
 @pytest.mark.parametrize("name, text, words", [
+    ("x.json", "[]", "x.json would have no photo in it"),
     ("x.txt", "no captions here\n", "NAME#0, a tab and a caption"), ("x.txt", "\n", "holds no caption"),
     ("x.json", "{", "is not valid JSON"), ("x.json", "{}", "captions are read from"),
     ("x.json", json.dumps({"images": [{"id": 1}], "annotations": [{"image_id": 2, "caption": "x"}]}), "annotation 1"),
