@@ -3,6 +3,7 @@
     python -m data.convert easy-vqa easy_vqa.tar FOLDER
     python -m data.convert coco-captions coco_captions_permissive.tar FOLDER
     python -m data.convert captions SOURCE FOLDER            # Flickr's, COCO's and others: see data/captions.py
+    python -m data.convert mirrored flickr8k/train.json FOLDER   # photos with captions, and each photo once more in a mirror
     python -m data.convert classes photos.zip FOLDER         # class/*.jpg, each answered with "A photo of a CLASS."
     python -m data.convert digits FOLDER                     # train_vit.py's handwritten digits: "What digit is this?", "seven"
     python -m data.convert scenes FOLDER --split test --count 200      # of data/scenes.py, into FOLDER/scenes.json and images/
@@ -21,7 +22,7 @@ import numpy as np
 from PIL import Image
 
 from data.archives import DAMAGED, open_archive
-from data.captions import convert_captions
+from data.captions import convert_captions, convert_mirrored
 from data.datasets import load_images
 from data.folders import arrange
 from data.row_files import parsed, write_rows
@@ -230,6 +231,10 @@ def parse_args(argv=None) -> argparse.Namespace:
     easy = commands.add_parser("easy-vqa", help="convert easy-VQA")
     coco = commands.add_parser("coco-captions", help="convert captioned COCO photos")
     captions = commands.add_parser("captions", help="all captions of a photo in one row")
+    mirrored = commands.add_parser("mirrored", help="photos with captions, and each photo once more in a mirror")
+    mirrored.add_argument("source", metavar="FILE.json", type=Path, help="rows of image and captions")
+    mirrored.add_argument("folder", metavar="FOLDER", type=Path, help="to be made")
+    mirrored.add_argument("--images", metavar="DIR", type=Path, help="default: images/ beside FILE.json")
     classes = commands.add_parser("classes", help="convert images in class folders")
     for command in (easy, coco, captions, classes):
         sort = "; or a file of captions" if command is captions else ""
@@ -260,6 +265,8 @@ def main(argv=None) -> None:
         print(convert_easy_vqa(args.source, args.folder))
     elif args.command == "captions":
         print(convert_captions(args.source, args.folder))
+    elif args.command == "mirrored":
+        print(convert_mirrored(args.source, args.folder, args.images or args.source.parent / "images"))
     elif args.command == "digits":
         print(convert_digits(args.folder, args.size))
     elif args.command == "scenes":

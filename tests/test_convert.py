@@ -6,8 +6,10 @@ import tarfile
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from data import convert
 from data.convert import easy_vqa_kind, main
@@ -330,6 +332,23 @@ def test_captioned_photos_become_rows_that_are_looked_at_once(tmp_path, pack, pr
     found = LlavaRows.read(tmp_path / "out" / "train.json")
     assert [len(row.conversations) for row in found] == [2, 1] and all(len(row.images) == 1 for row in found)
     assert contents(tmp_path / "out")["images/a.jpg"] == files["images/a.jpg"]
+
+
+def test_photos_come_once_more_in_a_mirror(tmp_path):
+    photo = Image.fromarray(np.arange(4 * 6 * 3, dtype=np.uint8).reshape(4, 6, 3))
+    (tmp_path / "images" / "val").mkdir(parents=True)
+    photo.save(tmp_path / "images" / "val" / "a.png")
+    rows = [{"image": "val/a.png", "captions": ["A cat.", "One."]}]
+    (tmp_path / "train.json").write_text(json.dumps(rows))
+    main(["mirrored", str(tmp_path / "train.json"), str(tmp_path / "out")])
+    found = LlavaRows.read(tmp_path / "out" / "train.json")
+    seen, twin = (np.asarray(Image.open(row.images[0])) for row in found)
+    assert (twin == seen[:, ::-1]).all() and (seen == np.asarray(photo)).all()
+    assert [row.messages for row in found] == [found[0].messages] * 2 and not found.problems
+    (tmp_path / "images" / "val" / "a.png").write_bytes(b"junk")
+    with pytest.raises(ValueError, match="--images .*a.png: not an image"):
+        main(["mirrored", str(tmp_path / "train.json"), str(tmp_path / "again")])
+    assert not (tmp_path / "again").exists()
 
 
 def test_the_splits_of_an_archive_are_all_written(tmp_path):
