@@ -54,6 +54,9 @@ def open_archive(path: Path) -> Iterator[tuple[dict[str, int], Callable[[str], b
         else:
             with tarfile.open(path) as archive:
                 members = {entry.name + "/" * entry.isdir(): entry for entry in archive.getmembers()}
+                # The block after the one that it took for the end: two of zeros are the mark of it.
+                if archive.fileobj.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
+                    raise tarfile.ReadError("it is cut off, or a header in it is damaged")
     except DAMAGED as error:
         raise ValueError(f"{path} is no folder, .tar, .tar.gz, .tgz or .zip, or it is damaged ({one_line(error)})") from None
     if zipped:

@@ -114,18 +114,27 @@ def parts_of_json(name: str, about) -> dict[str, list[dict]]:
         raise ValueError(f"{name} holds {kind_of(about)}: {DESCRIPTION}")
     photos = [photo for photo in about["images"] if isinstance(photo, dict)]
     if isinstance(about.get("annotations"), list):
-        names = {photo.get("id"): photo.get("file_name") for photo in photos}
+        named = (photo for photo in photos if is_key(photo.get("id")) and isinstance(photo.get("file_name"), str))
+        names = {photo["id"]: photo["file_name"] for photo in named}
         said: dict[str, list] = {}
         for k, each in enumerate(about["annotations"], start=1):
-            if not isinstance(each, dict) or "caption" not in each or each.get("image_id") not in names:
+            known = isinstance(each, dict) and is_key(each.get("image_id")) and each["image_id"] in names
+            if not known or "caption" not in each:
                 raise ValueError(f"{name}, annotation {k} has no caption of a photo that is listed: get COCO's captions_*.json")
             said.setdefault(names[each["image_id"]], []).append(each["caption"])
         return {"captions": [captioned(name, {"image": photo, "captions": texts}) for photo, texts in said.items()]}
     parts: dict[str, list[dict]] = {}
     for k, photo in enumerate(photos, start=1):
-        part = {"restval": "train"}.get(photo.get("split"), photo.get("split") or "captions")
-        parts.setdefault(re.sub(r"\W", "", str(part)) or "captions", []).append(captioned(f"{name}, image {k}", photo))
+        part = photo.get("split") or "captions"
+        if not isinstance(part, str):
+            raise ValueError(f"{name}, image {k}: its split is {kind_of(part)}: a text was expected")
+        part = "train" if part == "restval" else part
+        parts.setdefault(re.sub(r"\W", "", part) or "captions", []).append(captioned(f"{name}, image {k}", photo))
     return parts
+
+
+def is_key(value) -> bool:
+    return isinstance(value, int | str)
 
 
 def captioned(where: str, row) -> dict:

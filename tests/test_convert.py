@@ -334,6 +334,20 @@ def test_captioned_photos_become_rows_that_are_looked_at_once(tmp_path, pack, pr
     assert contents(tmp_path / "out")["images/a.jpg"] == files["images/a.jpg"]
 
 
+@pytest.mark.parametrize("spoil", [lambda tar, end: tar[:end], lambda tar, end: tar[:end] + b"?" + tar[end + 1 :]])
+def test_a_tar_that_ends_early_is_refused(tmp_path, spoil):
+    """Where it was cut between two files, or a header was damaged, tarfile ended there: there was no test.json, and no word."""
+    rows = json.dumps([{"image": "a.jpg", "captions": ["A cat."]}]).encode()
+    files = {"train.json": rows, "images/a.jpg": image_bytes(0, kind="JPEG"), "test.json": rows}
+    source = as_tar(tmp_path / "source.tar", files)
+    with tarfile.open(source) as archive:
+        end = archive.getmember("test.json").offset
+    source.write_bytes(spoil(source.read_bytes(), end))
+    with pytest.raises(ValueError, match="cut off, or a header in it is damaged"):
+        main(["captions", str(source), str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+
+
 def test_photos_come_once_more_in_a_mirror(tmp_path):
     photo = Image.fromarray(np.arange(4 * 6 * 3, dtype=np.uint8).reshape(4, 6, 3))
     (tmp_path / "images" / "val").mkdir(parents=True)
@@ -362,6 +376,11 @@ def test_the_splits_of_an_archive_are_all_written(tmp_path):
 
 @pytest.mark.parametrize("name, text, words", [
     ("x.json", "[]", "x.json would have no photo in it"),
+    ("x.json", json.dumps({"images": [{"filename": "a.jpg", "split": ["train"], "sentences": ["x"]}]}), "split is a list"),
+    ("x.json", json.dumps({"images": [{"id": [1], "file_name": "a.jpg"}], "annotations": [{"image_id": 1, "caption": "x"}]}),
+     "annotation 1"),
+    ("x.json", json.dumps({"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": [{"image_id": [1], "caption": "x"}]}),
+     "annotation 1"),
     ("x.txt", "no captions here\n", "NAME#0, a tab and a caption"), ("x.txt", "\n", "holds no caption"),
     ("x.json", "{", "is not valid JSON"), ("x.json", "{}", "captions are read from"),
     ("x.json", json.dumps({"images": [{"id": 1}], "annotations": [{"image_id": 2, "caption": "x"}]}), "annotation 1"),
