@@ -168,11 +168,12 @@ def build(args, texts: list[str]):
         return whole_model(args.model, args.seed, args.split_images)
     vision_settings, text_settings, vocabulary = SIZES[args.size]
     changes = {key: getattr(args, key) for key in ("image_size", "patch_size") if getattr(args, key)}
-    vision = checked_flags(args, SiglipVisionConfig, **{**vision_settings, **changes})
     image_settings = {"image_mean": IMAGENET_STANDARD_MEAN, "image_std": IMAGENET_STANDARD_STD}
     if args.vision:
         vision = find_part(args.vision, "vision", args.image_size, args.vision_layers)
         image_settings = tower_image_settings(args.vision)
+    else:
+        vision = checked_flags(args, SiglipVisionConfig, **{**vision_settings, **changes})
     if args.lm:
         text = find_part(args.lm, "lm")
         with naming("--lm", args.lm):

@@ -69,6 +69,8 @@ def captions(rows: Iterable[Mapping]) -> int:
 
 
 def write_parts(folder: Path, parts: Mapping[str, list[dict]]) -> None:
+    if not parts:
+        raise ValueError(f"there is no photo with a caption in it: {DESCRIPTION}")
     for name, rows in parts.items():
         if not rows:
             raise ValueError(f"{name}.json would have no photo in it: {DESCRIPTION}")
@@ -166,7 +168,10 @@ def copy_photos(source: Path, folder: Path) -> dict[str, list[dict]]:
         for name in files:
             about = parsed_file(f"{source}: {name}", decoded(content(name))[0])
             found = parts_of_json(name, about)
-            parts |= {Path(name).stem: rows for rows in found.values()} if len(found) == 1 else found
+            found = {Path(name).stem: rows for rows in found.values()} if len(found) == 1 else found
+            if twice := found.keys() & parts.keys():
+                raise ValueError(f"{source}: {name} has {', '.join(sorted(twice))}, and so has another file: leave one out")
+            parts |= found
         prefix = files[0].rpartition("/")[0]
         for image in dict.fromkeys(row["image"] for rows in parts.values() for row in rows):
             place = whole / "images" / image

@@ -135,15 +135,17 @@ def main(argv=None) -> None:
             raise ValueError(f"{args.file}: no row is usable{first}")
         total = tally.usable + len(problems)
         lines = [f"{args.file}: {total:,} rows, {tally.usable:,} usable", *problem_lines("{}: {}", problems), *noted(notes)]
+        photos = []  # of shards and tables: in these, or kept elsewhere
     else:
         rows = LlavaRows.read(args.file, args.images, progress)
+        photos = [image for row in rows for image in row.images]
         for row in rows:
             tally.add(row)
         total, problems, lines = rows.total, rows.problems, [rows.report()]
     print("\n".join(lines))
     print(tally)
     if args.sheet:
-        check_output("--sheet", args.sheet, [image for row in tally.drawn for image in row.images if isinstance(image, Path)])
+        check_output("--sheet", args.sheet, photos)
         with naming("--sheet", args.sheet):
             print(draw_sheet(tally.drawn, args.sheet))
     found = {"rows_usable": tally.usable, "rows_with_images": tally.with_images, "questions": tally.questions}

@@ -10,6 +10,7 @@ Axes: n tiles of an image (data/tiles.py), 1 unless images are cut; N patches, D
 import hashlib
 import itertools
 import math
+import tokenize
 from collections.abc import Callable, Collection, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -122,8 +123,10 @@ class FrozenFeatures:
         """Raises ValueError for a file that does not hold what its description says."""
         try:
             table = np.load(file, mmap_mode="r")
-        except (ValueError, EOFError):  # numpy's own words would advise to unpickle it
-            raise ValueError(f"{file} is damaged: remove it, and it is made again") from None
+        except (ValueError, EOFError, TypeError, OverflowError, SyntaxError, tokenize.TokenError):  # what its header can cause
+            table = None
+        if not isinstance(table, np.ndarray):
+            raise ValueError(f"{file} is damaged: remove it, and it is made again")
         config = self.model.config.vision_config
         tiles, shape = sum(tiles for *_, tiles in held.values()), (math.prod(config.grid), config.hidden_size)
         if table.dtype != np.float32 or table.shape[1:] != shape or len(table) < tiles:  # more: of what was not made

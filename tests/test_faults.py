@@ -460,6 +460,9 @@ def test_a_figure_takes_the_place_of_no_other_file(tmp_path, monkeypatch, capsys
     assert "figures are .png files" in refused(capsys, check.main, "rows.json", "--sheet", "rows.json")
     assert "one of the files that are read" in refused(capsys, check.main, "rows.json", "--sheet", "a.png")
     assert "cannot be written" in refused(capsys, check.main, "rows.json", "--sheet", "nowhere/b.png")
+    Path("rows.json").write_text(json.dumps([{"image": "a.png", "captions": ["A dot."]}] * 2))
+    assert "one of the files that are read" in refused(capsys, check.main, "rows.json", "--sheet", "a.png", "--samples", "1")
+    Path("rows.json").write_bytes(before[1])
     assert "one of the files that are read" in refused(capsys, caption_sheet.main, "RUN", "--images", "a.png", "--out", "a.png")
     assert before == (Path("a.png").read_bytes(), Path("rows.json").read_bytes())
 

@@ -621,6 +621,12 @@ def test_what_does_not_fit_is_one_line_and_exit_code_2(tmp_path, wrong, capsys, 
     assert not set(left) - {"metrics.jsonl", "lock"}, "no half of a run is left"
 
 
+def test_an_image_size_is_measured_by_the_patches_of_the_tower_that_is_named(wrong):
+    """--image-size 12 was refused, since --size's patches are of 16 pixels; the tower's are of 4."""
+    flags = ["--data", "x.json", "--size", "tiny", "--vision", str(wrong["VIT"]), "--image-size", "12"]
+    assert build(parse_args(flags), scenes.corpus())[0].vision_tower.grid == (3, 3)
+
+
 def test_a_run_does_not_write_over_a_model_that_is_not_its_own(wrong, tmp_path, capsys):
     """`--model RUN --lora 8 --out RUN`, and without --out where RUN was runs/vlm-own, replaced what it had started from; and
     into any folder went a config.json and weights."""

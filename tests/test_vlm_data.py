@@ -345,6 +345,7 @@ BESIDE = {"made_by": "?", "images": {"x.png": [1, 2, 1]}}
         (b"", {**BESIDE, "images": {"x.png": [1, 2, "1"]}}, "does not describe"),
         (b"", "WHOLE", "is damaged"),  # an EOFError's traceback
         (b"\0" * 3000, "WHOLE", "is damaged: remove it"),  # numpy advised to unpickle it
+        (b"\x93NUMPY\x01\x00\x10\x00{'descr': '<f4'," + b" " * 60, "WHOLE", "is damaged"),  # a TokenError out of numpy
         (np.zeros((2, 3)), "WHOLE", "holds float64"),  # another file with that description was read as it stood
     ],
 )
