@@ -116,11 +116,11 @@ def parts_of_json(name: str, about) -> dict[str, list[dict]]:
         raise ValueError(f"{name} holds {kind_of(about)}: {DESCRIPTION}")
     photos = [photo for photo in about["images"] if isinstance(photo, dict)]
     if isinstance(about.get("annotations"), list):
-        named = (photo for photo in photos if is_key(photo.get("id")) and isinstance(photo.get("file_name"), str))
+        named = (photo for photo in photos if is_id(photo.get("id")) and isinstance(photo.get("file_name"), str))
         names = {photo["id"]: photo["file_name"] for photo in named}
         said: dict[str, list] = {}
         for k, each in enumerate(about["annotations"], start=1):
-            known = isinstance(each, dict) and is_key(each.get("image_id")) and each["image_id"] in names
+            known = isinstance(each, dict) and is_id(each.get("image_id")) and each["image_id"] in names
             if not known or "caption" not in each:
                 raise ValueError(f"{name}, annotation {k} has no caption of a photo that is listed: get COCO's captions_*.json")
             said.setdefault(names[each["image_id"]], []).append(each["caption"])
@@ -135,7 +135,8 @@ def parts_of_json(name: str, about) -> dict[str, list[dict]]:
     return parts
 
 
-def is_key(value) -> bool:
+def is_id(value) -> bool:
+    """Whether it can name a photo in COCO's annotations."""
     return isinstance(value, int | str)
 
 

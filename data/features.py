@@ -107,7 +107,7 @@ class FrozenFeatures:
         marks = {str(path): mark(path) for path in sorted(set(paths))}
         missing = {path: now for path, now in marks.items() if held.get(path, [])[:2] != now}
         if missing and not stopped():
-            old = [self._table[place] for path, place in self._places.items() if str(path) not in missing]
+            old = [self._table[place] for path, place in places(held).items() if str(path) not in missing]
             held = {path: entry for path, entry in held.items() if path not in missing}
 
             def fill(temporary: Path) -> None:

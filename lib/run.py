@@ -85,8 +85,8 @@ class Run:
         self.folder = Path(args.out)
         if not args.dry_run:
             check_folder(self.folder, args)
-        if self.is_main and not args.dry_run:
-            take_folder(self.folder)
+            if self.is_main:
+                take_folder(self.folder)
         self.settings = comparable_settings(args)  # as they were given: a script may fit some to its data
         self.state = load_state(self.folder) if args.resume else None  # what a stopped run left
         if self.state is not None:
