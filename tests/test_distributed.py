@@ -1,5 +1,5 @@
 """Laws of several processes: two (gloo) learn what one does from the same batches, by DDP and by FSDP2; a run goes on with
-another number of them; a process that dies ends the job with its error. This very file is what torchrun starts."""
+another number of them; a process that dies ends the job with its error, for which torchrun starts this very file."""
 
 import contextlib
 import io
@@ -16,6 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
+pytestmark = pytest.mark.long
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # for torchrun, which knows nothing of pytest's settings
 
@@ -78,7 +79,7 @@ def train(script, flags, folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
+def runs(tmp_path_factory, nursery):
     """one/ and two/ with all runs of one and two processes; what the two printed."""
     folder, chance, rows = tmp_path_factory.mktemp("runs"), random.Random(0), []
     for k in range(16):  # half of them without an image: then some batches of a process have none at all
@@ -95,23 +96,25 @@ def runs(tmp_path_factory):
     for name, (script, flags) in ALONE.items():
         train(script, flags, folder / "one" / name)
     resumed(folder / "one" / "scenes", folder / "two" / "resumed")
-    return folder, start_pair(folder)
-
-
-def start_pair(folder: Path) -> str:
-    """What torchrun does, without its own ten seconds; what the two print is returned."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
-    pair = [
-        subprocess.Popen([sys.executable, __file__, "train", str(folder)], cwd=ROOT, env={**os.environ, **common, "RANK": rank},
-                         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        for rank in "01"
-    ]  # fmt: skip
-    said = [process.communicate(timeout=300) for process in pair]
-    assert [process.returncode for process in pair] == [0, 0], said
-    return "".join(out for out, _ in said)
+    pair = [nursery.Process(target=one_of_two, args=(folder, rank, port)) for rank in range(2)]
+    for process in pair:
+        process.start()
+    for process in pair:
+        process.join(300)
+    said = "".join((folder / f"said-{rank}").read_text() for rank in range(2))
+    assert [process.exitcode for process in pair] == [0, 0], said
+    return folder, said
+
+
+def one_of_two(folder: Path, rank: int, port: int) -> None:
+    """What torchrun starts, without its own ten seconds."""
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "RANK": str(rank)}
+    with open(folder / f"said-{rank}", "w") as said, contextlib.redirect_stdout(said):
+        for name, (script, flags) in {**RUNS, "resumed": (train_vlm, [*SCENES, "--fsdp", "--resume"])}.items():
+            train(script, flags, folder / "two" / name)
 
 
 def resumed(whole: Path, folder: Path) -> None:
@@ -173,7 +176,6 @@ def test_a_process_that_dies_ends_the_job_with_its_error(tmp_path):
         "--nproc-per-node",
         "2",
         __file__,
-        "die",
         tmp_path,
     ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=150)
@@ -201,7 +203,4 @@ def test_fsdp_needs_several_processes(tmp_path):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    if sys.argv[1] == "die":
-        die(Path(sys.argv[2]))
-    for name, (script, flags) in {**RUNS, "resumed": (train_vlm, [*SCENES, "--fsdp", "--resume"])}.items():
-        train(script, flags, Path(sys.argv[2]) / "two" / name)
+    die(Path(sys.argv[1]))

@@ -8,7 +8,6 @@ import importlib
 import io
 import json
 import math
-import multiprocessing
 import os
 import random
 import resource
@@ -28,7 +27,7 @@ from PIL import Image
 
 import train_vit
 from calls import refused
-from data import check, scenes
+from data import check
 from data.images import decode_image
 from extras import caption_sheet
 from lib import checkpoint, run_state
@@ -66,7 +65,6 @@ def smaller(script) -> None:
         script.VISION_BATCH = 4
         script.scene_items = lambda split, count, seed: scene_items(split, 1, seed, 2)
         sys.modules["lib.vlm_report"].draw = lambda *args: None
-    scenes.SceneConfig.variants = 1  # of each handwriting: to make 64 takes longer than the run
     script.draw = script.draw_answers = lambda *args: None  # whichever of the two it has
     script.draw_words = lambda *args: {}
 
@@ -84,17 +82,6 @@ def in_child(name: str, flags: list[str], log: str, arrange) -> None:
         arrange()
     sys.argv = [f"{name}.py", *flags]
     run_cli(script.main)
-
-
-@pytest.fixture(scope="session")
-def nursery():
-    """Where processes come from that need not import torch first."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["test_faults", *SCRIPTS, "torch._dynamo"])  # which the first step of an optimiser imports
-    with pytest.MonkeyPatch.context() as patch:  # the server looks for these modules before it is told where
-        patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
-        importlib.import_module("multiprocessing.forkserver").ensure_running()
-    return context
 
 
 class Child:
@@ -204,6 +191,7 @@ def die_half_way(step: int, room: int) -> None:
 KILLS = 20
 
 
+@pytest.mark.long
 def test_killed_at_twenty_random_moments_a_run_ends_as_if_uninterrupted(nursery, whole, tmp_path):
     """Some of them by the clock, from the first line of the script to the last; some as a file is about to be opened, moved or
     deleted; some in the middle of a write. The state is saved after each step. A run is killed again and again until it is

@@ -151,6 +151,7 @@ def make_named_files(desk: Path, published) -> None:
         (desk / "DIR" / f"{name}.gz").write_bytes(gzip.compress(content))
 
 
+@pytest.mark.long
 def test_the_commands_of_the_readme_and_of_finetuning_run_one_after_the_other(tmp_path, monkeypatch, capsys, request):
     """On small things of the names they use, with fewer steps."""
     published = pytest.importorskip("published", reason="transformers makes the SmolVLM folder")

@@ -54,7 +54,7 @@ def plain(tmp_path_factory):
     return run
 
 
-SPLITTABLE = ["--drop-path", "0", "--augment", "none"]
+SPLITTABLE = "--drop-path 0 --augment none --epochs 0.5 --eval-every 8".split()
 
 
 def test_a_finished_run_leaves_what_is_promised(finished):
@@ -120,7 +120,7 @@ def same_learning(a: Path, b: Path) -> None:
     x = torch.randn(8, 1, 16, 16, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(from_pretrained(a)(x), from_pretrained(b)(x), atol=5e-3, rtol=0)
     losses = [[row["loss"] for row in read_metrics(run / "metrics.jsonl") if "loss" in row] for run in (a, b)]
-    assert losses[0] == pytest.approx(losses[1], abs=1e-3) and len(losses[0]) == 3
+    assert losses[0] == pytest.approx(losses[1], abs=1e-3) and len(losses[0]) == 2
 
 
 def test_gradient_accumulation_changes_nothing_but_memory(plain, tmp_path):
@@ -128,6 +128,7 @@ def test_gradient_accumulation_changes_nothing_but_memory(plain, tmp_path):
     same_learning(plain, tmp_path)
 
 
+@pytest.mark.long
 def test_two_processes_train_as_one(plain, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train_vit.py"]
     done = subprocess.run(

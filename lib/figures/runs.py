@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 
 from lib.figures.common import BLUE, RED, finish, new_figure, show_image, wrapped
 
@@ -73,13 +74,14 @@ def patch_filters(weight: torch.Tensor, path=None, most: int = 128):
     filters = (filters - low) / (high - low).clamp(min=1e-8)
     if filters.shape[1] not in (1, 3):
         filters = filters.mean(dim=1, keepdim=True)
-    columns = 16
-    lines = math.ceil(len(filters) / columns)
-    figure = new_figure(figsize=(0.5 * columns, 0.5 * lines + 0.5))
-    figure.suptitle(f"patch filters: {len(filters)} of {len(weight)}, strongest first")
-    for i, tile in enumerate(filters):
-        axes = figure.add_subplot(lines, columns, i + 1)
-        show_image(axes, tile)
+    count, columns = len(filters), 16
+    lines, zoom = math.ceil(count / columns), math.ceil(32 / max(filters.shape[2:]))
+    tiles = filters.repeat_interleave(zoom, dim=2).repeat_interleave(zoom, dim=3)
+    tiles = F.pad(tiles, (4, 4, 4, 4, 0, 0, 0, lines * columns - count), value=1.0)  # white between them and after the last
+    figure = new_figure(figsize=(0.5 * columns, 0.5 * lines + 0.5), layout="constrained")
+    figure.suptitle(f"patch filters: {count} of {len(weight)}, strongest first")
+    # as one image: 128 axes would take a second
+    show_image(figure.add_subplot(), torch.cat([torch.cat(list(line), dim=2) for line in tiles.split(columns)], dim=1))
     return finish(figure, path)
 
 
