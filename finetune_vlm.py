@@ -129,9 +129,12 @@ def settle(args, parser: argparse.ArgumentParser) -> None:
     if streams(args) and args.cache_features is not None:
         parser.error(f"--data {args.data} with --test-data is read from front to back: leave out --cache-features")
     args.out = args.out or f"runs/vlm-own{'-more' if args.model else ''}{'-blind' if args.blind else ''}"
-    args.freeze = None if args.freeze is None else sorted(set(args.freeze.split(",")) - {"none", ""})
-    if set(args.freeze or ()) - {"vision", "lm"}:
-        parser.error(f"--freeze {','.join(args.freeze)}: it takes vision, lm, both with a comma, or none")
+    frozen = set((args.freeze or "none").split(","))
+    if frozen != {"none"} and frozen - {"vision", "lm"}:
+        parser.error(f"--freeze {args.freeze}: it takes vision, lm, both with a comma, or none")
+    args.freeze = None if args.freeze is None else sorted(frozen - {"none"})
+    if args.test_data and args.test_part != parser.get_default("test_part"):
+        parser.error(f"--test-part {args.test_part:g} is of --data: leave it out, or --test-data {args.test_data}")
     if args.lora and args.qlora:
         parser.error("--lora and --qlora: choose one")
     args.lora = args.lora or args.qlora

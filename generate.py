@@ -31,7 +31,7 @@ import torch
 from data.tiles import ImageSettings, global_tiles
 from extras.llmvit import LLMVIT
 from lib.checkpoint import from_pretrained, load_processor
-from lib.cli import Parser, finite_float, not_negative_float, not_negative_int, png_file, positive_float, positive_int, run_cli
+from lib.cli import Parser, not_negative_float, not_negative_int, number, png_file, positive_float, positive_int, run_cli
 from lib.conversation import Conversation, stream_text
 from lib.devices import DTYPES, find_device
 from lib.fast_decode import fast_step
@@ -49,6 +49,8 @@ from vit_scratch import ViTModel, pair
 
 ABOUT_IMAGES = ("--image", "--device", "--dtype")  # the flags that make sense without a text
 SAMPLING = ("--temperature", "--top-k", "--top-p", "--min-p")
+temperature = number(float, lambda v: v == 0 or 1e-3 <= v <= 1e6, "0, for the likeliest token, or from 0.001 to a million")
+exponent = number(float, lambda v: -10 <= v <= 10, "a number from -10 to 10")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
 
@@ -68,12 +70,12 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--system", type=str, help="what a chat begins with; default: the template's own, if it has one")
     add("--top", type=positive_int, metavar="K", help="show the K likeliest tokens after each prefix of PROMPT")
     add("--max-new-tokens", type=positive_int, help="default: what the folder's generation_config.json says, else 100")
-    add("--temperature", type=not_negative_float, default=0.0, help="0: always the likeliest token (the default)")
+    add("--temperature", type=temperature, default=0.0, help="0: always the likeliest token (the default)")
     add("--top-k", type=positive_int)
     add("--top-p", type=positive_float)
     add("--min-p", type=not_negative_float)
     add("--beams", type=positive_int, default=1, help="follow so many continuations at once, and answer with the likeliest")
-    add("--length-penalty", type=finite_float, default=1.0, help="of --beams: above 1 longer answers win, below 1 shorter ones")
+    add("--length-penalty", type=exponent, default=1.0, help="of --beams: above 1 longer answers win, below 1 shorter ones")
     add("--seed", type=not_negative_int, default=0)
     add("--device", help="cpu, cuda, mps; default: the best there is")
     add("--dtype", choices=DTYPES, default="fp32")

@@ -13,7 +13,7 @@ from data.row_files import is_streamed
 from data.shards import Shards
 from data.streamed import StreamedRows
 from data.tables import Tables
-from lib.files import naming
+from lib.files import matching_files, naming
 
 FIRST_ROWS = 5000  # of rows that are streamed: what a tokenizer is trained on
 LARGEST_WHOLE = 1 << 32  # bytes of such files that are read whole, for a part of them to be held out
@@ -48,9 +48,17 @@ def load_rows(args, run) -> tuple[LlavaRows | StreamedRows, LlavaRows]:
     if args.test_data:
         with naming("--test-data", args.test_data):
             test = LlavaRows.read(args.test_data, args.images, run.is_main)
+            check_apart(args.data, args.test_data)
         run.print(test.report())
         return rows, test
     return held_out(rows, args.test_part, args.seed, run.print)
+
+
+def check_apart(data: str, test_data: str) -> None:
+    """Raises ValueError where a file is both trained on and held out."""
+    trained = [path for path in matching_files(data) if path.is_file()]
+    if both := [path for path in matching_files(test_data) if any(path.samefile(other) for other in trained)]:
+        raise ValueError(f"{both[0]} is in --data, too: name other rows, or leave it out for --test-part of --data")
 
 
 def held_out(rows: LlavaRows, part: float, seed: int, say: Callable[[str], None]) -> tuple[LlavaRows, LlavaRows]:

@@ -1,7 +1,6 @@
 """The command line that the scripts share: common flags, argparse types, and errors as one line."""
 
 import argparse
-import math
 import os
 import sys
 from pathlib import Path
@@ -98,9 +97,8 @@ def number(kind, good, what):
 positive_int = number(int, lambda v: 1 <= v < 2**31, "a whole number of at least 1 and below 2^31")
 not_negative_int = number(int, lambda v: 0 <= v < 2**31, "a whole number of at least 0 and below 2^31")
 at_most_a_million = number(int, lambda v: 1 <= v <= 2**20, "a whole number of at least 1 and at most 2^20")
-positive_float = number(float, lambda v: 0 < v < math.inf, "a number above 0")
-not_negative_float = number(float, lambda v: 0 <= v < math.inf, "a number of at least 0")
-finite_float = number(float, math.isfinite, "a finite number")
+positive_float = number(float, lambda v: 0 < v < 2.0**127, "a number above 0 and below 2^127")  # what a float32 holds
+not_negative_float = number(float, lambda v: 0 <= v < 2.0**127, "a number of at least 0 and below 2^127")
 fraction = number(float, lambda v: 0 <= v < 1, "a number of at least 0 and below 1")
 
 

@@ -367,6 +367,14 @@ class Run:
                 f"{kept_state(self.folder)}"
             )
 
+    def _check_weights(self, weights: dict[str, torch.Tensor]) -> None:
+        """What the last step has spoiled shows in no loss."""
+        for name, weight in weights.items():
+            if not weight.isfinite().all():
+                raise FloatingPointError(
+                    f"{name} is not finite after step {self.steps_done}: try a lower --lr or --muon-lr{kept_state(self.folder)}"
+                )
+
     def log(self, **figures: float) -> None:
         """Figures of an evaluation, into metrics.jsonl and onto the screen."""
         if figures:
@@ -435,6 +443,7 @@ class Run:
         }
         state = gathered(state, self.is_main) if self.args.fsdp else state
         if self.is_main:
+            self._check_weights(state["model"])
             save_state(self.folder, state)
 
     def _load(self, state: dict) -> None:

@@ -56,14 +56,20 @@ def load_state(run: str | Path) -> dict:
     return state
 
 
+# What runs leave, but for the tokenizer's files.
+LEFT = ["config.json", "model.safetensors", "metrics.jsonl", "result.json"]
+LEFT += [f"{name}.png" for name in ("curves", "samples", "attention", "mistakes", "confusion", "filters", "words")]
+
+
 def check_folder(folder: Path, args: argparse.Namespace) -> None:
-    """Raises ValueError where a run would write over the model that it starts from, or over one that no run has made."""
+    """Raises ValueError where a run would write over the model that it starts from, or over what no run has made."""
     for name in ("model", "vision", "lm"):
         source = getattr(args, name, None)
         if source and folder.exists() and os.path.exists(source) and os.path.samefile(source, folder):
             raise ValueError(f"--out {folder} is what --{name} is read from, and would be lost: choose another --out")
-    if (folder / "config.json").exists() and not any((folder / name).exists() for name in ("settings.json", "state.pt")):
-        raise ValueError(f"--out {folder} holds a model that no run here has made: choose another --out")
+    there = [name for name in LEFT if (folder / name).exists()]
+    if there and not any((folder / name).exists() for name in ("settings.json", "state.pt", "lock")):
+        raise ValueError(f"--out {folder} holds a {there[0]} that no run here has made: choose another --out")
 
 
 def check_settings(run: Path, settings: dict, saved: dict | None) -> None:

@@ -609,6 +609,10 @@ REFUSED = [
     ("--batch-size 400 --grad-accum 100", "13 training rows are fewer than the 100 parts of a step: lower --grad-accum"),
     ("--test-part 1", "argument --test-part: '1' must be a number of at least 0 and below 1"),
     ("--resume", "no state.pt to resume from"),
+    ("--test-data DATA", "--test-data .*scenes.json is in --data, too"),
+    ("--test-data /x.json --test-part 0.3", "--test-part 0.3 is of --data"),
+    ("--freeze none,vision", "--freeze none,vision: it takes vision, lm"),
+    ("--muon-lr 1e300", "argument --muon-lr: '1e300' must be a number of at least 0 and below 2"),  # a traceback
 ]  # fmt: skip
 
 
@@ -635,8 +639,11 @@ def test_a_run_does_not_write_over_a_model_that_is_not_its_own(wrong, tmp_path, 
     before = calls.weights(run), calls.weights(folder)
     assert "is what --vision is read from" in refused("--vision", run, "--pixel-shuffle", 1, "--out", run)
     assert "is what --lm is read from" in refused("--lm", folder, "--out", folder)
-    assert "holds a model that no run here has made" in refused("--out", folder)
+    assert "holds a config.json that no run here has made" in refused("--out", folder)
     assert "cannot be made a folder" in refused("--out", folder / "config.json")
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "samples.png").touch()  # somebody's
+    assert "holds a samples.png that no run here has made" in refused("--out", tmp_path / "own")
     assert before == (calls.weights(run), calls.weights(folder))
     assert finetune_vlm.parse_args(["--data", "x.json", "--model", "runs/vlm-own"]).out == "runs/vlm-own-more"
 

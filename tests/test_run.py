@@ -146,6 +146,17 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_its_step(tmp_path, capsys)
     assert re.search(r"error: the loss is not finite at step \d+: try a lower --lr", error)
 
 
+def test_weights_that_the_last_step_has_spoiled_are_not_saved(tmp_path):
+    """The loss was finite, since it was computed before; the run ended with exit code 0 and wrote what nothing here reads."""
+    run = tiny_run(tmp_path)
+    model = run.place(nn.Linear(1, 1))
+    with pytest.raises(FloatingPointError, match="bias is not finite after step 1: try a lower --lr"):
+        for _ in run.steps("", 1, NoData(), make_optimizers(parameter_groups(model, 0.05, 1e-2))):
+            nn.init.constant_(model.bias, float("inf"))
+            run.steps_done += 1
+    assert not (tmp_path / "state.pt").exists()
+
+
 @pytest.mark.parametrize(
     "flags, message",
     [
