@@ -140,6 +140,8 @@ def find_items(args, settings: dict) -> tuple[dict[str, list[Item]], dict]:
     if dataset == "scenes":
         if args.data:
             raise ValueError(f"--data {args.data}: --dataset scenes makes its own questions")
+        if args.images or args.skip_unusable:
+            raise ValueError(f"--{'images' if args.images else 'skip-unusable'} is about rows of --data: scenes make their own")
         count = args.count or 200
         splits = [args.split] if args.split else SCENE_SPLITS
         items = {split: scene_items(split, count, args.seed) for split in splits}

@@ -28,7 +28,7 @@ from data.batches import IGNORE, fit_batch_size, with_shares
 from data.common import CommonAnswers, common_questions
 from data.features import IN_OUT, features_for_run, keep_for_run
 from data.image_cache import ImageCache
-from data.llava import LlavaRows
+from data.llava import LlavaRows, decoding_problem
 from data.llava_batches import LlavaBatches, ShardBatches
 from data.row_values import DamagedRow
 from data.rows import FIRST_ROWS, load_rows, some, streams
@@ -148,6 +148,8 @@ def settle(args, parser: argparse.ArgumentParser) -> None:
         args.vision = args.lm = args.model
     if args.vision_layers and not args.vision:
         parser.error("--vision-layers is of --vision, a tower that comes trained: name one")
+    if args.vision and args.vision_steps:
+        parser.error(f"--vision-steps {args.vision_steps} is of a tower that starts untrained: leave it out beside --vision")
     if args.vision and args.patch_size:
         parser.error("--patch-size cannot be chosen with --vision: the tower has its own")
     if args.dropout and args.lm and not args.lora:
@@ -340,8 +342,8 @@ def conversations(args, run: Run, rows, model, processor, common: dict) -> Llava
 def test_questions(args, run: Run, rows: LlavaRows, model, processor) -> list[Item]:
     """Questions about --eval-count test rows, without those that cannot be asked."""
     items = row_items(some(rows, args.eval_count), args.isolated)
-    images, limit = ImageCache(processor.image_size, most_bytes=0), model.config.text_config.context_length
-    bad = {path for item in items for path in item.images if not args.blind and images[path] is None}
+    paths, limit = {path for item in items for path in item.images}, model.config.text_config.context_length
+    bad = set() if args.blind else {path for path in paths if decoding_problem(path)}
     fit = [item for item in items if not bad & {*item.images} and len(prompt_ids(processor, item, True)[0]) < limit]
     if len(fit) < len(items):
         why = f"{len(bad)} images cannot be read" if bad else f"they have over {limit} tokens"

@@ -48,6 +48,7 @@ from vit_scratch import ViTModel, pair
 # ---- settings ----------------------------------------------------------------------------------------------------------
 
 ABOUT_IMAGES = ("--image", "--device", "--dtype")  # the flags that make sense without a text
+ABOUT_TOKENS = ("--top", "--adapter", "--device", "--dtype", "--int8")
 SAMPLING = ("--temperature", "--top-k", "--top-p", "--min-p")
 temperature = number(float, lambda v: v == 0 or 1e-3 <= v <= 1e6, "0, for the likeliest token, or from 0.001 to a million")
 exponent = number(float, lambda v: -10 <= v <= 10, "a number from -10 to 10")
@@ -91,8 +92,8 @@ def parse_args(argv=None) -> argparse.Namespace:
             parser.error(f"--image: there is no file {file}")
     if args.prompt is None and (args.top or args.chat):
         parser.error("--top and --chat need a PROMPT")
-    if args.top and (args.image or args.attention):
-        parser.error("--top is about texts: leave out --image and --attention")
+    if args.top and (others := [flag for flag in args.given if flag not in ABOUT_TOKENS]):
+        parser.error(f"--top is about the next tokens of a text: leave out {', '.join(others)}")
     sampled = [flag for flag in args.given if flag in SAMPLING]
     if sampled and args.beams == 1 and not args.temperature:
         parser.error(f"{', '.join(sampled)}: without --temperature above 0 the likeliest token is taken, and nothing is drawn")
@@ -342,6 +343,8 @@ def main(argv=None) -> None:
     # The prompt, images and all, goes through model.py; on a CPU each later token through its weights in lib/fast_decode.py.
     settings = stream_settings(args) | {"step": fast_step(getattr(model, "language_model", model))}
     if args.prompt is not None and not (args.chat or processor):
+        if args.system:
+            raise ValueError("--system begins a chat, and PROMPT is a text to continue: add --chat")
         print(args.prompt, end="", flush=True)
         pieces = stream_text(model, tokenizer, encode(tokenizer, args.prompt), **settings)
         print_stream(piece for piece, _ in pieces)

@@ -68,6 +68,9 @@ class Output(dict):
             value = self[key] = value()
         return value
 
+    def get(self, key, default=None):
+        return self[key] if key in self else default
+
     def __getattr__(self, name):
         if name not in self:
             raise AttributeError(f"this output has no {name}, only {', '.join(self)}")

@@ -23,7 +23,7 @@ from data.images import decode_image
 from data.row_files import decoded, parsed, write_rows
 from data.row_values import RowError, is_absent, kind_of
 from data.spellings import texts_of
-from lib.files import naming, new_folder, one_line
+from lib.files import naming, new_folder, one_line, read_text
 
 SPLIT_LIST = re.compile(r"(?:.*[._-])?(train|dev|val|test)(?:_?images)?\.txt", re.IGNORECASE)
 DESCRIPTION = "captions are read from rows {image, captions}, COCO's annotations, Karpathy's splits, lines of NAME#0<tab>TEXT"
@@ -85,17 +85,23 @@ def parts_of_file(source: Path) -> dict[str, list[dict]]:
     said: dict[str, list[str]] = {}
     for number, line in enumerate(text.split("\n"), start=1):
         found = re.match(r"([^\t,#]+\.\w+)(?:#\d+[a-z]*\t|\t|,)(.*)", line.rstrip("\r"))
-        if found and found[2].strip():
-            said.setdefault(found[1].strip(), []).append(" ".join(found[2].strip().strip('"').split()))
-        elif line.strip() and not (number == 1 and line.lower().startswith("image")):  # Kaggle's captions.txt names its columns
+        columns = re.split(r"[,\t]", line) if number == 1 and line.lower().startswith("image") else []  # Kaggle's captions.txt
+        if len(columns) > 2:
+            raise ValueError(f"{source} has the columns {', '.join(columns)}: image and caption were expected; as it is, "
+                             "finetune_vlm.py --data reads it")  # fmt: skip
+        if columns:
+            continue
+        if found and (caption := found[2].strip().strip('"').strip()):
+            said.setdefault(found[1].strip(), []).append(caption)
+        elif line.strip():
             raise ValueError(f"{source}, line {number} is {line[:60]!r}: NAME#0, a tab and a caption were expected")
     if not said:
         raise ValueError(f"{source} holds no caption: {DESCRIPTION}")
     lists = {}
     for beside in sorted(source.parent.iterdir()):
-        if beside != source and (part := SPLIT_LIST.fullmatch(beside.name)):
-            lists[part[1].lower()] = beside.read_text(encoding="utf-8").split()
-    rows = {name: {"image": name, "captions": texts} for name, texts in said.items()}
+        if beside != source and beside.is_file() and (part := SPLIT_LIST.fullmatch(beside.name)):
+            lists[part[1].lower()] = read_text(beside).split()
+    rows = {name: captioned(f"{source}, {name}", {"image": name, "captions": texts}) for name, texts in said.items()}
     if not lists:
         return {"captions": list(rows.values())}
     return {part: [rows[name] for name in names if name in rows] for part, names in lists.items()}
@@ -114,10 +120,14 @@ def parts_of_json(name: str, about) -> dict[str, list[dict]]:
         return {Path(name).stem: [captioned(f"{name}, row {k}", row) for k, row in enumerate(about, start=1)]}
     if not isinstance(about, dict) or not isinstance(about.get("images"), list) or not about["images"]:
         raise ValueError(f"{name} holds {kind_of(about)}: {DESCRIPTION}")
-    photos = [photo for photo in about["images"] if isinstance(photo, dict)]
+    for k, photo in enumerate(photos := about["images"], start=1):
+        if not isinstance(photo, dict):
+            raise ValueError(f"{name}, image {k} is {kind_of(photo)}: {DESCRIPTION}")
     if isinstance(about.get("annotations"), list):
-        named = (photo for photo in photos if is_id(photo.get("id")) and isinstance(photo.get("file_name"), str))
+        named = [photo for photo in photos if is_id(photo.get("id")) and isinstance(photo.get("file_name"), str)]
         names = {photo["id"]: photo["file_name"] for photo in named}
+        if twice := [photo for photo in named if names[photo["id"]] != photo["file_name"]]:
+            raise ValueError(f"{name}: two images have the id {twice[0]['id']}: get COCO's captions_*.json")
         said: dict[str, list] = {}
         for k, each in enumerate(about["annotations"], start=1):
             known = isinstance(each, dict) and is_id(each.get("image_id")) and each["image_id"] in names

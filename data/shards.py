@@ -275,7 +275,8 @@ def unpack_shards(pattern: str, folder: Path) -> str:
     with new_folder(folder) as whole:
         for row in shards.read(range(len(shards)), lost):
             if row:
-                names = [Path(image.name).name for image in row.images]
+                # Numbers, as pack_shards gives: two shards, or two folders in one, may each hold a cat.jpg.
+                names = [f"{len(found):09d}.{k}{Path(image.name).suffix}" for k, image in enumerate(row.images)]
                 for name, image in zip(names, row.images, strict=True):
                     (whole / name).write_bytes(image.data)
                 found.append(json_of(row, names))

@@ -9,6 +9,7 @@ more, as lit as it was attended to (extras/attention_maps.py). Prints the captio
 import argparse
 from pathlib import Path
 
+from data.images import decode_image
 from data.spellings import DESCRIBE
 from extras.attention_maps import attention_over_image_tokens, group_into_words
 from lib.checkpoint import load_vlm
@@ -16,7 +17,7 @@ from lib.cli import Parser, png_file, positive_int, run_cli
 from lib.conversation import Conversation
 from lib.devices import find_device
 from lib.figures import caption_sheet
-from lib.files import check_output
+from lib.files import check_output, naming
 
 COMMON = frozenset(
     "a an the and or but as at by for from in into of off on onto out over to up with while is are be being it its he she his "
@@ -65,6 +66,9 @@ def caption(model, processor, image: str, args) -> tuple:
 def main(argv=None) -> None:
     args = parse_args(argv)
     check_output("--out", args.out, args.images)
+    for image in args.images:  # before the first caption, which takes its time
+        with naming("--images", image):
+            decode_image(image)
     model, processor = load_vlm(args.run, find_device(args.device))
     found = [caption(model, processor, image, args) for image in args.images]
     for image, (_, text, *_) in zip(args.images, found, strict=True):

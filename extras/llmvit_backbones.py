@@ -20,6 +20,7 @@ from gpt import GPT, GPTConfig
 from lib.checkpoint import from_pretrained
 from lib.files import naming, one_line, read_json, write_json
 from lib.image_settings import write_classifier_settings
+from lib.layouts.vit import read_labels
 from lib.lora import check_rank
 from lib.tokenizer import load_tokenizer
 from lib.weights import read_safetensors, write_tensors
@@ -208,7 +209,7 @@ def from_run(folder: str | Path) -> tuple[LLMVIT, dict]:
     try:
         sizes = {key: tuple(value) if isinstance(value, list) else value for key, value in config["encoder"].items()}
         encoder = EncoderConfig(**sizes)
-        encoder.id2label = {int(number): name for number, name in encoder.id2label.items()}
+        encoder.id2label = read_labels(encoder.id2label)
         backbone = make_backbone(config["backbone"], width=encoder.embed_dim)
         model = LLMVIT(backbone, encoder, EmbedderConfig(**config["embedder"]), **config["options"])
         model.load_state_dict(tensors)

@@ -1,14 +1,14 @@
 """Train two towers (siglip.py) to tell which caption belongs to which image: sight that is learned from words alone.
 
-    python train_siglip.py                                    scenes of handwritten digits and their captions, in five minutes
-    python train_siglip.py --dataset llava --data train.json --images DIR            captions, or each row's first answer
-    python train_siglip.py --dataset llava --data 'OUT/shard-*.tar' --test-data test.json            see shards.py
-    python train_siglip.py --dataset llava --data train.json --vision DINOV2 --image-size 224        a tower that comes trained
-    python train_siglip.py --dataset cifar10 --size small     "a photo of a {class}": a classifier made of captions
-    python train_siglip.py --dataset folder --data photos.tar.gz
-    python train_siglip.py --batch-size 2048 --chunk 128      a large batch in little memory, with the same gradients
-    torchrun --nproc-per-node 8 train_siglip.py ...           on 8 GPUs; every image still meets every caption
-    python train_siglip.py --out runs/siglip-scenes --resume  go on after Ctrl-C, exactly
+    python -m extras.train_siglip                                 scenes of handwritten digits, in five minutes
+    python -m extras.train_siglip --dataset llava --data train.json --images DIR    captions, or each row's first answer
+    python -m extras.train_siglip --dataset llava --data 'OUT/shard-*.tar' --test-data test.json      see data/shards.py
+    python -m extras.train_siglip --dataset llava --data train.json --vision DINOV2     a tower that comes trained
+    python -m extras.train_siglip --dataset cifar10 --size small  "a photo of a {class}": a classifier made of captions
+    python -m extras.train_siglip --dataset folder --data photos.tar.gz
+    python -m extras.train_siglip --batch-size 2048 --chunk 128   a large batch in little memory, with the same gradients
+    torchrun --nproc-per-node 8 -m extras.train_siglip ...        on 8 GPUs; every image still meets every caption
+    python -m extras.train_siglip --resume                        go on after Ctrl-C, exactly
 
 Mirrors: "Sigmoid Loss for Language Image Pre-Training" (Zhai et al. 2023), with gradient caching (Gao et al. 2021). A pair
 counts as right wherever the caption is true of the image, and not only where the two were drawn together. Of a row with several

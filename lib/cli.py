@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from lib.devices import DTYPES
 from lib.distributed import end_processes
+from lib.files import words_of
 from lib.loggers import LOGS
 
 
@@ -124,7 +125,7 @@ def run_cli(main) -> None:
         no_peer = any(words in str(error) for words in PEER_GONE)
         if os.environ.get("TRACEBACK") or (isinstance(error, RuntimeError) and not (no_memory or no_peer)):
             raise
-        message = OUT_OF_MEMORY if no_memory else str(error) or type(error).__name__
+        message = OUT_OF_MEMORY if no_memory else words_of(error)
         if no_peer:
             message = "another process of this job has ended: its error is above or in its own log"
         if "TORCHELASTIC_ERROR_FILE" in os.environ:

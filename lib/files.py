@@ -40,7 +40,7 @@ def naming(flag: str, source):
     try:
         yield
     except (ValueError, OSError) as error:
-        words = str(error)
+        words = words_of(error)
         if words.startswith("--"):
             raise
         words = f"{flag} {words}" if words.startswith(str(source)) else f"{flag} {source}: {words}"
@@ -59,7 +59,7 @@ def check_output(flag: str, path: str | Path, inputs: Iterable = ()) -> None:
     """Raises an OSError now, not after the work, for a file that cannot be written, and ValueError for one of those that are
     read, which would be lost."""
     path = Path(path)
-    if path.is_dir() or not os.access(path.parent, os.W_OK):
+    if path.is_dir() or not (path.parent.is_dir() and os.access(path.parent, os.W_OK)):
         raise OSError(f"{flag} {path} cannot be written: give a file in a folder that is there and may be written to")
     if path.exists() and any(os.path.exists(file) and os.path.samefile(file, path) for file in inputs):
         raise ValueError(f"{flag} {path} is one of the files that are read, and would be lost: name another")
@@ -129,6 +129,13 @@ def need(condition, source, reason: str) -> None:
     """Raise ValueError(source: reason) unless the condition holds. source: the file, or what was called."""
     if not condition:
         raise ValueError(f"{source}: {reason}")
+
+
+def words_of(error: Exception) -> str:
+    """An exception's own words: the system's without its number."""
+    if isinstance(error, OSError) and error.strerror:
+        return ": ".join(map(str, filter(None, (error.filename, error.strerror))))
+    return str(error) or type(error).__name__
 
 
 def one_line(error: Exception) -> str:

@@ -22,6 +22,7 @@ from processing_mllama import MllamaImageProcessor
 TASKS = {  # what the hub calls what a model does, by model_type
     **dict.fromkeys(("gpt2", "llama", "mistral", "qwen2", "qwen3"), "text-generation"),
     **dict.fromkeys(("llava", "idefics3", "smolvlm"), "image-text-to-text"),
+    **dict.fromkeys(("siglip_text_model", "bert", "distilbert"), "feature-extraction"),
     **{"vit": "image-classification", "siglip": "zero-shot-image-classification"},
 }
 TOWER_TASK = "image-feature-extraction"
@@ -37,6 +38,7 @@ prompt = pipe.processor.apply_chat_template(chat, add_generation_prompt=True)
 print(pipe(images="photo.jpg", text=prompt, max_new_tokens=40))"""  # where the template takes texts, not lists
 CALLS = {
     "text-generation": 'print(pipeline("{task}", model="{name}")("The dog jumped over the", max_new_tokens=20))',
+    "feature-extraction": 'print(pipeline("{task}", model="{name}")("The dog jumped over the"))',
     "zero-shot-image-classification": 'pipe = pipeline("{task}", model="{name}")\n'
     'print(pipe("photo.jpg", candidate_labels=["a dog", "a cat"]))',
 }

@@ -210,6 +210,7 @@ class Run:
             self._load(self.state)
             self.state = None
         if self.dry is not None:
+            self.total_steps = max(2, total_steps)  # it compares two
             self.dry.begin(self.raw)
         elif self.is_main and self.metrics is None:
             logs = open_logs(args.log, self.folder, vars(args), resumed)

@@ -375,7 +375,7 @@ def test_the_splits_of_an_archive_are_all_written(tmp_path):
 
 
 @pytest.mark.parametrize("name, text, words", [
-    ("x.json", "[]", "x.json would have no photo in it"), ("x.json", '{"images": ["a.jpg"]}', "no photo with a caption"),
+    ("x.json", "[]", "x.json would have no photo in it"), ("x.json", '{"images": ["a.jpg"]}', "image 1 is a text"),
     ("x.json", json.dumps({"images": [{"filename": "a.jpg", "split": ["train"], "sentences": ["x"]}]}), "split is a list"),
     ("x.json", json.dumps({"images": [{"id": [1], "file_name": "a.jpg"}], "annotations": [{"image_id": 1, "caption": "x"}]}),
      "annotation 1"),

@@ -243,6 +243,7 @@ def nothing(run, runs, llava):
         (unknown_dataset, "RUN", "was trained on 'digits'"),
         (lost_image, "RUN --data RUN/test.json", "1 of 4 rows are unusable, the first row 4, image: '2.png' does not exist"),
         (nothing, "RUN --dataset llava", "needs --data FILE"),
+        (nothing, "RUN --dataset scenes --images x", "--images is about rows of --data"),
         (nothing, "RUN --data nowhere.json --split test", "--split is about scenes"),
         (nothing, "RUN --data nowhere.json", "nowhere.json does not exist"),
         (nothing, "nowhere/at/all", "there is no folder nowhere/at/all"),

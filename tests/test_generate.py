@@ -160,6 +160,8 @@ def test_special_token_text_in_a_question_stays_text(run, capsys):
         (["RUN", "x", "--beams", "3", "--length-penalty", "1000"], "'1000' must be a number from -10 to 10"),
         (["RUN", "x", "--temperature", "1e-300"], "'1e-300' must be 0, for the likeliest token, or from 0.001"),
         (["RUN", "--top", "5"], "need a PROMPT"),
+        (["RUN", "x", "--top", "5", "--chat"], "--top is about the next tokens of a text: leave out --chat"),  # it was ignored
+        (["RUN", "x", "--system", "y"], "--system begins a chat, and PROMPT is a text to continue: add --chat"),
         (["./nowhere", "x"], "there is no folder ./nowhere"),
         (["RUN", "x", "--device", "cuda:9"], "no such device"),
     ],
@@ -413,7 +415,7 @@ def test_files_after_an_image_are_images_and_what_is_no_file_is_the_prompt(photo
         (["VLM", "x", "--image", "PHOTO", "--length-penalty", "2"], "--length-penalty is of --beams"),
         (["VLM", "x", "--image", ""], "argument --image: it is empty"),
         (["RUN", "x", "--adapter", "FOLDER"], "no adapter_config.json: is it a LoRA adapter?"),
-        (["VLM", "x", "--top", "3", "--image", "PHOTO"], "--top is about texts"),
+        (["VLM", "x", "--top", "3", "--image", "PHOTO"], "--top is about the next tokens of a text: leave out --image"),
     ],
 )
 def test_bad_calls_with_images_are_one_line_and_exit_code_2(run, vlms, towers, photos, tmp_path, capsys, argv, message):

@@ -73,6 +73,17 @@ def test_a_step_takes_what_the_dry_run_estimates(script, flags, tmp_path, monkey
     assert estimated == pytest.approx(found.value.args[0] / 2**20, rel=0.15)
 
 
+def test_a_dry_run_of_a_single_step_of_few_rows_estimates_too(tmp_path, capsys):
+    """One step gave no estimate, since two are compared; few rows were called fewer than the parts of a step, whose number is
+    the dry run's own."""
+    convert_scenes(tmp_path / "photos", "train", 5, per_scene=1)
+    flags = ["--size", "tiny", "--vision-steps", "0", "--projector-steps", "0", "--steps", "1", "--test-part", "0"]
+    flags += ["--data", str(tmp_path / "photos" / "scenes.json"), "--out", str(tmp_path / "run"), "--dry-run"]
+    finetune_vlm.main(flags)
+    said = capsys.readouterr().out
+    assert "--batch-size 16 becomes 5" in said and "MiB at the peak" in said
+
+
 def test_at_the_peak_gradients_wait_only_for_other_parts():
     assert StepMemory(weights=10, gradients=5, optimizer=20, activations=7, gradients_wait=False).peak == 37
     assert StepMemory(weights=10, gradients=5, optimizer=20, activations=7, gradients_wait=True).peak == 42

@@ -87,6 +87,20 @@ def test_what_is_packed_is_read_again(packed, tmp_path):
     )
 
 
+def test_images_of_one_name_in_two_shards_stay_two_files(tmp_path):
+    """They were written to one file, and the first shard's row then had the second's image."""
+    for colour in ("red", "blue"):
+        Image.new("RGB", (9, 9), colour).save(tmp_path / "cat.png")
+        turns = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": colour}]
+        (tmp_path / "cat.json").write_text(json.dumps({"image": "cat.png", "conversations": turns}))
+        with tarfile.open(tmp_path / f"{colour}.tar", "w") as tar:
+            for name in ("cat.json", "cat.png"):
+                tar.add(tmp_path / name, name)
+    unpack_shards(str(tmp_path / "*.tar"), tmp_path / "back")
+    found = {row.messages[1]["content"]: Image.open(*row.images) for row in LlavaRows.read(tmp_path / "back" / "rows.json")}
+    assert found["red"].getpixel((0, 0)) == (255, 0, 0) and found["blue"].getpixel((0, 0)) == (0, 0, 255)
+
+
 def test_rows_that_share_an_image_share_a_shard(tmp_path):
     Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
     turns = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "It."}]

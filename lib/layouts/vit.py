@@ -55,8 +55,15 @@ def read_vit_config(published: dict, pooling: tuple = ("cls",)) -> ViTConfig:
         intermediate_size=published.get("intermediate_size", 3072),
         qkv_bias=published.get("qkv_bias", True),
         pooling=published.get("pooling", "cls"),
-        id2label={int(number): name for number, name in labels.items()} if labels and not bare else None,
+        id2label=read_labels(labels) if labels and not bare else None,
     )
+
+
+def read_labels(labels: dict) -> dict[int, str]:
+    """{number: name} of id2label, whose keys JSON makes texts. Raises ValueError unless they count from 0 on."""
+    if sorted(labels, key=lambda key: (len(key), key)) != [str(i) for i in range(len(labels))]:
+        raise ValueError(f"id2label names the classes {', '.join(labels):.80}: they must be counted from 0 on")
+    return {int(number): name for number, name in labels.items()}
 
 
 def write_shared(config: ViTConfig) -> dict:
