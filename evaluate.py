@@ -39,7 +39,7 @@ from lib.caption_scores import bleu, cider_d
 from lib.checkpoint import load_vlm
 from lib.cli import Parser, not_negative_int, positive_int, run_cli
 from lib.devices import find_device
-from lib.files import find_source, make_folder, naming, read_json, write_atomic, write_json
+from lib.files import check_output, find_source, make_folder, naming, read_if_there, write_atomic, write_json
 from lib.generation import say_unlike
 from lib.photo_losses import by_photo, compare, mean_and_error, swapped
 from lib.scores import is_right, score
@@ -93,7 +93,7 @@ def load_run(
     folder = find_source(folder)
     model, processor = load_vlm(folder, device, split_images=split_images)
     say_unlike(model, processor.tokenizer)
-    settings = read_json(folder / "settings.json") if (folder / "settings.json").exists() else {}
+    settings = read_if_there(folder / "settings.json")
     return model, processor, settings
 
 
@@ -202,9 +202,11 @@ def measure(model, processor, items: list[Item], who: str, args, dataset: str, e
     if dataset == "scenes" and "sum" in found["by_kind"]:  # the total may be right where a step on the way is not
         totals = [final_number(t) == final_number(i.answer) for i, t in zip(items, said, strict=True) if i.kind == "sum"]
         found["by_kind"]["sum"]["right_totals"] = sum(totals)
+    if not math.isfinite(loss):
+        raise ValueError(f"{args.run}: the loss of its answers is {loss}: was it trained at too high a --lr?")
     error = mean_and_error(photos.values())[1] if len(photos) > 1 else None
-    found |= {"loss": loss, "loss_error": error, "perplexity": math.exp(loss), "answer_tokens": sum(n for _, n in losses)}
-    found |= {"captions": caption_figures(items, said), "losses": photos}
+    found |= {"loss": loss, "loss_error": error, "perplexity": math.exp(min(loss, 700))}
+    found |= {"answer_tokens": sum(n for _, n in losses), "captions": caption_figures(items, said), "losses": photos}
     return found | {"said": said, "seconds": round(seconds, 2), "questions_per_second": round(len(items) / seconds, 1)}
 
 
@@ -318,6 +320,10 @@ def main(argv=None) -> None:
 
     out = args.out or args.run
     make_folder("--out", out)
+    read = [where.get("data"), *(image for items in splits.values() for item in items for image in item.images)]
+    read = {file for file in read if isinstance(file, str | Path)}
+    for name in ("eval.json", "answers.jsonl", "eval.png"):
+        check_output("--out", out / name, read)
     result, counts, answers = {}, {}, []
     for split, items in splits.items():
         kept = without_long(items, asked.values())

@@ -40,7 +40,7 @@ from lib.cli import argument_parser, fraction, not_negative_float, not_negative_
 from lib.distributed import all_gather
 from lib.files import naming
 from lib.lora import check_rank, lora_parameters
-from lib.loss import chunked_cross_entropy
+from lib.loss import spare_logits
 from lib.optim import cosine_schedule, make_optimizers, parameter_groups, set_learning_rate
 from lib.quant import Linear4bit, quantize_
 from lib.run import Run
@@ -68,7 +68,6 @@ VISION_BATCH = 64  # images a step of stage 1
 LEAST_STEPS = 100  # of stage 3, where neither --steps nor --epochs is given: three passes over a few rows teach nothing
 SEEN = 20  # training rows, asked at the end: what it has learned by heart shows beside the test questions
 QUICK = 600  # questions, the first of the test questions, asked every --eval-every steps
-LARGE_VOCABULARY = 2**12  # from here on the logits of all answers at once are what takes the memory
 LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 LORA_TARGETS += ["attn.qkv", "attn.proj", "mlp.fc", "mlp.proj"]  # GPT-2's
 KEPT_IN_BITS = rf"(?!.*cross_layers).*({'|'.join(LORA_TARGETS)})"  # what --qlora packs: not layers that start untrained
@@ -135,6 +134,8 @@ def settle(args, parser: argparse.ArgumentParser) -> None:
     args.freeze = None if args.freeze is None else sorted(frozen - {"none"})
     if args.test_data and args.test_part != parser.get_default("test_part"):
         parser.error(f"--test-part {args.test_part:g} is of --data: leave it out, or --test-data {args.test_data}")
+    if args.steps and args.epochs:
+        parser.error("--steps and --epochs: choose one")
     if args.lora and args.qlora:
         parser.error("--lora and --qlora: choose one")
     args.lora = args.lora or args.qlora
@@ -148,8 +149,6 @@ def settle(args, parser: argparse.ArgumentParser) -> None:
         args.vision = args.lm = args.model
     if args.vision_layers and not args.vision:
         parser.error("--vision-layers is of --vision, a tower that comes trained: name one")
-    if args.vision and args.vision_steps:
-        parser.error(f"--vision-steps {args.vision_steps} is of a tower that starts untrained: leave it out beside --vision")
     if args.vision and args.patch_size:
         parser.error("--patch-size cannot be chosen with --vision: the tower has its own")
     if args.dropout and args.lm and not args.lora:
@@ -381,8 +380,7 @@ def main(argv=None) -> None:
     common = {} if streams(args) else common_questions(rows)
     texts = [m["content"] for row in (rows.head(FIRST_ROWS) if streams(args) else rows) for m in row.messages]
     model, processor = build(args, texts)
-    if model.config.text_config.vocab_size > LARGE_VOCABULARY:
-        model.language_model.token_loss = chunked_cross_entropy
+    spare_logits(model.language_model)
     add_lora(args, model)
     counts = {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()}
     learner = run.place(Learner(model, tuple(map(len, common.values()))))

@@ -35,7 +35,7 @@ from lib.cli import Parser, not_negative_float, not_negative_int, number, png_fi
 from lib.conversation import Conversation, stream_text
 from lib.devices import DTYPES, find_device
 from lib.fast_decode import fast_step
-from lib.files import check_output, find_source, naming
+from lib.files import check_output, find_source, naming, words_of
 from lib.generation import say_unlike
 from lib.image_settings import read_image_settings
 from lib.tokenizer import BPETokenizer, load_tokenizer
@@ -90,6 +90,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     for file in args.image:
         if not os.path.exists(file):
             parser.error(f"--image: there is no file {file}")
+    if args.prompt is not None and not args.prompt.strip():
+        parser.error("the prompt is empty: leave it out for a chat")
     if args.prompt is None and (args.top or args.chat):
         parser.error("--top and --chat need a PROMPT")
     if args.top and (others := [flag for flag in args.given if flag not in ABOUT_TOKENS]):
@@ -245,9 +247,11 @@ def chat(talk: Conversation, attention: str | None = None) -> None:
             answer(talk, line, attention)
             continue
         try:
+            if attention:
+                check_output("--attention", attention, [file.strip()])
             talk.show(file.strip())
         except (ValueError, OSError) as error:  # a mistyped name does not end a conversation
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {words_of(error)}", file=sys.stderr)
 
 
 def check_image_size(source, made: tuple[int, int], read: tuple[int, int]) -> None:
@@ -271,6 +275,8 @@ def likeliest_classes(args, model: ViTModel | LLMVIT, k: int = 5) -> list[list[t
     if config.num_channels == 1:
         pixels = pixels.mean(dim=1, keepdim=True)  # grey
     logits = model(pixels)["logits"] if isinstance(model, LLMVIT) else model(pixels)
+    if not logits.isfinite().all():
+        raise ValueError(f"{args.source}: its outputs are not finite: was it trained at too high a --lr?")
     top = logits.float().softmax(dim=-1).topk(min(k, logits.shape[-1]))
     names = config.id2label or {i: f"class {i}" for i in range(logits.shape[-1])}
     rows = zip(top.values.tolist(), top.indices.tolist(), strict=True)
@@ -338,7 +344,7 @@ def main(argv=None) -> None:
         print_classes(args, model)
         return
     if args.top:
-        print_table(next_token_table(model, tokenizer, args.prompt, args.top))
+        print_table(next_token_table(getattr(model, "language_model", model), tokenizer, args.prompt, args.top))
         return
     # The prompt, images and all, goes through model.py; on a CPU each later token through its weights in lib/fast_decode.py.
     settings = stream_settings(args) | {"step": fast_step(getattr(model, "language_model", model))}

@@ -210,7 +210,7 @@ class MllamaImageProcessor:
     def __call__(
         self, prompts: str | Sequence[str] | None = None, images=None, conversations: Sequence | None = None, *,
         padding: bool | str = True, padding_side: str | None = None, max_length: int | None = None, truncation: bool = False,
-        pad_to_multiple_of: int = 1, add_generation_prompt: bool = False, add_special_tokens: bool = True, fast: bool = False,
+        pad_to_multiple_of: int = 1, add_generation_prompt: bool = False, add_special_tokens: bool = True,
     ) -> dict[str, torch.Tensor]:  # fmt: skip
         """B prompts, or B conversations (see to_messages), and their images (see images_per_prompt and to_image).
 
@@ -243,7 +243,7 @@ class MllamaImageProcessor:
         if not learn:
             del batch["labels"]
         if flat:
-            batch["pixel_values"] = self.pixel_values(flat, fast)
+            batch["pixel_values"] = self.pixel_values(flat)
             batch["image_token_id"] = torch.tensor(self.image_token_id)
         return batch
 
@@ -251,9 +251,9 @@ class MllamaImageProcessor:
         """A batch of one conversation, with its image or list of images."""
         return self(None, images, [conversation], **options)
 
-    def pixel_values(self, images: Sequence, fast: bool = False) -> torch.Tensor:
+    def pixel_values(self, images: Sequence) -> torch.Tensor:
         """I images, or all tiles of some, as the model sees them; see process_images."""
-        return process_images(images, self.image_settings, fast=fast)
+        return process_images(images, self.image_settings)
 
     def tilings(self, images: Sequence) -> list[tuple[int, int]]:
         """Into how many rows and columns of tiles each is cut (see data/tiles.py); of files only the headers are read. Raises

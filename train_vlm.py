@@ -28,7 +28,7 @@ from data.scene_batches import PatchLabels, SceneBatches
 from data.scenes import COLOURS, HELD_OUT, PLACES, corpus, make_scenes
 from lib.answers import scene_items
 from lib.cli import argument_parser, not_negative_float, not_negative_int, positive_int, run_cli
-from lib.loss import chunked_cross_entropy
+from lib.loss import spare_logits
 from lib.optim import cosine_schedule, make_optimizers, parameter_groups, set_learning_rate
 from lib.run import Run
 from lib.vlm_parts import SIZES, assemble, find_part, tower_image_settings, train_tokenizer
@@ -62,7 +62,6 @@ VISION_BATCH = 64  # scenes a step of stage 1
 LABELS = 11, len(COLOURS) + 1, len(PLACES[3])  # digits and colours, each with "nothing", and places
 LABEL_WEIGHTS = 1.0, 0.5, 0.2  # digits are hardest; where places weigh more, digits show less in the features
 QUICK = 600  # questions of each split, the first of its test questions, asked every --eval-every steps
-LARGE_VOCABULARY = 2**12  # from here on the logits of all answers at once are what takes the memory
 
 
 def parse_args(argv=None):
@@ -184,8 +183,7 @@ def main(argv=None) -> None:
     args = parse_args(argv)
     run = Run(args)
     model, processor = build(args)
-    if model.config.text_config.vocab_size > LARGE_VOCABULARY:
-        model.language_model.token_loss = chunked_cross_entropy
+    spare_logits(model.language_model)
     counts = {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()}
     run.print(f"scenes {run}; {', '.join(f'{name} {count:,}' for name, count in counts.items())} parameters")
     learner = run.place(Learner(model))

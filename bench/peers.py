@@ -29,8 +29,9 @@ from bench.language import bench_decode, bench_loss, bench_quant
 from bench.vit import bench_vit
 from bench.vlm import VLM_SIZES, bench_questions, bench_vlm
 from lib import figures
-from lib.cli import Parser, not_negative_int, positive_int, run_cli
+from lib.cli import Parser, not_negative_int, png_file, positive_int, run_cli
 from lib.devices import DTYPES, find_device
+from lib.files import check_output
 from lib.vlm_parts import SIZES
 from vit_scratch import ViTConfig
 
@@ -86,12 +87,14 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--peer-dtype", choices=DTYPES, help="vlm, vit (training): the peer's, where it is not ours")
     parser.add_argument("--seed", type=not_negative_int, default=0)
     parser.add_argument("--json", action="store_true", help="one JSON object a line in place of the table")
-    parser.add_argument("--chart", metavar="FILE", help="draw the ratios")
+    parser.add_argument("--chart", type=png_file, metavar="FILE.png", help="draw the ratios")
     args = parser.parse_args(argv)
     if args.int8 and args.work != "decode":
         parser.error("--int8 is for decode")
     if args.size and args.size not in (known := sizes.get(args.work, [])):
         parser.error(f"{args.work} has no size {args.size!r}: choose one of {', '.join(known) or 'none'}")
+    if args.chart:
+        check_output("--chart", args.chart)
     device, rows = find_device(args.device), []
     for work in WORK if args.work == "all" else [args.work]:
         batch = {"vit": [8, 64], "vlm": [2], "questions": [16], "quant": [1, 256]}.get(work, [1, 16])

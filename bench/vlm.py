@@ -12,7 +12,7 @@ from bench.measure import compare, dtype_suffix, precisions, training_step, tran
 from data import scenes
 from data.scene_batches import SceneBatches, scene_pixels
 from lib.checkpoint import save_pretrained
-from lib.loss import chunked_cross_entropy
+from lib.loss import chunked_cross_entropy, spare_logits
 from lib.memory import peak_bytes
 from lib.vlm_parts import SIZES, assemble, train_tokenizer
 from lib.vocabulary import resize_token_embeddings
@@ -28,7 +28,6 @@ from vit_scratch import pair
 VLM_SIZES = {"222m": ("base-p16-224", "smollm2-135m"), "tiny": ("tiny", "tiny")}  # presets of the tower and of the decoder
 VLM_MODES = ("full", "frozen tower", "frozen tower, LoRA", "frozen tower, features given")
 TEXT_TOKENS, LORA_RANK = 64, 8
-LARGE_VOCABULARY = 2**12  # from here on the logits of all answers at once are what takes the memory
 
 
 def equal_vlms(size: str) -> tuple[nn.Module, nn.Module]:
@@ -42,8 +41,7 @@ def equal_vlms(size: str) -> tuple[nn.Module, nn.Module]:
         image_token_id=text.vocab_size - 1,
     )  # fmt: skip
     ours = MllamaForConditionalGeneration(config)
-    if text.vocab_size >= LARGE_VOCABULARY:
-        ours.language_model.token_loss = chunked_cross_entropy  # as finetune_vlm.py does
+    spare_logits(ours.language_model)  # as finetune_vlm.py does
     with tempfile.TemporaryDirectory() as folder:
         save_pretrained(ours, folder, layout="idefics3")
         return ours, peer.from_pretrained(folder, attn_implementation="sdpa")

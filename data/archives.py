@@ -9,7 +9,7 @@ import os
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -68,6 +68,22 @@ def open_archive(path: Path) -> Iterator[tuple[dict[str, int], Callable[[str], b
                 {name: entry.size for name, entry in members.items()},
                 lambda name: read_member(archive, members[name]),
             )
+
+
+def content_reader(source: Path, sizes: Mapping[str, int], read: Callable[[str], bytes]) -> Callable[[str], bytes]:
+    """A function from the name of a file in an open archive, with or without "./" before it, to its content. Raises ValueError
+    for one that is not there, or damaged."""
+    names = {name.removeprefix("./"): name for name in sizes}
+
+    def content(name: str) -> bytes:
+        if name.removeprefix("./") not in names:
+            raise ValueError(f"{source} lacks {name}: it is damaged or not whole, get it again")
+        try:
+            return read(names[name.removeprefix("./")])
+        except DAMAGED as error:
+            raise ValueError(f"{source}: {name} cannot be read ({one_line(error)}), get it again") from None
+
+    return content
 
 
 def read_member(archive: tarfile.TarFile, entry: tarfile.TarInfo) -> bytes:

@@ -6,6 +6,7 @@ each part of a batch counts.
     batches.load_state_dict(state)                            # of batches.state_dict(): the very batches that were to follow
 """
 
+import functools
 import hashlib
 
 import torch
@@ -17,25 +18,23 @@ class Batches:
     """Endless stream of index batches (int64 [batch_size]) over n samples, shuffled anew each epoch.
 
     batch_size is per rank: the ranks share one shuffled order and take turns in it, so that each sample is seen once an
-    epoch by one of them. drop_last leaves out the end of the order, where it fills no batch on every rank. The order
+    epoch by one of them. The end of the order, where it fills no batch on every rank, is left out. The order
     depends on seed and epoch alone. Raises ValueError where batches would be empty.
     """
 
-    def __init__(self, n: int, batch_size: int, seed: int, drop_last: bool = True, rank: int = 0, world_size: int = 1):
+    def __init__(self, n: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1):
         self.n, self.seed, self.rank, self.world_size = n, seed, rank, world_size
         if batch_size < 1 or not 0 <= rank < world_size:
             raise ValueError(f"batch_size {batch_size}, rank {rank} of {world_size}: sizes start at 1, ranks at 0")
         self.step = batch_size * world_size  # samples of all ranks together
-        self.end = n - n % self.step if drop_last else n
+        self.end = n - n % self.step
         if self.end == 0:
             raise ValueError(f"{n} samples do not fill a batch of {batch_size} on {world_size} ranks: lower --batch-size")
-        if 0 < self.end % self.step < world_size:
-            raise ValueError(f"the last batch of {n} samples leaves some of {world_size} ranks none: use drop_last")
         self.epoch, self.position, self._order = 0, 0, None
 
     def __len__(self) -> int:
         """Batches an epoch."""
-        return -(-self.end // self.step)
+        return self.end // self.step
 
     def __iter__(self) -> "Batches":
         return self
@@ -46,7 +45,7 @@ class Batches:
             digest = hashlib.sha256(f"{self.seed}/{self.epoch}".encode()).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(digest[:6], "big"))
             self._order = torch.randperm(self.n, generator=generator)
-        batch = self._order[self.position : min(self.position + self.step, self.end)][self.rank :: self.world_size]
+        batch = self._order[self.position : self.position + self.step][self.rank :: self.world_size]
         self.position += self.step
         if self.position >= self.end:
             self.epoch, self.position, self._order = self.epoch + 1, 0, None
@@ -87,6 +86,23 @@ class InOrder:
 
     def load_state_dict(self, state: dict) -> None:
         self.order.load_state_dict(state)
+
+
+class OfRows(InOrder):
+    """Batches of `rows`, with what knows them again, `known_by`: a run goes on with the rows that it was started with."""
+
+    @functools.cached_property
+    def rows_hash(self) -> str:
+        return hashlib.sha256(repr(self.known_by()).encode()).hexdigest()
+
+    def state_dict(self) -> dict:
+        return {"rows": self.rows_hash, **super().state_dict()}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Raises ValueError if the state is that of other rows."""
+        if state["rows"] != self.rows_hash:
+            raise ValueError(f"cannot resume: {self.rows.source} holds other rows now than when the run was started")
+        super().load_state_dict(state)
 
 
 def fit_batch_size(run, n: int, what: str) -> None:

@@ -13,17 +13,17 @@ The last three name their photos and do not hold them: pass --images DIR to what
 
 import re
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from PIL import ImageOps
 
-from data.archives import DAMAGED, open_archive
+from data.archives import content_reader, open_archive
 from data.images import decode_image
-from data.row_files import decoded, parsed, write_rows
+from data.row_files import decoded, parsed_file, write_rows
 from data.row_values import RowError, is_absent, kind_of
 from data.spellings import texts_of
-from lib.files import naming, new_folder, one_line, read_text
+from lib.files import naming, new_folder, read_text
 
 SPLIT_LIST = re.compile(r"(?:.*[._-])?(train|dev|val|test)(?:_?images)?\.txt", re.IGNORECASE)
 DESCRIPTION = "captions are read from rows {image, captions}, COCO's annotations, Karpathy's splits, lines of NAME#0<tab>TEXT"
@@ -107,13 +107,6 @@ def parts_of_file(source: Path) -> dict[str, list[dict]]:
     return {part: [rows[name] for name in names if name in rows] for part, names in lists.items()}
 
 
-def parsed_file(name: str, text: str):
-    try:
-        return parsed(text)
-    except ValueError as error:
-        raise ValueError(f"{name} is not valid JSON ({one_line(error)}): it is damaged or cut off, get it again") from None
-
-
 def parts_of_json(name: str, about) -> dict[str, list[dict]]:
     """The same of JSON: rows, COCO's annotations, or Karpathy's splits."""
     if isinstance(about, list):
@@ -174,7 +167,7 @@ def copy_photos(source: Path, folder: Path) -> dict[str, list[dict]]:
         files = [name for name in files if name.count("/") == depth]
         if not files:
             raise ValueError(f"{source} holds no .json with rows of image and captions: unpack it, and name a file of captions")
-        content = reader(source, sizes, read)
+        content = content_reader(source, sizes, read)
         parts = {}
         for name in files:
             about = parsed_file(f"{source}: {name}", decoded(content(name))[0])
@@ -190,18 +183,3 @@ def copy_photos(source: Path, folder: Path) -> dict[str, list[dict]]:
             place.write_bytes(content("/".join(filter(None, (prefix, "images", image)))))
         write_parts(whole, parts)
     return parts
-
-
-def reader(source: Path, sizes: Mapping[str, int], read: Callable[[str], bytes]) -> Callable[[str], bytes]:
-    """A function from a file's name, however it is written in the archive, to its content. Raises ValueError."""
-    names = {name.removeprefix("./"): name for name in sizes}
-
-    def content(name: str) -> bytes:
-        if name.removeprefix("./") not in names:
-            raise ValueError(f"{source} lacks {name}: it is damaged or not whole, get it again")
-        try:
-            return read(names[name.removeprefix("./")])
-        except DAMAGED as error:
-            raise ValueError(f"{source}: {name} cannot be read ({one_line(error)}), get it again") from None
-
-    return content

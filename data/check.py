@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from PIL import Image
 from tqdm import tqdm
 
 from data.images import decode_image
@@ -24,7 +25,7 @@ from data.packing import encode_sample
 from data.row_files import is_streamed
 from data.rows import open_streamed
 from lib.cli import Parser, png_file, positive_int, run_cli
-from lib.files import check_output, naming
+from lib.files import check_output, find_source, naming
 from processing_mllama import IMAGE_TOKEN, MllamaImageProcessor
 
 BYTES_A_TOKEN = 4  # of English in the vocabularies of GPT-2, LLaMA and Qwen, roughly
@@ -106,10 +107,17 @@ def draw_sheet(rows: list[LlavaRow], path: Path) -> str:
     return f"{len(images)} rows are drawn in {path}"
 
 
+def is_figure(path: str) -> bool:
+    """Whether a PNG says that matplotlib has made it, as those say that are drawn here."""
+    try:
+        with Image.open(path, formats=["PNG"]) as image:
+            return image.info.get("Software", "").startswith("Matplotlib")
+    except (OSError, SyntaxError):
+        return False
+
+
 def find_processor(source: str | None) -> MllamaImageProcessor | None:
     """Of a vision-language model, to count tokens with."""
-    from lib.files import find_source
-
     return None if source is None else MllamaImageProcessor.from_pretrained(find_source(source))
 
 
@@ -125,9 +133,13 @@ def parse_args(argv=None) -> argparse.Namespace:
 
 def main(argv=None) -> None:
     args = parse_args(argv)
+    if args.sheet:
+        check_output("--sheet", args.sheet, [args.file])
     tally, progress = Tally(find_processor(args.model), args.samples), sys.stderr.isatty()
     if is_streamed(args.file):
-        problems, notes = [], Counter()
+        if args.sheet and Path(args.sheet).exists() and not is_figure(args.sheet):  # rows that are streamed hold bytes, no names
+            raise ValueError(f"--sheet {args.sheet} is there already, and may be one of the images: name a new file")
+        problems, notes, photos = [], Counter(), []
         for row in streamed_rows(args.file, args.images, problems, notes, progress):
             tally.add(row)
         if not tally.usable:
@@ -135,7 +147,6 @@ def main(argv=None) -> None:
             raise ValueError(f"{args.file}: no row is usable{first}")
         total = tally.usable + len(problems)
         lines = [f"{args.file}: {total:,} rows, {tally.usable:,} usable", *problem_lines("{}: {}", problems), *noted(notes)]
-        photos = []  # of shards and tables: in these, or kept elsewhere
     else:
         rows = LlavaRows.read(args.file, args.images, progress)
         photos = [image for row in rows for image in row.images]

@@ -21,15 +21,15 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from data.archives import DAMAGED, open_archive
+from data.archives import content_reader, open_archive
 from data.captions import convert_captions, convert_mirrored
 from data.datasets import load_images
 from data.folders import arrange
-from data.row_files import parsed, write_rows
+from data.row_files import parsed_file, write_rows
 from data.row_values import kind_of
 from data.scenes import MIX, SPLITS, make_scenes, questions
 from lib.cli import Parser, not_negative_int, positive_int, run_cli
-from lib.files import new_folder, one_line, write_json
+from lib.files import new_folder, write_json
 from processing_mllama import IMAGE_TOKEN
 
 DIGIT_WORDS = "zero one two three four five six seven eight nine".split()
@@ -45,24 +45,12 @@ def data_source(source: Path, wanted: str) -> Iterator[tuple[str, list[str], Cal
         found = [name.removesuffix(wanted) for name in sizes if f"/{name}".endswith(f"/{wanted}")]
         if not found:
             raise ValueError(f"{source} has no {wanted}: is it this data set?")
-
-        def content(name: str) -> bytes:
-            if name not in sizes:
-                raise ValueError(f"{source} lacks {name}: it is damaged or not whole, get it again")
-            try:
-                return read(name)
-            except DAMAGED as error:
-                raise ValueError(f"{source}: {name} cannot be read ({one_line(error)}), get it again") from None
-
-        yield min(found, key=len), list(sizes), content
+        yield min(found, key=len), list(sizes), content_reader(source, sizes, read)
 
 
 def rows_of(name: str, data: bytes, good: Callable[[object], bool], wanted: str) -> list:
     """The rows of a data set's own JSON. Raises ValueError for the first that is not as wanted."""
-    try:
-        rows = parsed(data)
-    except ValueError as error:
-        raise ValueError(f"{name} is not valid JSON ({one_line(error)}): it is damaged or cut off, get it again") from None
+    rows = parsed_file(name, data)
     if not isinstance(rows, list) or not rows:
         raise ValueError(f"{name} is {kind_of(rows)}: a list of rows was expected")
     for number, row in enumerate(rows, start=1):
@@ -168,15 +156,13 @@ def convert_classes(source: Path, folder: Path, per_class: int | None, question:
     rows, counts = {"train": [], "test": []}, collections.Counter()
     with open_archive(source) as (sizes, read), new_folder(folder) as whole:
         (whole / "images").mkdir()
+        content = content_reader(source, sizes, read)
         for name, part, label in arrange(sizes, split_seed=0).files:
             counts[part, label] += 1
             if per_class and counts[part, label] > per_class:
                 continue
             image = f"{part}-{len(rows[part])}{re.sub(r'[^.a-z0-9]', '', Path(name).suffix.lower())}"
-            try:
-                (whole / "images" / image).write_bytes(read(name))
-            except DAMAGED as error:
-                raise ValueError(f"{source}: {name} cannot be read ({one_line(error)}), get it again") from None
+            (whole / "images" / image).write_bytes(content(name))
             answer = caption.replace("{}", label.replace("_", " "))
             rows[part].append(row_about_image(f"{part}-{len(rows[part])}", image, [(question, answer, "class")]))
         if not all(rows.values()):

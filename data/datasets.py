@@ -21,26 +21,12 @@ from data.downloads import load_cifar10, load_idx
 from data.folders import load_folder
 from data.images import height_width
 
-
-@dataclass(frozen=True)
-class DatasetInfo:
-    classes: tuple[str, ...] | None  # None: whatever the folder holds
-    size: int | None  # side in pixels
-    channels: int
-    flip: bool  # whether a mirrored image is still one of its class
-
-
-_TEN_DIGITS = tuple("0123456789")
-DATASETS = {
-    "digits": DatasetInfo(_TEN_DIGITS, 8, 1, flip=False),
-    "mnist": DatasetInfo(_TEN_DIGITS, 28, 1, flip=False),
-    "fashion-mnist": DatasetInfo(
-        ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot"), 28, 1, flip=True
-    ),
-    "cifar10": DatasetInfo(
-        ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"), 32, 3, flip=True
-    ),
-    "folder": DatasetInfo(None, None, 3, flip=True),
+DATASETS = {  # name -> classes; a folder has its own
+    "digits": list("0123456789"),
+    "mnist": list("0123456789"),
+    "fashion-mnist": ["t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot"],
+    "cifar10": ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"],
+    "folder": None,
 }
 
 
@@ -129,9 +115,7 @@ def load_images(
         parts = load_digits(split_seed)
     else:
         parts = load_cifar10(data, progress) if name == "cifar10" else load_idx(name, data, progress)
-    classes = list(DATASETS[name].classes)
     size = None if image_size is None else height_width(image_size)
     resized = [_resize(images, size) for images, _ in parts]
-    return tuple(
-        ImageDataset(images, labels.long(), classes, name) for images, (_, labels) in zip(resized, parts, strict=True)
-    )
+    pairs = zip(resized, parts, strict=True)
+    return tuple(ImageDataset(images, labels.long(), list(DATASETS[name]), name) for images, (_, labels) in pairs)

@@ -38,7 +38,7 @@ SOURCES = {  # data set: where its files are, and their SHA-256 as tensorflow/da
 
 
 def download(url: str, path: str | Path, checksum: str, progress: bool = True) -> Path:
-    """Fetches url to path, unless path is there. checksum: SHA-256 (64 hex digits) or MD5 (32).
+    """Fetches url to path, unless path is there. checksum: SHA-256.
 
     What arrived stays in `path`.part, from where a later call goes on; path itself appears only when whole and checked.
     Raises ConnectionError when it cannot be fetched, ValueError when the checksum is wrong (the part is then deleted).
@@ -55,7 +55,7 @@ def download(url: str, path: str | Path, checksum: str, progress: bool = True) -
             f"cannot download {url} ({one_line(error)}): run again to go on, "
             "or get the file otherwise and name its folder with --data"
         ) from None
-    digest = hashlib.new({64: "sha256", 32: "md5"}[len(checksum)])
+    digest = hashlib.sha256()
     with open(part, "rb") as file:
         while block := file.read(1 << 20):
             digest.update(block)
@@ -130,10 +130,10 @@ def load_idx(name: str, data: Path | None, progress: bool) -> list[tuple[torch.T
     tensors = [read_idx(find_or_download(name, file, data, progress), 3 if "images" in file else 1) for file in IDX_NAMES]
     pairs = [(tensors[0][:, None], tensors[1]), (tensors[2][:, None], tensors[3])]
     for images, labels in pairs:
-        if len(images) != len(labels) or (labels > 9).any() or not len(labels):
-            raise ValueError(
-                f"{data or name}: {len(images)} images, {len(labels)} labels, or labels above 9: get it again"
-            )
+        if len(images) != len(labels) or (labels > 9).any() or images.shape[1:] != (1, 28, 28) or not len(labels):
+            height, width = images.shape[2:]
+            found = f"{len(images)} images of {height}x{width}, {len(labels)} labels up to {max([0, *labels.tolist()])}"
+            raise ValueError(f"{data or name}: {found}: 28x28 and labels up to 9 were expected, get it again")
     return pairs
 
 

@@ -12,7 +12,6 @@ from pathlib import Path
 from threading import Lock
 
 import torch
-from tqdm import tqdm
 
 from data.images import decoding_threads
 from data.tiles import ImageSettings, find_tiling, to_pixels
@@ -46,7 +45,7 @@ class ImageCache:
                 self._tilings[path], self.unreadable[path] = None, one_line(error)
         return self._tilings[path]
 
-    def load(self, paths: Iterable[str | Path], workers: int, progress: bool = False) -> None:
+    def load(self, paths: Iterable[str | Path], workers: int) -> None:
         """Decodes with so many threads (Pillow lets go of the interpreter lock) until all are kept or the room is used up."""
         height, width = self.settings.image_size
         paths = [path for path in dict.fromkeys(map(Path, paths)) if path not in self._kept]
@@ -56,8 +55,7 @@ class ImageCache:
                 self._pixels(path)
 
         with decoding_threads(workers) as pool:
-            for _ in tqdm(pool.map(fill, paths), "decoding", len(paths), unit=" images", disable=not progress):
-                pass
+            list(pool.map(fill, paths))
 
     def _pixels(self, path: Path) -> torch.Tensor | None:
         if path in self._kept or path in self.unreadable:

@@ -8,12 +8,11 @@ Both can stop anywhere and go on with the very batch that was to follow (state_d
 """
 
 import functools
-import hashlib
 from collections.abc import Callable, Sequence
 
 import torch
 
-from data.batches import Batches, InOrder, blind_pixels
+from data.batches import Batches, OfRows, blind_pixels
 from data.features import FrozenFeatures
 from data.image_cache import ImageCache
 from data.llava import LlavaRow, LlavaRows, isolated_turns
@@ -24,7 +23,7 @@ from data.tiles import WHOLE
 from processing_mllama import IMAGE_TOKEN
 
 
-class LlavaBatches(InOrder):
+class LlavaBatches(OfRows):
     """Rows of LLaVA-style JSON, batch_size of them (on this rank) a batch, in grad_accum parts, each row once an epoch.
 
     isolated: every question of a row is asked alone, so that no answer helps with the next; else a row is one conversation.
@@ -104,19 +103,8 @@ class LlavaBatches(InOrder):
             return None
         return [blind_pixels(image[-1:]) for image in seen] if self.blind and not self.features else seen
 
-    @functools.cached_property
-    def _rows_hash(self) -> str:
-        rows = [([path.name for path in row.images], row.messages) for row in self.rows]
-        return hashlib.sha256(repr(rows).encode()).hexdigest()
-
-    def state_dict(self) -> dict:
-        return {"rows": self._rows_hash, **super().state_dict()}
-
-    def load_state_dict(self, state: dict) -> None:
-        """Raises ValueError if the state is that of other rows."""
-        if state["rows"] != self._rows_hash:
-            raise ValueError(f"cannot resume: {self.rows.source} holds other rows now than when the run was started")
-        super().load_state_dict(state)
+    def known_by(self) -> list:
+        return [([path.name for path in row.images], row.messages) for row in self.rows]
 
 
 class ShardBatches(LlavaBatches):
@@ -131,5 +119,5 @@ class ShardBatches(LlavaBatches):
         return next(self.order)
 
     @property
-    def _rows_hash(self) -> str:
+    def rows_hash(self) -> str:
         return self.rows.fingerprint

@@ -120,6 +120,14 @@ def parsed(data: bytes | str):
         raise ValueError("nested too deeply") from None
 
 
+def parsed_file(name: str, data: bytes | str):
+    """The JSON of a data set's own file. Raises ValueError with its name."""
+    try:
+        return parsed(data)
+    except ValueError as error:
+        raise ValueError(f"{name} is not valid JSON ({one_line(error)}): it is damaged or cut off, get it again") from None
+
+
 def json_rows(path: Path, text: str) -> tuple[list[tuple[int, object]], tuple[str, ...]]:
     """(rows, what there is to say of where they stand). Raises ValueError where it is not plain what is a row."""
     try:

@@ -215,7 +215,7 @@ class ShardImages(ImageCache):
             self.decode(image)
         return image.tiling
 
-    def load(self, images, workers: int, progress: bool = False) -> None:
+    def load(self, images, workers: int) -> None:
         """Nothing is left to do: ShardStream has decoded them."""
 
 

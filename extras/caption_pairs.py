@@ -6,12 +6,10 @@ what run.steps asks of batches.
 Axes: B images of the batch; N of a test; M captions; S the image's side.
 """
 
-import hashlib
 import itertools
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,7 +17,7 @@ import torch
 
 from data.augment import PRESETS as AUGMENTATIONS
 from data.augment import Augment
-from data.batches import Batches, InOrder, fit_batch_size
+from data.batches import Batches, InOrder, OfRows, fit_batch_size
 from data.features import FrozenFeatures
 from data.image_cache import ImageCache
 from data.llava import LlavaRow, questions_of_row
@@ -168,10 +166,11 @@ class ClassPairs(InOrder):
     def __init__(self, args, run):
         self.train, self.test = load_data(args, run)
         fit_batch_size(run, len(self.train), "images")
+        run.compare_data(classes=self.train.classes)
         mean, std = (tuple(values) * (3 // len(values)) for values in self.train.mean_std())  # grey becomes RGB
         self.settings = ImageSettings(tuple(self.train.images.shape[-2:]), image_mean=mean, image_std=std)
         self.captions = [args.caption.format(name.replace("_", " ")) for name in self.train.classes]
-        self.order = Batches(len(self.train), args.batch_size // run.world_size, args.seed, True, run.rank, run.world_size)
+        self.order = Batches(len(self.train), args.batch_size // run.world_size, args.seed, run.rank, run.world_size)
         self.augment = Augment(AUGMENTATIONS[args.augment], mean, std)
 
     def texts(self) -> list[str]:
@@ -189,7 +188,7 @@ class ClassPairs(InOrder):
         return {"test_": Test(self.test.images[::every], self.captions, true, classes=True)}
 
 
-class RowPairs(InOrder):
+class RowPairs(OfRows):
     """Rows of LLaVA-style JSON with one image each; all captions of a row (see captions_of) are true of its image wherever that
     comes again. settings: of the images; default: squeezed to --image-size."""
 
@@ -218,7 +217,7 @@ class RowPairs(InOrder):
     def open(self, rows, seed: int) -> None:
         self.rows = self.checked(rows)
         self.size = self.fitting_size()
-        self.order = Batches(len(self.rows), self.size, seed, True, self.run.rank, self.run.world_size)
+        self.order = Batches(len(self.rows), self.size, seed, self.run.rank, self.run.world_size)
 
     def fitting_size(self) -> int:
         """Rows of a batch, in this process."""
@@ -267,19 +266,8 @@ class RowPairs(InOrder):
         name = f"first_{len(paths)}_" if count < len(captions) else ""
         return {name: Test(images, said, [self.true[path] for path in paths], **more)}
 
-    @cached_property
-    def _rows_hash(self) -> str:
-        rows = [(row.images[0].name, captions_of(row)) for row in self.rows]
-        return hashlib.sha256(repr(rows).encode()).hexdigest()
-
-    def state_dict(self) -> dict:
-        return {"rows": self._rows_hash, **super().state_dict()}
-
-    def load_state_dict(self, state: dict) -> None:
-        """Raises ValueError if the state is that of other rows."""
-        if state["rows"] != self._rows_hash:
-            raise ValueError(f"cannot resume: {self.rows.source} holds other rows now than when the run was started")
-        super().load_state_dict(state)
+    def known_by(self) -> list:
+        return [(row.images[0].name, captions_of(row)) for row in self.rows]
 
 
 class ShardPairs(RowPairs):

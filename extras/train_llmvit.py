@@ -30,7 +30,7 @@ from extras.llmvit import EMBEDDERS, ENCODERS, LLMVIT, METRICS, EmbedderConfig, 
 from extras.llmvit_backbones import KINDS, MODEL_TYPE, WordList, load_language_model, make_backbone, save_run, word_matrix
 from lib import figures
 from lib.classification import accuracy, default_patch, draw_answers, load_data, predict
-from lib.cli import argument_parser, not_negative_float, not_negative_int, positive_float, positive_int, run_cli
+from lib.cli import argument_parser, fraction, not_negative_float, not_negative_int, positive_float, positive_int, run_cli
 from lib.files import write_json
 from lib.optim import cosine_schedule, make_optimizers, parameter_groups, set_learning_rate
 from lib.run import Run
@@ -75,7 +75,7 @@ def parse_args(argv=None):
     add("--split-seed", type=not_negative_int, default=0, help="another test part, where the data come without one")
     add("--augment", choices=list(AUGMENTATIONS), help="default: made for the data set")
     add("--encoder", choices=list(ENCODERS), default="vit", help="vit: patches see each other; patch_embed: a linear layer")
-    add("--dropout", type=not_negative_float, default=0.0, help="in the encoder")
+    add("--dropout", type=fraction, default=0.0, help="in the encoder")
     add("--embedder", choices=list(EMBEDDERS), default="knn", help="k nearest words mixed, the nearest one, or no words")
     add("--k", type=positive_int, default=4, help="words that knn mixes")
     add("--temperature", type=positive_float, default=0.1, help="of knn, in units of the words' standard deviation "
@@ -112,6 +112,8 @@ def parse_args(argv=None):
         parser.error(f"--lora-alpha {args.lora_alpha:g} is of LoRA: add --lora or --qlora")
     if args.no_lm and args.embedding_loss:
         parser.error("--no-lm leaves no words for --embedding-loss")
+    if args.freeze_lm and args.lora:
+        parser.error("--freeze-lm and --lora or --qlora: what these correct would never learn; choose one")
     if args.freeze_lm and args.frozen_steps:
         parser.error("--freeze-lm is for ever, --frozen-steps for a while: choose one")
     args.embedder = "direct" if args.no_lm else args.embedder

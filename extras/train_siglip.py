@@ -135,6 +135,8 @@ def parse_args(argv=None):
 
 def settle(args, parser: argparse.ArgumentParser) -> None:
     """Fill in what flags say of others; end with a line where they contradict each other."""
+    if args.steps and args.epochs:
+        parser.error("--steps and --epochs: choose one")
     settle_vision(args, parser)
     for key, value in {"muon_lr": 0.03, **RECIPES[args.dataset]}.items():
         if getattr(args, key) is None and not (args.vision and key in ("image_size", "patch_size")):

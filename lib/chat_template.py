@@ -12,7 +12,7 @@ from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
 
-from lib.files import need, one_line, read_json, read_text, write_atomic
+from lib.files import need, one_line, read_if_there, read_text, write_atomic
 
 OURS = {
     "chatml": (
@@ -46,7 +46,7 @@ def read_templates(folder: Path, config: dict) -> dict[str, str]:
 
 
 def in_json(path: Path) -> dict[str, str]:
-    return named(read_json(path).get("chat_template"), path) if path.is_file() else {}
+    return named(read_if_there(path).get("chat_template"), path)
 
 
 def jinja_files(folder: Path) -> dict[str, str]:

@@ -20,6 +20,9 @@ def load_data(args, run: Run) -> tuple[ImageDataset, ImageDataset]:
     """(train, test); on the device where they are small, so that no batch need be copied to it."""
     with run.main_first():  # what it downloads and decodes
         train, test = load_images(args.dataset, args.data, args.image_size, args.split_seed, run.is_main, args.workers)
+    if len(train.classes) < 2:
+        raise ValueError(f"--data {args.data} has the one class {train.classes[0]}: as class/*.jpg, or with train/ for test/, "
+                         "there are two or more")  # fmt: skip
     if words := train.describe_skipped():
         run.print(words)
     if train.images.nbytes + test.images.nbytes < 2**30:
@@ -40,6 +43,8 @@ def predict(model: Callable[[torch.Tensor], torch.Tensor], dataset: ImageDataset
     for images in dataset.images.split(500):
         with run.autocast():
             logits = model(normalize_images(images.to(run.device), mean, std))
+        if not logits.isfinite().all():
+            raise FloatingPointError("the model's outputs are not finite: try a lower --lr or --weight-decay")
         rows.append(logits.float().softmax(dim=-1).cpu())
         run.stop_if_asked()
     return torch.cat(rows)

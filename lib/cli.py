@@ -25,6 +25,10 @@ class Parser(argparse.ArgumentParser):
         self.register("type", None, not_empty)
         self.register("type", Path, lambda text: Path(not_empty(text)))
 
+    def error(self, message: str):
+        """One line, without argparse's twenty of usage above it."""
+        self.exit(2, f"{self.prog}: error: {message} (--help lists the flags)\n")
+
 
 def not_empty(text: str) -> str:
     if not text:

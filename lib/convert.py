@@ -49,11 +49,11 @@ def companions(folder: Path) -> list[str]:
 
 def write_folder(model: nn.Module, path: Path, folder: Path) -> tuple[str, list[str]]:
     """A model that was read from `path`, with what stands beside it there. Returns the model_type written, and a line about
-    each thing that was left. Raises ValueError for a folder with files of another model: they would be read with this one."""
+    each thing that was left. Raises ValueError for another folder than `path` that holds something already."""
     is_gguf, same = path.suffix == ".gguf", path.resolve() == folder.resolve()
     along = FROM_GGUF if is_gguf else companions(path)
-    if others := [name for name in companions(folder) if name not in along]:
-        raise ValueError(f"{folder} has {', '.join(others)} of another model: name a new folder")
+    if not same and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} exists already: name a new folder")
     published = open_source(path)[0]
     known = {**(published.get("text_config") or {}), **published}
     kind = save_pretrained(model, folder, **{key: known[key] for key in sorted(KEPT & known.keys())})

@@ -116,6 +116,8 @@ def read_dinov2(file: Path) -> tuple[dict, dict[str, torch.Tensor]]:
     tensors = {**vectors, **{name: weight for name, weight in linear_layers(graph).items() if name.startswith(prefix)}}
     tensors[f"{prefix}embeddings.position_embeddings"] = positions = split_positions(graph, prefix)
     tensors = respell(tensors, {f"^{re.escape(prefix)}": "", **SPELLINGS}, r"^/")  # constants of nodes begin with /
+    for name in ("embeddings.patch_embeddings.projection.weight", "encoder.layer.0.mlp.fc1.bias"):
+        need(name in tensors and positions.ndim == 3, file, f"it has no {name}, or positions of no [1, patches, width]")
     filters, width = tensors["embeddings.patch_embeddings.projection.weight"], positions.shape[2]
     side, hidden = math.isqrt(positions.shape[1] - 1), len(tensors["encoder.layer.0.mlp.fc1.bias"])
     need(side**2 == positions.shape[1] - 1, file, f"its {positions.shape[1] - 1} patches make no square")

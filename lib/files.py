@@ -83,7 +83,7 @@ def sweep(folder: Path) -> None:
     """Delete what writes have left that a kill cut short, write_atomic's and safetensors' (.tmpXXXXXX). The caller is
     the only writer of the folder."""
     for file in folder.glob(".*tmp*"):
-        if re.fullmatch(r"\..+\.\d+\.tmp|\.tmp\w{6}", file.name):
+        if file.is_file() and re.fullmatch(r"\..+\.\d+\.tmp|\.tmp\w{6}", file.name):
             file.unlink(missing_ok=True)
 
 
@@ -110,6 +110,11 @@ def read_json(path: Path | str) -> dict:
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds a JSON {type(value).__name__}, an object was expected")
     return value
+
+
+def read_if_there(path: Path) -> dict:
+    """The same; {} where there is no such file."""
+    return read_json(path) if path.is_file() else {}
 
 
 def matching_files(pattern: str | Path) -> list[Path]:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from data.images import height_width
 from data.tiles import RESAMPLE, ImageSettings
-from lib.files import find_source, read_json, write_json
+from lib.files import find_source, read_if_there, write_json
 from lib.layouts.settings import say_once
 from processing_mllama import IDEFICS3_AROUND, IMAGE_TOKEN, IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD
 
@@ -82,10 +82,6 @@ def read_image_settings(folder: str | Path) -> dict:
         return image_settings(published, read_if_there(folder / "config.json").get("model_type"))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-
-
-def read_if_there(path: Path) -> dict:
-    return read_json(path) if path.is_file() else {}
 
 
 def image_settings(published: dict, model_type: str | None = None) -> dict:

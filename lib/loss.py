@@ -1,6 +1,6 @@
 """The loss of a language model without its logits: for a large vocabulary they are the largest tensor of a training step.
 
-    decoder.token_loss = chunked_cross_entropy           # in place of gpt.token_loss: the same numbers, less memory, more time
+    spare_logits(decoder)        # chunked_cross_entropy in place of gpt.token_loss: the same numbers, less memory, more time
 """
 
 import torch
@@ -9,6 +9,13 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 CHUNK = 512  # tokens whose logits exist at once
+LARGE_VOCABULARY = 2**12  # from here on the logits of all answers at once are what takes the memory
+
+
+def spare_logits(decoder: nn.Module) -> None:
+    """Where the vocabulary is large."""
+    if decoder.config.vocab_size > LARGE_VOCABULARY:
+        decoder.token_loss = chunked_cross_entropy
 
 
 def chunked_cross_entropy(head: nn.Module, hidden, targets, chunk_size: int = CHUNK) -> torch.Tensor:

@@ -15,7 +15,7 @@ from pathlib import Path
 from lib.chat import takes_parts
 from lib.checkpoint import choose_layout, from_pretrained, is_published, open_source, understand
 from lib.convert import companions
-from lib.files import one_line, read_json, read_text, write_atomic
+from lib.files import one_line, read_if_there, read_text, write_atomic
 from lib.weights import empty_model, list_safetensors, safetensors_files
 from processing_mllama import MllamaImageProcessor
 
@@ -65,7 +65,7 @@ def check_folder(folder: Path) -> str:
 
 def told(path: Path) -> dict:
     """What settings.json or result.json says that others may want to know: of a path only its last part."""
-    facts = read_json(path) if path.exists() else {}
+    facts = read_if_there(path)
     found = {}
     for key, value in facts.items():
         if key not in NOT_TOLD and value not in (None, False, "", [], {}):

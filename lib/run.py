@@ -24,6 +24,7 @@ uninterrupted run, on any device, without having saved a generator's state.
 import argparse
 import contextlib
 import copy
+import math
 import os
 import signal
 import sys
@@ -44,7 +45,16 @@ from lib.loggers import check_installed, open_logs
 from lib.memory import DryRun, mib, recompute_blocks
 from lib.metrics import Metrics
 from lib.optim import EMA
-from lib.run_state import check_folder, check_settings, comparable_settings, kept_state, load_state, resume_command, save_state
+from lib.run_state import (
+    check_folder,
+    check_settings,
+    comparable_settings,
+    kept_state,
+    load_state,
+    remove_earlier,
+    resume_command,
+    save_state,
+)
 
 LOG_EVERY = 20  # steps: looking at a loss makes a GPU wait, so it is not done more often
 
@@ -80,14 +90,14 @@ class Run:
         if args.dry_run and self.world_size > 1:
             raise ValueError("--dry-run is for one process: leave torchrun away, and give one process's --batch-size")
         self.dtype = find_dtype(args.dtype, self.device)
+        self.settings = comparable_settings(args)  # as they were given: a script may fit some to its data
         self.dry = DryRun(args, self.device) if args.dry_run else None
 
-        self.folder = Path(args.out)
+        self.folder, self.began = Path(args.out), time.time()
         if not args.dry_run:
             check_folder(self.folder, args)
             if self.is_main:
                 take_folder(self.folder)
-        self.settings = comparable_settings(args)  # as they were given: a script may fit some to its data
         self.state = load_state(self.folder) if args.resume else None  # what a stopped run left
         if self.state is not None:
             check_settings(self.folder, self.settings, self.state.get("settings"))
@@ -98,6 +108,13 @@ class Run:
         self.stop_signal: int | None = None
         for which in (signal.SIGINT, signal.SIGTERM):
             signal.signal(which, self._on_signal)
+
+    def compare_data(self, **known_by) -> None:
+        """Facts about the data that a resumed run must find again, such as its classes. Raises ValueError."""
+        self.settings |= known_by
+        for name, value in known_by.items() if self.state is not None else ():
+            if (then := self.state["settings"].get(name)) != value:
+                raise ValueError(f"cannot resume: {name} are {value!r:.200}, when the run was started they were {then!r:.200}")
 
     def __str__(self) -> str:
         """How and where, for what is printed before the first step."""
@@ -156,6 +173,8 @@ class Run:
         """The end of a script. Leaving while rank 0 still writes would end the job under it."""
         if self.metrics is not None:
             self.metrics.finish(self.steps_done)
+            if not self.args.resume:
+                remove_earlier(self.folder, self.began)
         self.barrier()
 
     @contextlib.contextmanager
@@ -362,9 +381,9 @@ class Run:
         if self.world_size > 1:
             self._bad_step.fill_(max(all_gather([int(self._bad_step)])))
         if self._bad_step >= 0:
-            peak = max(group["initial_lr"] for optimizer in self.optimizers for group in optimizer.param_groups)
+            flags = "--lr, --muon-lr" if hasattr(self.args, "muon_lr") else "--lr"
             raise FloatingPointError(
-                f"the loss is not finite at step {int(self._bad_step)}: try a lower --lr (now {peak:g}) or --dtype fp32"
+                f"the loss is not finite at step {int(self._bad_step)}: try a lower {flags} or --weight-decay, or --dtype fp32"
                 f"{kept_state(self.folder)}"
             )
 
@@ -378,6 +397,9 @@ class Run:
 
     def log(self, **figures: float) -> None:
         """Figures of an evaluation, into metrics.jsonl and onto the screen."""
+        for name, value in figures.items():
+            if not math.isfinite(value):
+                raise FloatingPointError(f"{name} is {value} after step {self.steps_done}: try a lower --lr or --weight-decay")
         if figures:
             rounded = {name: round(value, 6) for name, value in figures.items()}
             self.metrics.write(step=self.steps_done, seconds=round(self.seconds, 2), **rounded)
@@ -390,6 +412,7 @@ class Run:
         does it again when it resumes."""
         if self.dry is not None or step == self.first_step or step % self.args.eval_every:
             return False
+        self._check_finite()
         self._gather()
         return self.is_main
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from lib.files import write_atomic
+from lib.files import read_if_there, write_atomic
 
 
 def save_state(run: str | Path, state: dict) -> None:
@@ -38,11 +38,16 @@ DAMAGED = (RuntimeError, EOFError, ValueError, LookupError, TypeError, Attribute
 DAMAGED += (OverflowError, MemoryError, zipfile.BadZipFile)
 
 
-def load_state(run: str | Path) -> dict:
-    """What save_state wrote. Raises FileNotFoundError where there is none, ValueError for one that is damaged."""
+def need_state(run: str | Path) -> Path:
     path = Path(run) / "state.pt"
     if not path.exists():
         raise FileNotFoundError(f"{run} has no state.pt to resume from: start without --resume, or check --out")
+    return path
+
+
+def load_state(run: str | Path) -> dict:
+    """What save_state wrote. Raises FileNotFoundError where there is none, ValueError for one that is damaged."""
+    path = need_state(run)
     try:
         with zipfile.ZipFile(path) as file:  # torch itself does not compare the checksums
             if bad := file.testzip():
@@ -56,26 +61,54 @@ def load_state(run: str | Path) -> dict:
     return state
 
 
-# What runs leave, but for the tokenizer's files.
-LEFT = ["config.json", "model.safetensors", "metrics.jsonl", "result.json"]
+# What runs leave, and what is written beside it later. (lib/convert.py has the tokenizers' files of all kinds.)
+LEFT = ["config.json", "model.safetensors", "result.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"]
+LEFT += ["generation_config.json", "preprocessor_config.json", "processor_config.json"]
 LEFT += [f"{name}.png" for name in ("curves", "samples", "attention", "mistakes", "confusion", "filters", "words")]
+LEFT += ["eval.json", "eval.png", "answers.jsonl"]
+OWN = ["settings.json", "lock", "state.pt", "metrics.jsonl"]
 
 
 def check_folder(folder: Path, args: argparse.Namespace) -> None:
-    """Raises ValueError where a run would write over the model that it starts from, or over what no run has made."""
+    """Raises ValueError where a run would write over the model that it starts from, or over what no run has made, and
+    FileNotFoundError where there is nothing to resume from."""
+    try:
+        str(folder).encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"--out {str(folder)!r} is no UTF-8, which the names of .safetensors files must be") from None
     for name in ("model", "vision", "lm"):
         source = getattr(args, name, None)
         if source and folder.exists() and os.path.exists(source) and os.path.samefile(source, folder):
             raise ValueError(f"--out {folder} is what --{name} is read from, and would be lost: choose another --out")
-    there = [name for name in LEFT if (folder / name).exists()]
-    if there and not any((folder / name).exists() for name in ("settings.json", "state.pt", "lock")):
+    if args.resume and not (folder / "lock").exists():  # before a mistyped folder is made
+        need_state(folder)
+    if not args.resume and (there := [name for name in (*LEFT, *OWN) if (folder / name).exists()]) and not is_run(folder):
         raise ValueError(f"--out {folder} holds a {there[0]} that no run here has made: choose another --out")
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a run has made the folder, by its settings, or by the lock of one that did not get so far."""
+    try:
+        holder = (folder / "lock").read_bytes() if (folder / "lock").is_file() else b""
+        return holder.strip().isdigit() or {"seed", "batch_size"} <= read_if_there(folder / "settings.json").keys()
+    except (ValueError, OSError):
+        return False
+
+
+def remove_earlier(folder: Path, began: float) -> None:
+    """Drop what an earlier run has left in the folder and this one, which began then (seconds of the epoch), has not
+    replaced: it would be taken for this one's."""
+    for name in LEFT:
+        if (path := folder / name).is_file() and path.stat().st_mtime < began - 1:
+            path.unlink()
 
 
 def check_settings(run: Path, settings: dict, saved: dict | None) -> None:
     """Raises ValueError where the saved run was started with other settings."""
     if not isinstance(saved, dict):
         raise ValueError(f"{run / 'state.pt'} is no state of a run: start again without --resume")
+    if settings.keys() - saved.keys():
+        raise ValueError(f"{run} is the run of another script, or of an older one: resume with that, or choose another --out")
     for key, value in settings.items():
         if saved.get(key) != value:
             raise ValueError(
@@ -92,5 +125,6 @@ def comparable_settings(args: argparse.Namespace) -> dict:
 
 
 def resume_command(args: argparse.Namespace) -> str:
-    words = [sys.executable if sys.argv[0].endswith("-c") else "python", *sys.argv]
+    name = getattr(sys.modules["__main__"].__spec__, "name", None)  # of a script that was started with -m
+    words = ["python", *(["-m", name] if name else sys.argv[:1]), *sys.argv[1:]]
     return shlex.join(words + ([] if args.resume else ["--resume"]))

@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 
 from lib.chat_template import TEMPLATE_FILES, read_templates
-from lib.files import need, read_json, read_text
+from lib.files import need, read_if_there, read_json, read_text
 
 GPT2_REGEX = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 # Digits apart, then GPT-2's on what lies between: spaces before a digit end their part, so they stay together.
@@ -161,15 +161,8 @@ def read_model(spec: dict, source) -> tuple[dict[str, int], list[tuple[str, str]
 
 
 def added_entry(content: str, token_id: int, special: bool = True) -> dict:
-    return {
-        "id": token_id,
-        "content": content,
-        "single_word": False,
-        "lstrip": False,
-        "rstrip": False,
-        "normalized": False,
-        "special": special,
-    }
+    plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    return {"id": token_id, "content": content, **plain, "special": special}
 
 
 def added_entries(spec: dict, config: dict, source) -> list[dict]:
@@ -206,18 +199,8 @@ def special_tokens(config: dict, source) -> tuple[dict[str, str], list[str]]:
 
 def make_spec(vocab: dict[str, int], merges: list, pre: str, added: list[dict], ignore_merges: bool = False) -> dict:
     """A tokenizer.json, the one form that every source is brought into. pre: a name in PRE_TOKENIZERS or a regex."""
-    model = {
-        "type": "BPE",
-        "dropout": None,
-        "unk_token": None,
-        "continuing_subword_prefix": None,
-        "end_of_word_suffix": None,
-        "fuse_unk": False,
-        "byte_fallback": False,
-        "ignore_merges": ignore_merges,
-        "vocab": vocab,
-        "merges": merges,
-    }
+    model = {"type": "BPE", **dict.fromkeys(("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix"))}
+    model |= {"fuse_unk": False, "byte_fallback": False, "ignore_merges": ignore_merges, "vocab": vocab, "merges": merges}
     return {
         "version": "1.0",
         "truncation": None,
@@ -237,7 +220,7 @@ def make_spec(vocab: dict[str, int], merges: list, pre: str, added: list[dict], 
 def read_folder(folder: Path) -> tuple[dict, dict]:
     """tokenizer_config.json, with what older folders have in files of their own, is believed in the order of transformers."""
     files = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
-    config, named, added = (read_json(folder / name) if (folder / name).is_file() else {} for name in files)
+    config, named, added = (read_if_there(folder / name) for name in files)
     if "added_tokens_decoder" not in config:
         config |= named
         special = {*special_tokens(config, folder)[0].values(), *special_tokens(config, folder)[1]}

@@ -968,9 +968,7 @@ def test_convert_carries_what_belongs_to_the_model_and_names_what_it_leaves(tmp_
     assert all((target / name).read_text() == name for name in along) and not (target / "README.md").exists()
     config = json.loads((target / "config.json").read_text())
     assert config["repetition_penalty"] == 1.3 and config["suppress_tokens"] == [3]
-    run_main(monkeypatch, "convert", source, target)  # again
-    (source / "vocab.txt").unlink()
-    with pytest.raises(ValueError, match="ours has vocab.txt of another model: name a new folder"):
+    with pytest.raises(ValueError, match="ours exists already: name a new folder"):  # it may be another model, or a run
         run_main(monkeypatch, "convert", source, target)
 
 

@@ -436,7 +436,8 @@ def test_resuming_with_another_number_of_classes_says_so(tmp_path, capsys, monke
             monkeypatch.setattr(train_vit, "draw_answers", lambda *args: None)
             if name == "bee":
                 train_vit.main(list(map(str, flags)))
-    assert "the saved run has number of samples 18, this one 27" in refused(capsys, train_vit.main, *flags, "--resume")
+    error = refused(capsys, train_vit.main, *flags, "--resume")
+    assert "classes are ['ant', 'bee', 'cat'], when the run was started they were ['ant', 'bee']" in error
 
 
 def test_a_figure_takes_the_place_of_no_other_file(tmp_path, monkeypatch, capsys):
@@ -452,7 +453,33 @@ def test_a_figure_takes_the_place_of_no_other_file(tmp_path, monkeypatch, capsys
     assert "one of the files that are read" in refused(capsys, check.main, "rows.json", "--sheet", "a.png", "--samples", "1")
     Path("rows.json").write_bytes(before[1])
     assert "one of the files that are read" in refused(capsys, caption_sheet.main, "RUN", "--images", "a.png", "--out", "a.png")
+    pq = pytest.importorskip("pyarrow.parquet")
+    table = importlib.import_module("pyarrow").table({"image": ["a.png"], "question": ["What?"], "answer": ["A dot."]})
+    pq.write_table(table, "rows.parquet")
+    assert "may be one of the images" in refused(capsys, check.main, "rows.parquet", "--sheet", "a.png")
     assert before == (Path("a.png").read_bytes(), Path("rows.json").read_bytes())
+
+
+def test_a_run_takes_no_folder_for_its_own_that_another_program_has_made(tmp_path, capsys):
+    """Any settings.json, lock or state.pt counted as a run's: an editor's settings were overwritten, a lock emptied."""
+    for name, content in {"settings.json": '{"editor.fontSize": 14}', "lock": "my own data", "state.pt": "x"}.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).write_text(content)
+        error = refused(capsys, train_vit.main, "--out", tmp_path / name)
+        assert f"holds a {name} that no run here has made" in error
+        assert [path.read_text() for path in (tmp_path / name).iterdir()] == [content]
+
+
+def test_what_an_earlier_run_left_is_not_taken_for_this_ones(tmp_path):
+    """A ViT trained in the folder of a vision-language model kept its result.json, which a model card then showed."""
+    took = time.time() - 100
+    for name in ("result.json", "tokenizer.json", "mine.txt"):
+        (tmp_path / name).touch()
+        os.utime(tmp_path / name, (took, took))
+    (tmp_path / "lock").write_text("1\n")
+    train_vit.main([*FLAGS["train_vit"].split(), "--device", "cpu", "--workers", "1", "--out", str(tmp_path)])
+    assert (tmp_path / "mine.txt").exists() and (tmp_path / "model.safetensors").exists()
+    assert not (tmp_path / "result.json").exists() and not (tmp_path / "tokenizer.json").exists()
 
 
 @pytest.mark.parametrize("pattern", ["x*", "(?=x)", "^", r"\b"])

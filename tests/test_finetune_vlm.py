@@ -611,7 +611,6 @@ REFUSED = [
     ("--resume", "no state.pt to resume from"),
     ("--test-data DATA", "--test-data .*scenes.json is in --data, too"),
     ("--test-data /x.json --test-part 0.3", "--test-part 0.3 is of --data"),
-    ("--vision VIT --vision-steps 7", "--vision-steps 7 is of a tower that starts untrained"),
     ("--freeze none,vision", "--freeze none,vision: it takes vision, lm"),
     ("--muon-lr 1e300", "argument --muon-lr: '1e300' must be a number of at least 0 and below 2"),  # a traceback
 ]  # fmt: skip

@@ -164,6 +164,7 @@ def test_weights_that_the_last_step_has_spoiled_are_not_saved(tmp_path):
         (["--batch-size", "0"], "argument --batch-size: '0' must be a whole number"),
         (["--epochs", "nan"], "'nan' must be a number above 0"),
         (["--batch-size", "30", "--grad-accum", "4"], "--batch-size 30 cannot be split"),
+        (["--hidden-size", "6"], "sincos positions need a hidden_size divisible by 4, not 6"),
         (["--heads", "5"], "cannot be split over 5 attention heads: choose a multiple (--hidden-size, --heads)"),
         (["--patch-size", "5"], "choose sizes that divide (--patch-size, --image-size)"),
         (["--device", "cuda:7"], "--device cuda:7: this machine or this build of torch has no such device"),
@@ -220,6 +221,7 @@ def test_a_run_that_ends_promises_no_state_that_was_never_saved(tmp_path, monkey
     """A full disk met by the first save said "The state before is still good"; so did a loss that is not finite."""
     if saved:
         save_state(tmp_path, {"settings": {}})
+        (tmp_path / "lock").write_text("1\n")
 
     def full(state, file):
         raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0")

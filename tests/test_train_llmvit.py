@@ -230,6 +230,8 @@ def test_frozen_steps_count_steps_whatever_the_accumulation(tmp_path):
         (["--no-lm", "--lora", "4"], "--no-lm leaves no language model"),
         (["--no-lm", "--embedding-loss", "1"], "--no-lm leaves no words"),
         (["--freeze-lm", "--frozen-steps", "4"], "choose one"),
+        (["--freeze-lm", "--lora", "4"], "would never learn; choose one"),
+        (["--dropout", "1.5"], "argument --dropout: '1.5' must be"),
         (["--embedder", "near"], "invalid choice: 'near'"),
         (["--lm", "/nowhere"], "there is no folder /nowhere"),
         (["--lm", "LLAMA", "--lm-layers", "9"], "--lm-layers 9: the language model has 3"),
