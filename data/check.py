@@ -137,7 +137,7 @@ def main(argv=None) -> None:
         check_output("--sheet", args.sheet, [args.file])
     tally, progress = Tally(find_processor(args.model), args.samples), sys.stderr.isatty()
     if is_streamed(args.file):
-        if args.sheet and Path(args.sheet).exists() and not is_figure(args.sheet):  # rows that are streamed hold bytes, no names
+        if args.sheet and Path(args.sheet).exists() and not is_figure(args.sheet):  # streamed rows name no image
             raise ValueError(f"--sheet {args.sheet} is there already, and may be one of the images: name a new file")
         problems, notes, photos = [], Counter(), []
         for row in streamed_rows(args.file, args.images, problems, notes, progress):
