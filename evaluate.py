@@ -21,8 +21,6 @@ import sys
 import time
 from pathlib import Path
 
-from matplotlib.figure import Figure
-
 from data.scenes import KINDS, final_number
 from lib import figures
 from lib.answers import (
@@ -39,6 +37,7 @@ from lib.caption_scores import bleu, cider_d
 from lib.checkpoint import load_vlm
 from lib.cli import Parser, not_negative_int, positive_int, run_cli
 from lib.devices import find_device
+from lib.figures.common import new_figure
 from lib.files import check_output, find_source, make_folder, naming, read_if_there, write_atomic, write_json
 from lib.generation import say_unlike
 from lib.photo_losses import by_photo, compare, mean_and_error, swapped
@@ -248,14 +247,14 @@ def results_table(found: dict[str, dict]) -> str:
     return "\n".join("  ".join(x.ljust(width) for x, width in zip(line, widths, strict=True)).rstrip() for line in padded)
 
 
-def draw_bars(splits: dict[str, dict[str, dict]], path: Path | None = None) -> Figure:
+def draw_bars(splits: dict[str, dict[str, dict]], path: Path | None = None):
     """A panel for each split: bars of exact match by kind with their 95 % intervals, those without images below; of more
     than MOST_BARS kinds the most frequent."""
     firsts = [next(iter(found.values())) for found in splits.values()]
     answering = max(map(len, splits.values()))
     tallest, height = min(MOST_BARS, max(len(first["by_kind"]) for first in firsts)) + 1, 0.8 / answering
     size = (4.6 * len(splits) + 0.8, 1.4 + 0.2 * tallest * (1 + answering))
-    figure = Figure(figsize=size, layout="constrained")
+    figure = new_figure(figsize=size, layout="constrained")
     for i, (split, found) in enumerate(splits.items()):
         axes = figure.add_subplot(1, len(splits), i + 1)
         frequent = sorted(firsts[i]["by_kind"].items(), key=lambda kind: -kind[1]["n"])[:MOST_BARS]

@@ -39,7 +39,7 @@ from lib.files import check_output, find_source, naming, words_of
 from lib.generation import say_unlike
 from lib.image_settings import read_image_settings
 from lib.tokenizer import BPETokenizer, load_tokenizer
-from lib.vocabulary import check_rows
+from lib.vocabulary import caption_ids, check_rows
 from model import MllamaForConditionalGeneration
 from processing_mllama import IMAGE_TOKEN, MllamaImageProcessor, process_images
 from siglip import SiglipTwoTower
@@ -312,9 +312,7 @@ def zero_shot(args) -> list[list[float]]:
             f"{args.source}: by its tokenizer_config.json the padding of captions is masked, which the text tower here reads: "
             'published SigLIPs have "model_input_names": ["input_ids"] there'
         )
-    # Cut off or filled with padding to the T tokens that the text tower reads: it was trained so, the published ones too.
-    length = {"max_length": text.max_position_embeddings, "truncation": True, "padding": "max_length"}
-    captions = tokenizer(args.zero_shot, return_tensors="pt", **length)["input_ids"]  # [captions, T]
+    captions = caption_ids(tokenizer, args.zero_shot, text)
     check_rows(tokenizer, captions.flatten().tolist(), text.vocab_size)
     processor = MllamaImageProcessor.from_pretrained(find_source(args.source), tokenizer, num_image_token=1)
     check_image_size(args.source, processor.image_size, pair(model.config.vision_config.image_size))

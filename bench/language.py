@@ -17,12 +17,10 @@ from lib.checkpoint import from_pretrained, save_pretrained
 from lib.fast_decode import fast_step
 from lib.int8 import quantize_8bit_
 from lib.loss import chunked_cross_entropy
-from lib.quant import Linear4bit, bytes_of, quantised_memory, quantize_
+from lib.memory import bytes_of
+from lib.quant import Linear4bit, quantised_memory, quantize_
 from lib.tokenizer import BPETokenizer
-from model import (
-    Llama3ForCausalLM,
-    LLAMA32Config,
-)
+from model import Llama3ForCausalLM, LLAMA32Config
 
 TEXT_LENGTH, WINDOW = 2048, 512  # tokens of a text that are read, at a time
 

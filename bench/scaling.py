@@ -75,9 +75,10 @@ class Work:
 
     def muon_flops(self) -> float:
         """Five Newton-Schulz steps of each matrix [a, b], a <= b: 4 a^2 b + 2 a^3 a step; of a wide one (see
-        training.orthogonal) the steps work on its square."""
+        lib.muon.orthogonal) the steps work on its square."""
         total = 0.0
         for name, shape in self.shapes.items():
+            # As lib.optim.parameter_groups chooses Muon's.
             trains = self.muon and not (self.freeze_vision and name.startswith("vision_tower"))
             if trains and len(shape) == 2 and "embed" not in name and "head" not in name:
                 a, b = sorted(shape)

@@ -16,12 +16,7 @@ from lib.loss import chunked_cross_entropy, spare_logits
 from lib.memory import peak_bytes
 from lib.vlm_parts import SIZES, assemble, train_tokenizer
 from lib.vocabulary import resize_token_embeddings
-from model import (
-    LLAMA32Config,
-    MLLAMAConfig,
-    MllamaForConditionalGeneration,
-    convert_linears_to_lora,
-)
+from model import LLAMA32Config, MLLAMAConfig, MllamaForConditionalGeneration, convert_linears_to_lora
 from siglip import SiglipVisionConfig
 from vit_scratch import pair
 

@@ -34,7 +34,6 @@ class AugmentConfig:
     padding: str = "zeros"  # what lies outside the image: "zeros" (black) or "reflection"
     policy: int = 0  # RandAugment operations an image
     magnitude: float = 0.5  # upper end of each operation's strength, 0..1
-    invert: bool = False  # let the policy swap black and white
     cutout: float = 0.0  # probability that one box is filled with the mean colour
     cutout_size: float = 0.5  # that box's longest side, fraction of the image's; the shortest is a quarter of it
     mixup_alpha: float = 0.0  # these three are arguments of mix()
@@ -90,7 +89,7 @@ class Augment:
         limits = (c.rotate, c.shift, c.shift, c.scale, c.shear, c.shear)
         geometry = geometry * torch.tensor(limits, device=x.device)
         if c.policy:
-            x, geometry = rand_augment(x, geometry, c.policy, c.magnitude, c.invert, generator)
+            x, geometry = rand_augment(x, geometry, c.policy, c.magnitude, generator)
         if c.policy or any(limits):
             x = warp(x, geometry, c.padding)
         x = _standardize(x, self.mean, self.std)

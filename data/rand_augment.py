@@ -62,13 +62,12 @@ COLOUR_OPS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
     "solarize": _solarize,
     "autocontrast": _autocontrast,
     "equalize": _equalize,
-    "invert": lambda x, s: 1 - x,
 }
 GEOMETRY_OPS = {"rotate": 30.0, "shift_x": 0.3, "shift_y": 0.3, "shear_x": 0.3, "shear_y": 0.3}  # at strength 1
 
 
 def rand_augment(
-    x: torch.Tensor, geometry: torch.Tensor, slots: int, magnitude: float, invert: bool, generator: torch.Generator
+    x: torch.Tensor, geometry: torch.Tensor, slots: int, magnitude: float, generator: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Draws `slots` operations an image, each with a strength uniform in -magnitude..magnitude.
 
@@ -76,7 +75,7 @@ def rand_augment(
     that follows, which blurs less than a resampling for each of them.
     """
     colours = [
-        name for name in COLOUR_OPS if (invert or name != "invert") and (x.shape[1] == 3 or name != "saturation")
+        name for name in COLOUR_OPS if x.shape[1] == 3 or name != "saturation"
     ]
     names = colours + list(GEOMETRY_OPS)
     # Drawn and sorted into groups on the CPU: a mask on the GPU would wait for the GPU at every operation.

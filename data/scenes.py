@@ -35,6 +35,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from data.batches import IGNORE
 from data.digits import load_digits
 from data.warp import GEOMETRY, warp
 
@@ -52,7 +53,6 @@ PLACES = {  # by layout, in reading order
 PAPERS = {"dark": (15, 55), "light": (200, 240)}  # least and most grey
 SPLITS = ("train", "test", "compositional")
 SLOTS = 4
-IGNORE = -100  # torch's label for "not counted"
 _FRAME, _POINTS = 10, 2  # a glyph is 8x8 pixels and one more all round, each of them 2x2 points
 
 
@@ -451,8 +451,3 @@ def corpus() -> list[str]:
     lines += [f"{spot}, {spot}" for spot in spots]
     lines += [found_from(kind, place, place, thing) for kind in ("left_of", "above") for place in places for thing in things]
     return lines + [running_sum([x, y]) for x in range(9 * (SLOTS - 1) + 1) for y in digits]
-
-
-def vocabulary() -> list[str]:
-    """All words and punctuation marks of the corpus, sorted. Nothing else comes up in a question or an answer."""
-    return sorted(set(re.findall(r"\w+|[^\w\s]", "\n".join(corpus()))))

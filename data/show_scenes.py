@@ -6,16 +6,15 @@
 import textwrap
 from pathlib import Path
 
-from matplotlib.figure import Figure
-
 from data.scenes import KINDS, SPLITS, make_scenes, questions
 from lib import figures
 from lib.cli import Parser, not_negative_int, png_file, run_cli
+from lib.figures.common import new_figure
 
 
 def show_scenes(path: str | Path, split: str, seed: int = 0, count: int = 12, per_scene: int = 3) -> None:
     scenes, columns = make_scenes(split, count, seed), 4
-    figure = Figure(figsize=(4.2 * columns, 1.75 * -(-count // columns) + 0.4), layout="constrained")
+    figure = new_figure(figsize=(4.2 * columns, 1.75 * -(-count // columns) + 0.4), layout="constrained")
     figure.suptitle(f"{split} scenes, seed {seed}")
     for i, turns in enumerate(questions(scenes, seed, per_scene, dict.fromkeys(KINDS, 1))):
         axes = figure.add_subplot(-(-count // columns), columns, i + 1, anchor="W")

@@ -53,6 +53,7 @@ from lib.optim import cosine_schedule, make_optimizers, parameter_groups, set_le
 from lib.run import Run
 from lib.tokenizer import BPETokenizer
 from lib.vlm_parts import find_part, tower_image_settings
+from lib.vocabulary import caption_ids
 from siglip import SiglipConfig, SiglipTextConfig, SiglipTwoTower, SiglipVisionConfig
 from vit_scratch import sincos_positions
 
@@ -347,13 +348,6 @@ def draw(folder: Path, test: Test, logits: torch.Tensor, rows: list[dict]) -> No
     title = f"which of {len(test.captions)} captions it finds likeliest, and how likely"
     images, likely = [test.images[i].cpu().expand(3, -1, -1) for i in chosen], [f"{p:.0%}" for p in best.tolist()]
     figures.answer_sheet(images, likely, answers, list(map(test.own, chosen)), folder / "samples.png", title, good=good)
-
-
-def caption_ids(tokenizer, captions: list[str], config) -> torch.Tensor:
-    """[captions, T], cut off or filled with padding to the T tokens that a text tower of this SiglipTextConfig reads, as the
-    published ones were trained."""
-    length = {"max_length": config.max_position_embeddings, "truncation": True}
-    return tokenizer(captions, padding="max_length", return_tensors="pt", **length)["input_ids"]
 
 
 def use_features(model: SiglipTwoTower, pairs: RowPairs, args, run: Run) -> None:

@@ -18,7 +18,7 @@ from lib.files import find_source, read_json, write_json
 from lib.layouts.common import Layout, renamed, unwrapped, with_defaults
 from lib.lora import lora_layers, merge_lora, merged_weight
 from lib.quant import Linear4bit
-from lib.weights import empty_model, naming, shorten, write_tensors
+from lib.weights import empty_model, reading_safetensors, shorten, write_tensors
 from model import convert_linears_to_lora
 
 # What adapter_config.json may say of plain LoRA: which layers, how strong, and how training began where it left the base alone.
@@ -167,7 +167,7 @@ def read_adapter(model: nn.Module, layout: Layout, file: Path) -> dict[str, Pair
     """{name of our layer: what the file has of it}, whichever spelling the file has."""
     if not file.exists():
         raise FileNotFoundError(f"there is no {file}: save the adapter as safetensors")
-    with naming(file):
+    with reading_safetensors(file):
         tensors = unwrapped(load_file(file))
     matches = {key: re.fullmatch(r"base_model\.model\.(.+)\.(lora_A|lora_B|base_layer)\.weight", key) for key in tensors}
     ours = our_layers(model, layout, [f"{match[1]}.weight" for match in matches.values() if match])

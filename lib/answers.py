@@ -86,7 +86,7 @@ def image_key(image):
 # ---- from items to rows of ids -----------------------------------------------------------------------------------------
 
 
-class Row(NamedTuple):
+class PromptRow(NamedTuple):
     """A prompt in two parts: `prefix`, up to its last image placeholder, and `own`. items: the numbers of those that ask it."""
 
     images: tuple  # keys
@@ -115,7 +115,7 @@ def prompt_ids(processor, item: Item, answered: bool = False, tilings=None) -> t
     return ids[:end], mask[:end][::-1].index(0)
 
 
-def prompt_rows(processor, items: Sequence[Item], blind: bool, answered: bool) -> list[Row]:
+def prompt_rows(processor, items: Sequence[Item], blind: bool, answered: bool) -> list[PromptRow]:
     """The different rows that items make. When blind, all images are the same one, never cut into tiles."""
     encoded, rows = {}, {}
     images = {} if blind else {image_key(image): image for item in items for image in item.images}
@@ -129,13 +129,13 @@ def prompt_rows(processor, items: Sequence[Item], blind: bool, answered: bool) -
             encoded[text] = tuple(ids), max(places, default=0) + 1, answer_length
         ids, split, answer_length = encoded[text]
         images = tuple("blind" if blind else image_key(image) for image in item.images)
-        row = Row(images, ids[:split], ids[split:], answer_length, [])
+        row = PromptRow(images, ids[:split], ids[split:], answer_length, [])
         # Asked once however often, but a true answer counts as often as it is given.
         rows.setdefault((*row[:4], number if answered else None), row).items.append(number)
     return list(rows.values())
 
 
-def rows_for(model, processor, items: Sequence[Item], blind: bool, answered: bool) -> list[Row]:
+def rows_for(model, processor, items: Sequence[Item], blind: bool, answered: bool) -> list[PromptRow]:
     """prompt_rows, checked for tokens that the model has no row for: ValueError."""
     rows, size = prompt_rows(processor, items, blind, answered), model.config.text_config.vocab_size
     for row in rows:
@@ -150,7 +150,7 @@ def fitting_rows(model, tokens: int) -> int:
     return max(1, min(MOST_ROWS, CACHE_BYTES // max(1, each)))
 
 
-def row_batches(rows: list[Row], batch_size: int) -> Iterator[list[Row]]:
+def row_batches(rows: list[PromptRow], batch_size: int) -> Iterator[list[PromptRow]]:
     """Rows of the same prefix come together, and otherwise rows of about the same length."""
     groups = {}
     for row in rows:
@@ -205,7 +205,7 @@ def encode_images(model, processor, images: dict, blind: bool, encoded: dict) ->
     return features
 
 
-def prefill(model, processor, items, batch: list[Row], blind: bool, room: int, encoded: dict) -> tuple[KVCache, list[int]]:
+def prefill(model, processor, items, batch: list[PromptRow], blind: bool, room: int, encoded) -> tuple[KVCache, list[int]]:
     """A cache of the P different prefixes in a batch, with room for the rows' own parts and `room` new tokens; and which of
     the P is that of each row. encoded: see encode_images."""
     places = {}
@@ -221,7 +221,7 @@ def prefill(model, processor, items, batch: list[Row], blind: bool, room: int, e
     return cache, [places[row.images, row.prefix] for row in batch]
 
 
-def own_parts(batch: list[Row], cache: KVCache) -> dict[str, torch.Tensor]:
+def own_parts(batch: list[PromptRow], cache: KVCache) -> dict[str, torch.Tensor]:
     input_ids, attention_mask = left_pad([row.own for row in batch], cache.keys.device)
     return {"input_ids": input_ids, "attention_mask": attention_mask}
 
@@ -256,7 +256,7 @@ def continue_rows(
             cache, ids, rows = cache.select(keep), ids[keep], [rows[place] for place in keep]
 
 
-def longest_row(model, rows: Sequence[Row], room: int) -> int:
+def longest_row(model, rows: Sequence[PromptRow], room: int) -> int:
     """Tokens of the longest row. Raises ValueError where `room` more do not fit the context length."""
     longest, limit = max((row.length for row in rows), default=0), model.language_model.config.context_length
     if longest + room > limit:
@@ -307,7 +307,7 @@ def answer(
     return said
 
 
-def own_losses(model, batch: list[Row], cache: KVCache) -> list[float]:
+def own_losses(model, batch: list[PromptRow], cache: KVCache) -> list[float]:
     """For each row the summed loss of its answer's tokens after what the cache holds."""
     inputs = own_parts(batch, cache)
     ids, answered = inputs["input_ids"], torch.tensor([row.answered for row in batch], device=cache.keys.device)

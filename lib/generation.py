@@ -55,11 +55,11 @@ def read_generation_config(path: Path, published: dict | None = None) -> dict:
         if found.get("max_length") == 20:  # an old default, written out
             del found["max_length"]
     found = {key: value for key, value in found.items() if value is not None}
-    check(found, where)
+    check_generation_config(found, where)
     return found
 
 
-def check(found: dict, where) -> None:
+def check_generation_config(found: dict, where) -> None:
     def number(value):
         return type(value) is int and value >= 0
 

@@ -45,7 +45,7 @@ CALLS = {
 CALL = 'print(pipeline("{task}", model="{name}")("photo.jpg"))'
 
 
-def check_folder(folder: Path) -> str:
+def published_kind(folder: Path) -> str:
     """The model_type of a folder that transformers opens. Raises ValueError or FileNotFoundError for any other, and for weights
     that cannot be read."""
     if not folder.is_dir():
@@ -116,7 +116,7 @@ def push(folder: Path, name: str, private: bool = False, dry_run: bool = False) 
     does not take it."""
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
         raise ValueError(f"{name!r:.80} is no name on the hub: it must be user/name")
-    kind, card = check_folder(folder), folder / "README.md"
+    kind, card = published_kind(folder), folder / "README.md"
     lines = []
     if card.exists() and MARK not in read_text(card):
         lines.append(f"{card} is not of this command: it is uploaded as it is")

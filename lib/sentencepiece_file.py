@@ -23,7 +23,7 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # kinds of p
 # ---- the file --------------------------------------------------------------------------------------------------------
 
 
-def number(data: bytes, at: int) -> tuple[int, int]:
+def varint(data: bytes, at: int) -> tuple[int, int]:
     """A whole number, seven bits a byte, and where it ends."""
     value = shift = 0
     while True:
@@ -37,12 +37,12 @@ def fields(data: bytes) -> Iterator[tuple[int, int | float | bytes]]:
     """The fields of a message: (number, value)."""
     at = 0
     while at < len(data):
-        key, at = number(data, at)
+        key, at = varint(data, at)
         kind = key & 7
         if kind == 0:
-            value, at = number(data, at)
+            value, at = varint(data, at)
         elif kind == 2:
-            size, at = number(data, at)
+            size, at = varint(data, at)
             value, at = data[at : at + size], at + size
         else:
             size, form = {1: (8, "<d"), 5: (4, "<f")}[kind]

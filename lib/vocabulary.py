@@ -41,3 +41,10 @@ def resize_token_embeddings(model: Decoder | MllamaForConditionalGeneration, num
     if decoder is not model:
         model.config = replace(model.config, text_config=decoder.config)
     decoder.tie_weights()
+
+
+def caption_ids(tokenizer, captions: list[str], config) -> torch.Tensor:
+    """[captions, T], cut off or filled with padding to the T tokens that a text tower of this SiglipTextConfig reads, as the
+    published ones were trained."""
+    length = {"max_length": config.max_position_embeddings, "truncation": True}
+    return tokenizer(captions, padding="max_length", return_tensors="pt", **length)["input_ids"]

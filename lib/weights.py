@@ -41,7 +41,7 @@ def safetensors_files(folder: Path) -> list[Path]:
 
 
 @contextmanager
-def naming(file: Path):
+def reading_safetensors(file: Path):
     """What the safetensors library says, in a line that names the file."""
     try:
         yield
@@ -53,7 +53,7 @@ def read_safetensors(folder: Path) -> dict[str, torch.Tensor]:
     """All tensors of a folder. Raises ValueError for a name that two shards have."""
     tensors: dict[str, torch.Tensor] = {}
     for file in safetensors_files(folder):
-        with naming(file):
+        with reading_safetensors(file):
             shard = load_file(file)
         if twice := sorted(tensors.keys() & shard.keys()):
             raise ValueError(f"{file} holds {shorten(twice)}, which another shard holds, too: shards of two models?")
@@ -101,7 +101,7 @@ def list_safetensors(folder: Path) -> list[tuple[str, tuple[int, ...], str]]:
     """(name, shape, type) of every tensor, from the headers of the files: no weights are read."""
     found = []
     for file in safetensors_files(folder):
-        with naming(file), safe_open(file, framework="pt") as opened:
+        with reading_safetensors(file), safe_open(file, framework="pt") as opened:
             parts = {name: opened.get_slice(name) for name in opened.keys()}
             found += [(name, tuple(part.get_shape()), part.get_dtype()) for name, part in parts.items()]
     return found

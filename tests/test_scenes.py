@@ -36,7 +36,6 @@ from data.scenes import (
     make_scenes,
     normalize_answer,
     questions,
-    vocabulary,
 )
 from lib.cli import run_cli
 from lib.tokenizer import BPETokenizer
@@ -382,7 +381,7 @@ def test_a_wrong_mix_is_refused(mix):
 
 def test_words_are_few_and_a_tokenizer_trained_on_them_gives_every_answer_back(made):
     _, scenes = made
-    words = set(vocabulary())
+    words = set(re.findall(r"\w+|[^\w\s]", "\n".join(corpus())))
     texts = {text for turn in itertools.chain(*questions(scenes, 4, 40, EVERY_KIND)) for text in turn[1:3]}
     assert set(re.findall(r"\w+|[^\w\s]", " ".join(texts))) <= words and len(words) < 120
     tokenizer = BPETokenizer.train(corpus(), vocab_size=450, special_tokens=("<|endoftext|>",))

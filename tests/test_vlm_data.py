@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from data import features as data_features
-from data.batches import with_shares
+from data.batches import IGNORE, with_shares
 from data.common import CommonAnswers, common_questions, questions_of
 from data.features import FrozenFeatures
 from data.image_cache import ImageCache
@@ -21,7 +21,7 @@ from data.llava import LlavaRows, isolated_turns
 from data.llava_batches import LlavaBatches
 from data.packing import AttentionBlocks, ids_and_labels
 from data.scene_batches import PatchLabels, SceneBatches
-from data.scenes import COLOURS, HELD_OUT, IGNORE, corpus, make_scenes
+from data.scenes import COLOURS, HELD_OUT, corpus, make_scenes
 from data.tiles import ImageSettings
 from extras.cross_attention import CrossAttentionConfig, CrossAttentionVLM
 from finetune_vlm import common_loss

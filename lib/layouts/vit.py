@@ -10,7 +10,17 @@ from functools import partial
 import torch
 
 from lib.checks import checked
-from lib.layouts.common import PUBLISHED_ACTIVATION, Layout, Name, activation, block_names, respell, size_from_json, unusual
+from lib.layouts.common import (
+    PUBLISHED_ACTIVATION,
+    Layout,
+    Name,
+    activation,
+    block_names,
+    respell,
+    size_from_json,
+    unusual,
+    with_defaults,
+)
 from lib.layouts.settings import check_settings
 from vit_scratch import ViTConfig, ViTModel
 
@@ -24,7 +34,7 @@ HANDLED += ("attention", "pooling", "position_init", "id2label")
 def read_settings(published: dict, kind: str, defaults: dict, more: tuple = (), neutral: dict | None = None) -> dict:
     """The settings that all these towers share, by our names. defaults: what an absent one means; more, neutral: what this kind
     has besides (see check_settings)."""
-    given = {**defaults, **{key: value for key, value in published.items() if value is not None}}
+    given = with_defaults(published, defaults)
     if "head_dim" in published:  # transformers' towers obey it, though their configs do not declare it
         neutral = {**(neutral or {}), "head_dim": (given["hidden_size"] // given["num_attention_heads"],)}
     check_settings(published, kind, (*defaults, *more), neutral or {}, HARMLESS)
