@@ -175,7 +175,7 @@ def build(args, texts: list[str]):
     image_settings = {"image_mean": IMAGENET_STANDARD_MEAN, "image_std": IMAGENET_STANDARD_STD}
     if args.vision:
         vision = find_part(args.vision, "vision", args.image_size, args.vision_layers)
-        image_settings = tower_image_settings(args.vision)
+        image_settings = tower_image_settings(args.vision, vision)
     else:
         vision = checked_flags(args, SiglipVisionConfig, **{**vision_settings, **changes})
     if args.lm:

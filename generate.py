@@ -28,7 +28,8 @@ from itertools import pairwise
 
 import torch
 
-from data.tiles import ImageSettings, global_tiles
+from data.image_settings import ImageSettings
+from data.tiles import global_tiles
 from extras.llmvit import LLMVIT
 from lib.checkpoint import from_pretrained, load_processor
 from lib.cli import Parser, not_negative_float, not_negative_int, number, png_file, positive_float, positive_int, run_cli

@@ -27,7 +27,8 @@ from itertools import groupby, islice
 
 import torch
 
-from data.tiles import WHOLE, ImageSettings, find_tiling, resize, to_pixels  # noqa: F401 -- the posts find `resize` here
+from data.image_settings import ImageSettings
+from data.tiles import WHOLE, find_tiling, resize, to_pixels  # noqa: F401 -- the posts find `resize` here
 
 IMAGENET_STANDARD_MEAN = (0.5, 0.5, 0.5)  # so called in transformers; SigLIP's: they take 0..1 to -1..1
 IMAGENET_STANDARD_STD = (0.5, 0.5, 0.5)
@@ -96,6 +97,13 @@ def each_image(images: Sequence, prepare: Callable) -> list:
 # ---- prompts ---------------------------------------------------------------------------------------------------------
 
 
+def text_around_images(config) -> tuple[str, str]:
+    """What stands before and after the tokens of an image: Idefics3's special tokens where the model has its linear projector,
+    in the published layout or in ours; nothing elsewhere."""
+    joined_as_idefics3 = getattr(config, "projector_type", None) == "linear" and not hasattr(config, "cross_every")
+    return IDEFICS3_AROUND if joined_as_idefics3 else ("", "")
+
+
 def add_image_tokens_to_prompts(prompts: Sequence[str], num_image_token: int, around_image=("", "")) -> list[str]:
     """Each <image> becomes num_image_token of them, between the two texts of around_image."""
     return [prompt.replace(IMAGE_TOKEN, (IMAGE_TOKEN * num_image_token).join(around_image)) for prompt in prompts]
@@ -160,7 +168,7 @@ class MllamaImageProcessor:
 
     tokenizer: gains the tokens named above (add_location_tokens=False: only <image>); num_image_token: placeholders per image,
     or tile of one, the model's config.text_config.num_image_tokens; image_size: pixels, a number or (height, width), with more
-    settings as data/tiles.py's ImageSettings has them, or all of them; around_image: special tokens before and after each image
+    settings as in data/image_settings.py, or all of them; around_image: special tokens before and after each image
     (IDEFICS3_AROUND); image_token: the placeholder's spelling, where a model has another one for what texts call <image>.
     Raises ValueError for settings that make no sense.
     """

@@ -114,7 +114,8 @@ def build(args):
     vision_settings, text_settings, vocabulary = SIZES[args.size]
     vision = SiglipVisionConfig(**vision_settings)
     if args.vision:
-        vision, image_settings = find_part(args.vision, "vision"), tower_image_settings(args.vision)
+        vision = find_part(args.vision, "vision")
+        image_settings = tower_image_settings(args.vision, vision)
     text, tokenizer = LLAMA32Config(**text_settings), train_tokenizer(corpus(), vocabulary)
     return assemble(vision, text, tokenizer, image_settings, args.seed, projector_type="linear")
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from bench.measure import compare, transformers_class
-from data.tiles import ImageSettings
+from data.image_settings import ImageSettings
 from lib.image_settings import image_settings
 from lib.tokenizer import BPETokenizer
 from processing_mllama import process_images

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from data.digits import load_digits
 from data.downloads import load_cifar10, load_idx
 from data.folders import load_folder
-from data.images import height_width
+from data.image_settings import height_width
 
 DATASETS = {  # name -> classes; a folder has its own
     "digits": list("0123456789"),

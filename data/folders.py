@@ -27,7 +27,8 @@ from tqdm import tqdm
 
 from data.archives import DAMAGED, open_archive, walk_folder
 from data.digits import stratified_split
-from data.images import decode_image, height_width
+from data.image_settings import height_width
+from data.images import decode_image
 from lib.files import one_line
 
 # ---- which file is of which class and part ----

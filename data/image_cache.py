@@ -13,8 +13,9 @@ from threading import Lock
 
 import torch
 
+from data.image_settings import ImageSettings
 from data.images import decoding_threads
-from data.tiles import ImageSettings, find_tiling, to_pixels
+from data.tiles import find_tiling, to_pixels
 from lib.files import one_line
 from processing_mllama import scale_pixels
 

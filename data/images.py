@@ -143,11 +143,3 @@ def decoding_threads(workers: int) -> Iterator[ThreadPoolExecutor]:
     with warnings.catch_warnings(), ThreadPoolExecutor(max(workers, 1)) as pool:
         warnings.simplefilter("ignore")
         yield pool
-
-
-def height_width(image_size: int | tuple[int, int]) -> tuple[int, int]:
-    """Sides in pixels, from one of them or both. Raises ValueError for less than a pixel."""
-    size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
-    if min(size) < 1:
-        raise ValueError(f"image_size is {image_size}: it must be at least 1 pixel")
-    return size

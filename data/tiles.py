@@ -1,10 +1,5 @@
 """From an image of any proportions to the squares that a vision tower reads, as the published models do it.
 
-    ImageSettings((224, 224))                                                     # SigLIP, ViT: squeezed to the square
-    ImageSettings((224, 224), size={"shortest_edge": 256}, fit="crop")            # CLIP, DINOv2: the middle of it
-    ImageSettings((336, 336), do_pad_square=True)                                 # LLaVA-1.5: in the middle of a square
-    ImageSettings((512, 512), "lanczos", size={"longest_edge": 2048}, fit="tiles")  # SmolVLM, Idefics3: cut into tiles
-
 Tiles show a fixed-size tower more of a large image (UReader, Ye et al. 2023; Idefics3, Laurencon et al. 2024): the image is
 enlarged until its longer side has 2048 pixels, both sides are stretched to multiples of 512, and what comes out is cut into
 rows and columns of 512 x 512. A last tile, the global one, is the whole image squeezed to 512 x 512. Of a photo of 640 x 480:
@@ -16,70 +11,17 @@ An image that comes out as one tile is not cut: its tiling is WHOLE. Axes: n til
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from PIL import Image
 
+from data.image_settings import RESAMPLE, ImageSettings
 from data.images import dimensions, to_image
 
-RESAMPLE = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3, "box": 4, "hamming": 5}  # Pillow's numbers
-FITS = ("squeeze", "crop", "tiles", "as_is")
 WHOLE = (0, 0)  # rows and columns of an image that is not cut
 MAX_ASPECT = 200  # nothing is left of a longer strip once it is squeezed into a square (Qwen2-VL draws the same line)
 MAX_SIDE = 4096  # of an image before it is cut: Idefics3's limit
-
-
-@dataclass(frozen=True)
-class ImageSettings:
-    """What becomes of an image, in this order: padded to a square, resized to `size`, fitted to image_size, scaled.
-
-    size: {"height", "width"}, or {"shortest_edge"} or {"longest_edge"}, which keep the proportions; None: not resized yet.
-    fit: squeeze, whatever the proportions; crop: the middle; tiles; as_is: an image of any other size is refused. A pixel is
-    (byte * rescale_factor - mean) / std. Raises ValueError for settings that no image can be prepared by.
-    """
-
-    image_size: tuple[int, int]  # (height, width) of what the tower reads
-    resample: str = "bicubic"  # of RESAMPLE
-    image_mean: Sequence[float] = (0.5, 0.5, 0.5)
-    image_std: Sequence[float] = (0.5, 0.5, 0.5)
-    do_pad_square: bool = False
-    size: dict[str, int] | None = None
-    fit: str = "squeeze"
-    rescale_factor: float = 1 / 255
-
-    def __post_init__(self):
-        mean, std = self.image_mean, self.image_std
-        sides = (self.image_size,) * 2 if isinstance(self.image_size, int) else tuple(self.image_size)
-        if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
-            raise ValueError(f"image_size is {self.image_size!r:.80}: sides must be numbers from 1")
-        object.__setattr__(self, "image_size", sides)
-        threes = all(isinstance(values, (tuple, list)) and len(values) == 3 for values in (mean, std))
-        if not threes or not all(is_number(x) for x in (*mean, *std)) or min(std) <= 0:
-            raise ValueError(f"image_mean {mean!r:.80} and image_std {std!r:.80} must be three numbers, std above 0")
-        object.__setattr__(self, "image_mean", tuple(mean))
-        object.__setattr__(self, "image_std", tuple(std))
-        if self.resample not in RESAMPLE:
-            raise ValueError(f"resample is {self.resample!r}: it must be {', '.join(RESAMPLE)}")
-        if self.fit == "tiles" and self.image_size[0] != self.image_size[1]:
-            raise ValueError(f"image_size is {self.image_size}: tiles are squares")
-        if self.fit not in FITS:
-            raise ValueError(f"fit is {self.fit!r}: it must be {', '.join(FITS)}")
-        if not is_number(self.rescale_factor) or self.rescale_factor <= 0:
-            raise ValueError(f"rescale_factor is {self.rescale_factor!r}: it must be a number above 0")
-
-    def tiling(self, height: int, width: int) -> tuple[int, int]:
-        """Rows and columns of tiles of an image of these sides; WHOLE where it is not cut."""
-        if self.fit != "tiles":
-            return WHOLE
-        side = self.image_size[0]
-        height, width = whole_tiles(*first_size(height, width, self.size), side)
-        return (height // side, width // side) if max(height, width) > side else WHOLE
-
-
-def is_number(value) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 # ---- sizes -------------------------------------------------------------------------------------------------------------
@@ -140,8 +82,13 @@ def global_tiles(tilings: Sequence[tuple[int, int]]) -> list[int]:
 
 
 def find_tiling(image, settings: ImageSettings) -> tuple[int, int]:
-    """Of any image (see data.images.to_image); of a file only the header is read. Raises ValueError or OSError as to_image."""
-    return settings.tiling(*dimensions(image)) if settings.fit == "tiles" else WHOLE
+    """Rows and columns of tiles of any image (see data.images.to_image), WHOLE where it is not cut; of a file only the header
+    is read. Raises ValueError or OSError as to_image."""
+    if settings.fit != "tiles":
+        return WHOLE
+    side = settings.image_size[0]
+    height, width = whole_tiles(*first_size(*dimensions(image), settings.size), side)
+    return (height // side, width // side) if max(height, width) > side else WHOLE
 
 
 # ---- pixels ------------------------------------------------------------------------------------------------------------

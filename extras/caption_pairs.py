@@ -20,12 +20,12 @@ from data.augment import Augment
 from data.batches import Batches, InOrder, OfRows, fit_batch_size
 from data.features import FrozenFeatures
 from data.image_cache import ImageCache
+from data.image_settings import ImageSettings
 from data.llava import LlavaRow, questions_of_row
 from data.rows import FIRST_ROWS, load_rows
 from data.scenes import COLOURS, PLACES, SLOTS, SceneConfig, Scenes, SceneStream, corpus, make_scenes, with_article
 from data.shard_stream import ShardStream
 from data.shards import ShardImages
-from data.tiles import ImageSettings
 from lib.classification import load_data
 from processing_mllama import denormalize, rescale, scale_pixels
 

@@ -36,9 +36,8 @@ from torch.utils.checkpoint import checkpoint
 from data.augment import PRESETS as AUGMENTATIONS
 from data.datasets import evenly
 from data.features import IN_OUT, FrozenFeatures, features_for_run, keep_for_run
-from data.images import height_width
+from data.image_settings import ImageSettings
 from data.rows import streams
-from data.tiles import ImageSettings
 from extras.caption_pairs import ClassPairs, RowPairs, ScenePairs, ShardPairs, Test, true_pairs
 from extras.tower_pairs import tower_pair
 from lib import figures
@@ -48,7 +47,7 @@ from lib.classification import default_patch
 from lib.cli import argument_parser, fraction, not_negative_float, not_negative_int, positive_float, positive_int, run_cli
 from lib.distributed import all_gather
 from lib.files import write_json
-from lib.image_settings import for_size, write_image_settings
+from lib.image_settings import write_image_settings
 from lib.optim import cosine_schedule, make_optimizers, parameter_groups, set_learning_rate
 from lib.run import Run
 from lib.tokenizer import BPETokenizer
@@ -184,8 +183,7 @@ def settle_vision(args, parser: argparse.ArgumentParser) -> None:
 def trained_tower(args) -> tuple[torch.nn.Module, ImageSettings]:
     """That of --vision, and how it wants its images."""
     tower = find_part(args.vision, "vision", args.image_size, args.vision_layers)
-    size = height_width(tower.config.image_size)
-    return tower, ImageSettings(**for_size(tower_image_settings(args.vision), size))
+    return tower, ImageSettings(**tower_image_settings(args.vision, tower))
 
 
 def build(args, pairs, tower: torch.nn.Module | None = None) -> tuple[SiglipTwoTower, BPETokenizer]:

@@ -111,6 +111,14 @@ def end_of_turn(tokenizer) -> int:
     return ids[len(mask) - 1 - mask[::-1].index(1)]
 
 
+def with_end_of_turn(settings: dict, tokenizer) -> dict:
+    """The settings of a model that learns to answer in the tokenizer's template: what ends an answer there ends one here."""
+    named = settings.get("eos_token_id", tokenizer.eos_token_id)
+    ends = [i for i in (named if isinstance(named, list) else [named]) if i is not None]
+    ends = list(dict.fromkeys([*ends, end_of_turn(tokenizer)]))
+    return settings | {"eos_token_id": ends[0] if len(ends) == 1 else ends}
+
+
 def writes_end(tokenizer) -> bool:
     """Whether the template itself writes the token that ends an answer."""
     return tokenizer.convert_ids_to_tokens(end_of_turn(tokenizer)) in write(tokenizer, EXAMPLE).text

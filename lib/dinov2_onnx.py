@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from data.tiles import ImageSettings
+from data.image_settings import ImageSettings
 from lib.cli import Parser, run_cli
 from lib.files import need, new_folder, write_json
 from lib.image_settings import write_image_settings

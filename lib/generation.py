@@ -15,7 +15,6 @@ from pathlib import Path
 
 import torch
 
-from lib.chat import end_of_turn
 from lib.chat_template import OURS
 from lib.files import need, read_json, write_json
 from lib.layouts.settings import GENERATION
@@ -111,14 +110,6 @@ def stop_tokens(model, tokenizer) -> set[int]:
     found = {*(named if isinstance(named, list) else [named])} - {None}
     end = tokenizer.convert_tokens_to_ids("<|im_end|>") if tokenizer.chat_template in OURS.values() else None
     return found | ({end} - {None, tokenizer.unk_token_id})
-
-
-def with_end_of_turn(settings: dict, tokenizer) -> dict:
-    """The settings of a model that learns to answer in the tokenizer's template: what ends an answer there ends one here."""
-    named = settings.get("eos_token_id", tokenizer.eos_token_id)
-    ends = [i for i in (named if isinstance(named, list) else [named]) if i is not None]
-    ends = list(dict.fromkeys([*ends, end_of_turn(tokenizer)]))
-    return settings | {"eos_token_id": ends[0] if len(ends) == 1 else ends}
 
 
 def most_new_tokens(model, prompt_length: int, wanted: int | None = None) -> int:

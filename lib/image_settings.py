@@ -13,11 +13,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from data.images import height_width
-from data.tiles import RESAMPLE, ImageSettings
+from data.image_settings import RESAMPLE, ImageSettings, height_width
 from lib.files import find_source, read_if_there, write_json
 from lib.layouts.settings import say_once
-from processing_mllama import IDEFICS3_AROUND, IMAGE_TOKEN, IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD
+from processing_mllama import IMAGE_TOKEN, IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD, text_around_images
 
 # ---- what the published processors are ---------------------------------------------------------------------------------
 
@@ -204,7 +203,7 @@ def processor_settings(source: str | Path, image_size: int | tuple[int, int] | N
             raise ValueError(f"{folder} holds a {type(config).__name__.removesuffix('Config')}, which takes no images")
         size = height_width(image_size or settings.get("image_size") or tower.image_size)
         settings = for_size(settings, size) | {"num_image_token": count_image_tokens(config, size)}
-        settings |= {"around_image": around_image(config), "image_token_id": getattr(config, "image_token_id", None)}
+        settings |= {"around_image": text_around_images(config), "image_token_id": getattr(config, "image_token_id", None)}
         tokens = count_image_tokens(config, tower.image_size)
         if (stated := whole.get("image_seq_len", tokens)) != tokens:
             has = f"processor_config.json has image_seq_len {stated!r:.80}, the model {tokens} tokens for an image"
@@ -236,13 +235,6 @@ def for_size(settings: dict, image_size: tuple[int, int]) -> dict:
     if before and size and before != image_size:
         size = {key: round(side * max(image_size) / max(before)) for key, side in size.items()}
     return {**settings, "image_size": image_size, "size": size}
-
-
-def around_image(config) -> tuple[str, str]:
-    """What stands before and after the tokens of an image: Idefics3's special tokens where the model has its linear projector,
-    in the published layout or in ours; nothing elsewhere."""
-    joined_as_idefics3 = getattr(config, "projector_type", None) == "linear" and not hasattr(config, "cross_every")
-    return IDEFICS3_AROUND if joined_as_idefics3 else ("", "")
 
 
 def count_image_tokens(config, image_size: tuple[int, int]) -> int:

@@ -20,18 +20,18 @@ from lib.files import one_line, read_text, write_atomic
 LOGS = ("tensorboard", "wandb")
 
 
-def check_installed(names: list[str] | None) -> None:
+def check_installed(names: list[str]) -> None:
     """Raises ValueError for one whose package is missing."""
-    for name in names or ():
+    for name in names:
         found = importlib.util.find_spec(name)
         if found is None or found.origin is None:  # a folder of that name, such as wandb leaves behind, is no package
             raise ValueError(f"--log {name} needs a package that is not installed: pip install {name}")
 
 
-def open_logs(names: list[str] | None, folder: Path, settings: dict, resumed: bool) -> list:
+def open_logs(names: list[str], folder: Path, settings: dict, resumed: bool) -> list:
     """What Metrics writes to: begin(rows that a resumed run keeps), write(row), finish(path of an image, step)."""
     kinds = {"tensorboard": TensorboardLog, "wandb": WandbLog}
-    return [kinds[name](folder, settings, resumed) for name in dict.fromkeys(names or ())]
+    return [kinds[name](folder, settings, resumed) for name in dict.fromkeys(names)]
 
 
 class TensorboardLog:

@@ -102,7 +102,8 @@ class Run:
         if self.state is not None:
             check_settings(self.folder, self.settings, self.state.get("settings"))
         self.metrics: Metrics | None = None  # of rank 0
-        check_installed(args.log)
+        if args.log:
+            check_installed(args.log)
         self.whole: nn.Module | None = None  # of rank 0 under --fsdp: see place
         self.steps_done, self.seconds, self.skipped = 0, 0.0, 0  # skipped: steps whose gradients overflowed in fp16
         self.stop_signal: int | None = None
@@ -232,7 +233,7 @@ class Run:
             self.total_steps = max(2, total_steps)  # it compares two
             self.dry.begin(self.raw)
         elif self.is_main and self.metrics is None:
-            logs = open_logs(args.log, self.folder, vars(args), resumed)
+            logs = open_logs(args.log, self.folder, vars(args), resumed) if args.log else ()
             self.metrics = Metrics(self.folder / "metrics.jsonl", self.steps_done if resumed else None, logs)
         self.raw.train()
         self.model = torch.compile(self.raw) if args.compile and self.dry is None else self.raw

@@ -11,19 +11,17 @@ from dataclasses import fields, replace
 import torch
 import torch.nn as nn
 
-from data.images import height_width
 from gpt import GPT, GPTConfig
-from lib.chat import writes_end
+from lib.chat import with_end_of_turn, writes_end
 from lib.chat_template import OURS
 from lib.files import find_source, naming
-from lib.generation import with_end_of_turn
-from lib.image_settings import around_image, for_size, read_image_settings
+from lib.image_settings import for_size, read_image_settings
 from lib.positions import resized_tower
 from lib.tokenizer import BPETokenizer
 from model import Llama3ForCausalLM, LLAMA32Config, MLLAMAConfig, MllamaForConditionalGeneration
-from processing_mllama import IMAGE_TOKEN, TILE_TOKENS, MllamaImageProcessor
+from processing_mllama import IMAGE_TOKEN, TILE_TOKENS, MllamaImageProcessor, text_around_images
 from siglip import SiglipModel, SiglipTwoTower, SiglipVisionConfig
-from vit_scratch import ViTModel, sincos_positions
+from vit_scratch import ViTModel, pair, sincos_positions
 
 # The one dial of the recipes: (vision tower, language model, vocabulary of a tokenizer that is trained).
 SIZES = {
@@ -134,13 +132,14 @@ def parts_after(tower: SiglipModel | ViTModel, layer: int | None) -> list[nn.Mod
     return [norm, *blocks[range(len(blocks) + 1)[layer] :]]
 
 
-def tower_image_settings(source: str) -> dict:
-    """How a tower's folder wants images scaled and resized, but for tiles, which are not the tower's: nothing where it says
-    nothing."""
+def tower_image_settings(source: str, tower: nn.Module) -> dict:
+    """How a tower's folder wants images scaled and resized, at the size that the tower reads now; without tiles, which are not
+    the tower's."""
     with naming("--vision", source):
         settings = read_image_settings(find_source(source))
     tiled = "longest_edge" in (settings.get("size") or {}) or settings.get("fit") == "tiles"
-    return {key: value for key, value in settings.items() if not (tiled and key in ("size", "fit"))}
+    settings = {key: value for key, value in settings.items() if not (tiled and key in ("size", "fit"))}
+    return for_size(settings, pair(tower.config.image_size))
 
 
 def assemble(
@@ -166,7 +165,7 @@ def assemble(
     places, context = config.text_config.num_image_tokens, config.text_config.context_length
     if places >= context:
         raise ValueError(f"an image is {places} tokens, the language model reads {context}: finetune_vlm.py has --image-size")
-    settings = {"around_image": around_image(config), **for_size(image_settings, height_width(vision.image_size))}
+    settings = image_settings | {"around_image": text_around_images(config), "image_size": pair(vision.image_size)}
     if split_images:
         tokenizer.add_special_tokens([IMAGE_TOKEN, *TILE_TOKENS])
     processor = MllamaImageProcessor(tokenizer, places, add_location_tokens=False, **settings)

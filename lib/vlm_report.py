@@ -17,9 +17,10 @@ from data.images import to_image
 from data.tiles import global_tiles
 from lib import figures
 from lib.answers import MOST_NEW_TOKENS, Item, answer, image_key, mean_answer_loss
+from lib.chat import with_end_of_turn
 from lib.checkpoint import choose_layout, from_pretrained, is_published, layout_line, save_pretrained
 from lib.files import read_json, write_json
-from lib.generation import stop_tokens, with_end_of_turn, write_generation_config
+from lib.generation import stop_tokens, write_generation_config
 from lib.image_settings import layout_misfit
 from lib.lora import lora_layers
 from lib.scores import is_right, score

@@ -10,6 +10,7 @@ import generate
 from calls import printed
 from lib import generation
 from lib.answers import Item, answer
+from lib.chat import with_end_of_turn
 from lib.checkpoint import from_pretrained, load_vlm, save_pretrained
 from lib.conversation import stream_text
 from lib.tokenizer import BPETokenizer, load_tokenizer
@@ -185,4 +186,4 @@ def test_a_run_says_where_its_answers_end(vlm, folder):
     assert lines == ["BASE has no chat template: it learns ours, chatml_spaced, with <|im_start|> and <|im_end|>"]
     assert not printed(lambda _: with_chat_template(base, "BASE"))
     end = base.convert_tokens_to_ids("<|im_end|>")
-    assert generation.with_end_of_turn(lm.generation_config, base) == {"eos_token_id": [0, end], "repetition_penalty": 1.2}
+    assert with_end_of_turn(lm.generation_config, base) == {"eos_token_id": [0, end], "repetition_penalty": 1.2}

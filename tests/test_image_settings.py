@@ -8,7 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from data.tiles import ImageSettings, find_tiling
+from data.image_settings import ImageSettings
+from data.tiles import find_tiling
 from lib.checkpoint import read_config, save_pretrained
 from lib.image_settings import count_image_tokens, image_settings, read_image_settings, write_image_settings
 from lib.tokenizer import BPETokenizer

@@ -14,9 +14,10 @@ from PIL import Image
 from data import image_cache, llava
 from data.convert import convert_scenes
 from data.image_cache import ImageCache
+from data.image_settings import ImageSettings
 from data.llava import LlavaRows, count_images, questions_of_row
 from data.scenes import KINDS
-from data.tiles import ImageSettings, tile_count
+from data.tiles import tile_count
 from lib.tokenizer import BPETokenizer
 from processing_mllama import MllamaImageProcessor, process_images
 from samples import image_bytes

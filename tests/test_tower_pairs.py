@@ -11,8 +11,8 @@ import finetune_vlm
 import generate
 from calls import learned, printed, refused, stop_and_resume, weights
 from data.features import FrozenFeatures, keep_for_run
+from data.image_settings import ImageSettings
 from data.llava import LlavaRows
-from data.tiles import ImageSettings
 from extras import caption_pairs, train_siglip
 from extras.caption_pairs import Test
 from extras.tower_pairs import TowerPair, tower_pair

@@ -17,12 +17,12 @@ from data.batches import IGNORE, with_shares
 from data.common import CommonAnswers, common_questions, questions_of
 from data.features import FrozenFeatures
 from data.image_cache import ImageCache
+from data.image_settings import ImageSettings
 from data.llava import LlavaRows, isolated_turns
 from data.llava_batches import LlavaBatches
 from data.packing import AttentionBlocks, ids_and_labels
 from data.scene_batches import PatchLabels, SceneBatches
 from data.scenes import COLOURS, HELD_OUT, corpus, make_scenes
-from data.tiles import ImageSettings
 from extras.cross_attention import CrossAttentionConfig, CrossAttentionVLM
 from finetune_vlm import common_loss
 from lib.tokenizer import BPETokenizer
