@@ -125,6 +125,6 @@ def comparable_settings(args: argparse.Namespace) -> dict:
 
 
 def resume_command(args: argparse.Namespace) -> str:
-    name = getattr(sys.modules["__main__"].__spec__, "name", None)  # of a script that was started with -m
-    words = ["python", *(["-m", name] if name else sys.argv[:1]), *sys.argv[1:]]
+    name = getattr(sys.modules["__main__"].__spec__, "name", "")  # of a script that was started with -m
+    words = ["python", *(["-m", name] if name.startswith("extras.") else sys.argv[:1]), *sys.argv[1:]]
     return shlex.join(words + ([] if args.resume else ["--resume"]))
