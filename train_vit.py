@@ -98,7 +98,6 @@ def main(argv=None) -> None:
     # ---- data ----
     train, test = load_data(args, run)
     fit_batch_size(run, len(train), "images")
-    run.compare_data(classes=train.classes)
     mean, std = train.mean_std()
     augment = Augment(AUGMENTATIONS[args.augment], mean, std)
     batches = Batches(len(train), args.batch_size // run.world_size, args.seed, rank=run.rank, world_size=run.world_size)

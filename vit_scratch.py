@@ -67,6 +67,7 @@ class ViTConfig:
         self.intermediate_size = self.intermediate_size or 4 * self.hidden_size
         D, H = self.hidden_size, self.num_attention_heads
         assert D % H == 0, f"hidden_size {D} cannot be split over {H} attention heads: choose a multiple"
+        assert self.position_init != "sincos" or D % 4 == 0, f"sincos positions need a hidden_size divisible by 4, not {D}"
 
     @classmethod
     def preset(cls, name: str, **changes) -> "ViTConfig":

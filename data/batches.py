@@ -107,8 +107,7 @@ class OfRows(InOrder):
 
 def fit_batch_size(run, n: int, what: str) -> None:
     """Lower --batch-size to what n samples fill, and say so. Raises ValueError where they are fewer than a step's parts."""
-    args = run.args
-    unit = run.world_size * (run.dry.asked_parts if run.dry else args.grad_accum)
+    args, unit = run.args, run.world_size * run.args.grad_accum
     if n < unit:
         smaller = "raise --chunk" if getattr(args, "chunk", None) else "lower --grad-accum"
         smaller += ", or start fewer processes" if run.world_size > 1 else ""
@@ -116,7 +115,6 @@ def fit_batch_size(run, n: int, what: str) -> None:
     if n < args.batch_size:
         run.print(f"--batch-size {args.batch_size} becomes {n - n % unit}: there are {n} training {what}")
         args.batch_size = n - n % unit
-        args.grad_accum = args.batch_size if run.dry else args.grad_accum  # see DryRun
 
 
 def blind_pixels(pixel_values: torch.Tensor) -> torch.Tensor:

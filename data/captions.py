@@ -85,14 +85,12 @@ def parts_of_file(source: Path) -> dict[str, list[dict]]:
     said: dict[str, list[str]] = {}
     for number, line in enumerate(text.split("\n"), start=1):
         found = re.match(r"([^\t,#]+\.\w+)(?:#\d+[a-z]*\t|\t|,)(.*)", line.rstrip("\r"))
-        columns = re.split(r"[,\t]", line) if number == 1 and line.lower().startswith("image") else []  # Kaggle's captions.txt
-        if len(columns) > 2:
-            raise ValueError(f"{source} has the columns {', '.join(columns)}: image and caption were expected; as it is, "
-                             "finetune_vlm.py --data reads it")  # fmt: skip
-        if columns:
-            continue
         if found and (caption := found[2].strip().strip('"').strip()):
             said.setdefault(found[1].strip(), []).append(caption)
+        elif number == 1 and line.lower().startswith("image"):  # Kaggle's captions.txt names its columns
+            if len(columns := re.split(r"[,\t]", line.strip())) > 2:
+                raise ValueError(f"{source} has the columns {', '.join(columns)}: image and caption were expected; as it is, "
+                                 "finetune_vlm.py --data reads it")  # fmt: skip
         elif line.strip():
             raise ValueError(f"{source}, line {number} is {line[:60]!r}: NAME#0, a tab and a caption were expected")
     if not said:

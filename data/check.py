@@ -139,7 +139,7 @@ def main(argv=None) -> None:
     if is_streamed(args.file):
         if args.sheet and Path(args.sheet).exists() and not is_figure(args.sheet):  # streamed rows name no image
             raise ValueError(f"--sheet {args.sheet} is there already, and may be one of the images: name a new file")
-        problems, notes, photos = [], Counter(), []
+        problems, notes = [], Counter()
         for row in streamed_rows(args.file, args.images, problems, notes, progress):
             tally.add(row)
         if not tally.usable:
@@ -149,14 +149,14 @@ def main(argv=None) -> None:
         lines = [f"{args.file}: {total:,} rows, {tally.usable:,} usable", *problem_lines("{}: {}", problems), *noted(notes)]
     else:
         rows = LlavaRows.read(args.file, args.images, progress)
-        photos = [image for row in rows for image in row.images]
+        if args.sheet:
+            check_output("--sheet", args.sheet, (image for row in rows for image in row.images))
         for row in rows:
             tally.add(row)
         total, problems, lines = rows.total, rows.problems, [rows.report()]
     print("\n".join(lines))
     print(tally)
     if args.sheet:
-        check_output("--sheet", args.sheet, photos)
         with naming("--sheet", args.sheet):
             print(draw_sheet(tally.drawn, args.sheet))
     found = {"rows_usable": tally.usable, "rows_with_images": tally.with_images, "questions": tally.questions}

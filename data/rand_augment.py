@@ -74,9 +74,7 @@ def rand_augment(
     x is float [B, C, H, W] in 0..1. Colours change at once; movements are added to `geometry` [B, 6] for the one warp()
     that follows, which blurs less than a resampling for each of them.
     """
-    colours = [
-        name for name in COLOUR_OPS if x.shape[1] == 3 or name != "saturation"
-    ]
+    colours = [name for name in COLOUR_OPS if x.shape[1] == 3 or name != "saturation"]
     names = colours + list(GEOMETRY_OPS)
     # Drawn and sorted into groups on the CPU: a mask on the GPU would wait for the GPU at every operation.
     choice = torch.randint(len(names), (slots, len(x)), generator=generator, device=generator.device).cpu()

@@ -166,7 +166,6 @@ class ClassPairs(InOrder):
     def __init__(self, args, run):
         self.train, self.test = load_data(args, run)
         fit_batch_size(run, len(self.train), "images")
-        run.compare_data(classes=self.train.classes)
         mean, std = (tuple(values) * (3 // len(values)) for values in self.train.mean_std())  # grey becomes RGB
         self.settings = ImageSettings(tuple(self.train.images.shape[-2:]), image_mean=mean, image_std=std)
         self.captions = [args.caption.format(name.replace("_", " ")) for name in self.train.classes]

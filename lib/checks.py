@@ -51,8 +51,6 @@ def checked(config_class: type, **settings):
             raise
         raise ValueError(f"{found[1]} has no setting {found[2]}") from None
     check_types(config)
-    if getattr(config, "position_init", None) == "sincos" and config.hidden_size % 4:
-        raise ValueError(f"sincos positions need a hidden_size divisible by 4, not {config.hidden_size}")
     if hasattr(config, "projector_type") and config.vision_config.num_channels != 3:
         raise ValueError(f"its tower reads images of {config.vision_config.num_channels} channels: it must be 3, RGB")
     return config

@@ -23,6 +23,7 @@ def load_data(args, run: Run) -> tuple[ImageDataset, ImageDataset]:
     if len(train.classes) < 2:
         raise ValueError(f"--data {args.data} has the one class {train.classes[0]}: as class/*.jpg, or with train/ for test/, "
                          "there are two or more")  # fmt: skip
+    run.compare_data(classes=train.classes)
     if words := train.describe_skipped():
         run.print(words)
     if train.images.nbytes + test.images.nbytes < 2**30:

@@ -137,7 +137,7 @@ def need(condition, source, reason: str) -> None:
 
 
 def words_of(error: Exception) -> str:
-    """An exception's own words: the system's without its number."""
+    """An exception's own words; of the system's the file and the reason. one_line is for where the file is named already."""
     if isinstance(error, OSError) and error.strerror:
         return ": ".join(map(str, filter(None, (error.filename, error.strerror))))
     return str(error) or type(error).__name__

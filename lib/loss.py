@@ -13,7 +13,7 @@ LARGE_VOCABULARY = 2**12  # from here on the logits of all answers at once are w
 
 
 def spare_logits(decoder: nn.Module) -> None:
-    """Where the vocabulary is large."""
+    """Give a decoder with a large vocabulary chunked_cross_entropy."""
     if decoder.config.vocab_size > LARGE_VOCABULARY:
         decoder.token_loss = chunked_cross_entropy
 

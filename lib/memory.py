@@ -132,12 +132,11 @@ class DryRun:
     """Steps that are measured and not taken: the first in parts of one sample, the second in parts of several."""
 
     def __init__(self, args, device: torch.device):
-        self.args, self.device = args, device
-        self.asked_parts = args.grad_accum
-        args.grad_accum = args.batch_size
+        self.args, self.device, self.asked_parts = args, device, args.grad_accum
 
-    def begin(self, model: nn.Module) -> None:
-        """Before the first step of a stage. The model keeps no gradients from now on."""
+    def begin(self, model: nn.Module, batches) -> None:
+        """Before the first step of a stage. The model keeps no gradients from now on. Some batches come in parts."""
+        self.args.grad_accum = batches.grad_accum = self.args.batch_size
         self.model, self.tried, self.peaks = model, {}, []  # tried: bytes of activations by the number of samples
         trained = [p for p in model.parameters() if p.requires_grad]
         self.hooks = [p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None)) for p in trained]
@@ -165,10 +164,10 @@ class DryRun:
         self.peaks = []
         count = batch // self.asked_parts
         several = max(n for n in range(1, 9) if batch % n == 0 and n <= count and (n == 1 or n <= batch // 2))
-        found = several in self.tried
-        args.grad_accum = batches.grad_accum = batch if found else batch // several  # some batches come in parts
-        if not found:
+        if several not in self.tried:
+            args.grad_accum = batches.grad_accum = batch // several
             return None
+        args.grad_accum = self.asked_parts
         for hook in self.hooks:
             hook.remove()
         activations = along_a_line(self.tried, count)

@@ -90,7 +90,6 @@ class Run:
         if args.dry_run and self.world_size > 1:
             raise ValueError("--dry-run is for one process: leave torchrun away, and give one process's --batch-size")
         self.dtype = find_dtype(args.dtype, self.device)
-        self.settings = comparable_settings(args)  # as they were given: a script may fit some to its data
         self.dry = DryRun(args, self.device) if args.dry_run else None
 
         self.folder, self.began = Path(args.out), time.time()
@@ -98,6 +97,7 @@ class Run:
             check_folder(self.folder, args)
             if self.is_main:
                 take_folder(self.folder)
+        self.settings = comparable_settings(args)  # as they were given: a script may fit some to its data
         self.state = load_state(self.folder) if args.resume else None  # what a stopped run left
         if self.state is not None:
             check_settings(self.folder, self.settings, self.state.get("settings"))
@@ -231,7 +231,7 @@ class Run:
             self.state = None
         if self.dry is not None:
             self.total_steps = max(2, total_steps)  # it compares two
-            self.dry.begin(self.raw)
+            self.dry.begin(self.raw, batches)
         elif self.is_main and self.metrics is None:
             logs = open_logs(args.log, self.folder, vars(args), resumed) if args.log else ()
             self.metrics = Metrics(self.folder / "metrics.jsonl", self.steps_done if resumed else None, logs)

@@ -374,6 +374,13 @@ def test_the_splits_of_an_archive_are_all_written(tmp_path):
     assert {part: [*rows] for part, rows in written_captions(tmp_path / "out").items()} == {k: [*v] for k, v in wanted.items()}
 
 
+def test_a_first_photo_called_image_is_no_heading(tmp_path):
+    """`image1.jpg#0<tab>A cat.` was taken for the names of the columns, and the caption left out without a word."""
+    (tmp_path / "x.token").write_text("image1.jpg#0\tA cat, asleep.\nimage1.jpg#1\tA cat.\n")
+    main(["captions", str(tmp_path / "x.token"), str(tmp_path / "out")])
+    assert written_captions(tmp_path / "out") == {"captions": {"image1.jpg": ["A cat, asleep.", "A cat."]}}
+
+
 @pytest.mark.parametrize("name, text, words", [
     ("x.json", "[]", "x.json would have no photo in it"), ("x.json", '{"images": ["a.jpg"]}', "image 1 is a text"),
     ("x.json", json.dumps({"images": [{"filename": "a.jpg", "split": ["train"], "sentences": ["x"]}]}), "split is a list"),
@@ -386,6 +393,7 @@ def test_the_splits_of_an_archive_are_all_written(tmp_path):
     ("x.json", json.dumps({"images": [{"id": 1}], "annotations": [{"image_id": 2, "caption": "x"}]}), "annotation 1"),
     ("x.json", '[{"image": "../a.jpg", "captions": ["x"]}]', "row 1 is not the name"),
     ("x.json", '[{"image": "a.jpg", "captions": [true]}]', "captions.0.: is true or false"),
+    ("x.txt", "image,caption,split\na.jpg,A cat.,train\n", "has the columns image, caption, split"),
 ])  # fmt: skip
 def test_what_holds_no_captions_is_refused(tmp_path, name, text, words):
     (tmp_path / name).write_text(text)

@@ -333,7 +333,7 @@ def test_the_tower_is_train_vlms_with_its_pixels(finished):
 def rows_of(photos, *flags):
     args = parse_args([*COMMON, "--dataset", "llava", "--data", str(photos / "scenes.json"), *flags])
     alone = {"rank": 0, "world_size": 1, "is_main": False, "print": print, "all": bool, "main_first": contextlib.nullcontext}
-    return RowPairs(args, SimpleNamespace(args=args, dry=None, **alone))
+    return RowPairs(args, SimpleNamespace(args=args, **alone))
 
 
 def test_rows_of_one_image_share_their_captions(photos):
